@@ -1,0 +1,1 @@
+"""The core of mff_min: a ViT, masked image modelling on top of it, and what the stages share."""
