@@ -1,0 +1,92 @@
+"""A frozen dataclass becomes the flags of a stage.
+
+    @dataclass(frozen=True)
+    class Config:
+        blr: float = opt(1.5e-4, "base learning rate; lr = blr * global_batch / 256")
+
+    cfg = parse(Config)                                                 # reads sys.argv
+
+A field annotated bool becomes --flag and --no-flag; one annotated `X | None` is "not given" when it is None.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+
+
+class UserError(Exception):
+    """Bad input. The stage ends with this text on one line and exit code 2."""
+
+
+def opt(default, help, choices=None, type=None):
+    """A dataclass field with its help text; `type` turns the flag's text into the value where the annotation cannot."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, type=type))
+
+
+def parse(config_class, argv=None):
+    """The configuration that the command line asks for. Bad flags end the process: one line, exit code 2."""
+    doc = (sys.modules[config_class.__module__].__doc__ or "").strip()
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        names = dict.fromkeys(["--" + field.name.replace("_", "-"), "--" + field.name])     # both spellings, each once
+        text = field.metadata["help"].replace("%", "%%")
+        text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
+        if field.type is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        else:
+            kind = field.metadata["type"] or _plain_type(field.type)
+            parser.add_argument(*names, type=kind, choices=field.metadata["choices"], default=field.default, help=text,
+                                metavar=None if field.metadata["choices"] else field.name.upper())
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def to_json(cfg):
+    """The configuration as plain JSON text, field by field."""
+    return json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
+
+
+def side_or_sides(text):
+    """An image size: "224" is square, "224x160" is height x width. Returns (height, width)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size: expected a side in pixels, or HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
+
+
+def numbers(text):
+    """Comma-separated numbers as a tuple of float: "0.485,0.456,0.406"."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: expected e.g. 0.5,0.5,0.5") from None
+
+
+def _plain_type(annotation):
+    """int for `int` and for `int | None`, and so on."""
+    options = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
+    return options[0]
+
+
+def _shown(value):
+    """A default as the user would type it."""
+    if isinstance(value, tuple):
+        return ("x" if isinstance(value[0], int) else ",").join(map(str, value))
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and an unknown flag names the flag it resembles."""
+
+    def parse_args(self, argv=None):
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            self.error(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "; --help lists them"))
+        return known
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)

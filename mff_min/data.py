@@ -1,0 +1,204 @@
+"""Image sources, the order in which they are seen, and the loader.
+
+A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)` and `source.classes`.
+Which sample is seen when, how it is cropped and which of its patches are masked are pure functions of (seed, epoch,
+index), so nothing depends on the number of workers or ranks, and a run resumes anywhere.
+"""
+
+import bisect
+import struct
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+
+from mff_min import rng
+from mff_min.augment import to_mode
+from mff_min.config import UserError
+from mff_min.shapes import SHAPES, load_shapes
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+MAX_PIXELS = 50_000_000                                                 # a header that promises more is not decoded
+
+# What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+                 ZeroDivisionError, RuntimeError, struct.error, Image.DecompressionBombError)
+
+
+class ImageFolder:
+    """Image files below a folder: ROOT/<split>/<class>/* where there is a split folder, else ROOT/train or ROOT itself.
+
+    is_split says whether the split was found. Without class folders every label is 0. Hidden files are skipped. Raises
+    UserError when there is no image.
+    """
+
+    def __init__(self, root, split):
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"data folder {root} {'is a file' if root.exists() else 'does not exist'}: expected a folder "
+                            f"of images, with or without train/ and val/")
+        self.is_split = (root / split).is_dir()
+        self.root = next(path for path in (root / split, root / "train", root) if path.is_dir())
+        files = sorted(path for path in self.root.rglob("*") if not path.name.startswith("."))
+        self.paths = [path for path in files if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+        if not self.paths:
+            raise UserError(f"data folder {self.root} holds no images ({len(files)} other entries): expected files "
+                            f"that end in {' '.join(SUFFIXES)}")
+        tops = [path.relative_to(self.root).parts[0] if path.parent != self.root else "" for path in self.paths]
+        self.classes = sorted(set(tops))
+        self.labels = [bisect.bisect_left(self.classes, top) for top in tops]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def open(self, i):
+        image = Image.open(self.paths[i], formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:                     # known from the header, before anything is decoded
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        return image
+
+    def label(self, i):
+        return self.labels[i]
+
+    def name(self, i):
+        return str(self.paths[i])
+
+
+class ImageArray:
+    """Images in one uint8 array (n, H, W, 3), with labels (n,)."""
+
+    def __init__(self, images, labels, classes, kind):
+        self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
+
+    def __len__(self):
+        return len(self.images)
+
+    def open(self, i):
+        return Image.fromarray(self.images[i])
+
+    def label(self, i):
+        return int(self.labels[i])
+
+    def name(self, i):
+        return f"{self.kind} {i}"
+
+
+def read_cifar(folder, split, fine_labels):
+    """CIFAR-10 or, with fine_labels, CIFAR-100 from the binary files (cs.toronto.edu/~kriz/cifar.html), as an ImageArray."""
+    label_bytes, classes = (2, 100) if fine_labels else (1, 10)
+    if fine_labels:
+        files = ["train.bin" if split == "train" else "test.bin"]
+    else:
+        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    records = []
+    for path in (Path(folder) / file for file in files):
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: expected the binary version of CIFAR-{classes}")
+        record = label_bytes + 3072
+        if path.stat().st_size % record or not path.stat().st_size:
+            raise UserError(f"{path} has {path.stat().st_size} bytes: expected a multiple of {record}, CIFAR-{classes}'s record")
+        records.append(np.fromfile(path, np.uint8).reshape(-1, record))
+    records = np.concatenate(records)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return ImageArray(np.ascontiguousarray(images), records[:, label_bytes - 1], [str(i) for i in range(classes)],
+                      f"CIFAR-{classes} {split}")
+
+
+def open_data(spec, split, cache_dir, say):
+    """The source that --data names, for split "train" or "val".
+
+    "shapes" or "shapes:COUNT" (the embedded images, drawn once into cache_dir; val has a fifth of COUNT), "cifar10:DIR",
+    "cifar100:DIR", or a folder. say(text) is told about long work.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "shapes":
+        if argument and not (argument.isdecimal() and int(argument) >= 5):
+            raise UserError(f"--data {spec}: expected shapes or shapes:COUNT with COUNT of at least 5")
+        count = int(argument or 10_000)
+        try:
+            arrays = load_shapes(cache_dir, split, count if split == "train" else count // 5, progress=say)
+        except OSError as error:
+            raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
+        return ImageArray(arrays["images"], arrays["shape"], list(SHAPES), f"shapes {split}")
+    if kind in ("cifar10", "cifar100"):
+        return read_cifar(argument, split, fine_labels=kind == "cifar100")
+    return ImageFolder(spec, split)
+
+
+class Views(Dataset):
+    """Random views of a source. An item is asked for by (epoch, index) and is a function of that and the seed alone.
+
+    It holds image (C, H, W) uint8, noise (L,) for random_masking, and bad, the (name, reason) of every file that could not
+    be read; such a file is replaced by another one chosen by (seed, epoch, index).
+    """
+
+    def __init__(self, source, crop, size, in_chans, num_patches, seed):
+        self.source, self.crop, self.size, self.seed = source, crop, size, seed
+        self.in_chans, self.num_patches = in_chans, num_patches
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, bad = self.read(epoch, index)
+        pixels = np.asarray(self.crop(image, self.size, rng.Rng(self.seed, rng.CROP, epoch, index)))
+        noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_patches)
+        pixels = torch.tensor(pixels).reshape(*self.size, self.in_chans).permute(2, 0, 1)       # (C, H, W)
+        return dict(image=pixels, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
+
+    def read(self, epoch, index):
+        """The image at index as (Pillow image, []), or a replacement and the (name, reason) of the files it replaces."""
+        bad, replacements = [], rng.Rng(self.seed, rng.REPLACE, epoch, index)
+        for _ in range(20):
+            try:
+                return to_mode(self.source.open(index), self.in_chans), bad
+            except DECODE_ERRORS as error:
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+                bad.append((self.source.name(index), reason))
+                index = replacements.integer(0, len(self.source))
+        raise UserError(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
+
+
+class Stream:
+    """Which samples each micro-batch of this rank holds: lists of (epoch, index) from step `start` to step `stop`.
+
+    The epochs' permutations stand one behind the other, and step s takes the global_batch samples from position
+    s * global_batch on: every sample is seen once in every epoch, batches are always full, and no epoch has a tail.
+    Ranks take equal runs of the global batch, and micro-batches equal runs of a rank's share.
+    """
+
+    def __init__(self, num_samples, global_batch, batch_size, seed, start, stop, rank=0, world_size=1):
+        self.num_samples, self.global_batch, self.batch_size, self.seed = num_samples, global_batch, batch_size, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.order = lru_cache(maxsize=2)(lambda epoch: rng.permutation(num_samples, seed, rng.ORDER, epoch))
+
+    def __len__(self):
+        return (self.stop - self.start) * (self.global_batch // (self.batch_size * self.world_size))
+
+    def __iter__(self):
+        share = self.global_batch // self.world_size
+        for step in range(self.start, self.stop):
+            first = step * self.global_batch + self.rank * share
+            for position in range(first, first + share, self.batch_size):
+                yield [self.sample(p) for p in range(position, position + self.batch_size)]
+
+    def sample(self, position):
+        """(epoch, index) of one position of the endless stream."""
+        epoch, offset = divmod(position, self.num_samples)
+        return epoch, int(self.order(epoch)[offset])
+
+
+def collate(items):
+    """A batch: image (B, C, H, W) uint8, noise (B, L), bad as one list."""
+    return dict(image=torch.stack([item["image"] for item in items]),
+                noise=torch.stack([item["noise"] for item in items]),
+                bad=[entry for item in items for entry in item["bad"]])
+
+
+def make_loader(views, stream, workers, pin_memory):
+    """A DataLoader over the stream, with one thread a worker."""
+    return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+                      persistent_workers=False, prefetch_factor=4 if workers else None,
+                      generator=torch.Generator().manual_seed(0))       # else it would draw from the global generator

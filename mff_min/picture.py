@@ -1,0 +1,45 @@
+"""Pictures of a run, drawn with Pillow alone.
+
+Shapes: B images, C H W, L patches.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from kernels.reference import patchify, unpatchify
+
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def to_uint8(images, mean, std):
+    """Normalised images (B, C, H, W) as RGB pixels: (B, H, W, 3) uint8; one channel is shown grey, of four the first three."""
+    images = images.float() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)            # (B, C, H, W)
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)     # (B, 3, H, W)
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, 3)
+
+
+def grey_out(images, mask, patch_size):
+    """Images with every masked patch set to 0, the mean colour of normalised images; mask (B, L), 1 removed."""
+    H, W = images.shape[-2:]
+    patches = patchify(images, patch_size) * (1 - mask[..., None])      # (B, L, N)
+    return unpatchify(patches, patch_size, (H // patch_size, W // patch_size))
+
+
+def grid(columns, title, scale=1):
+    """A picture with one labelled column for each entry of columns, {caption: (B, H, W, 3) uint8}, and one row an image."""
+    B, H, W, _ = next(iter(columns.values())).shape
+    H, W, gap = H * scale, W * scale, 6
+    font = ImageFont.load_default(13)
+    top = 26 + 20
+    sheet = Image.new("RGB", (gap + (W + gap) * len(columns), top + (H + gap) * B), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 5), title, INK, font=font)
+    for j, (caption, images) in enumerate(columns.items()):
+        left = gap + j * (W + gap)
+        draw.text((left, 26), caption, INK, font=font)
+        for i in range(B):
+            tile = Image.fromarray(np.ascontiguousarray(images[i])).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left, top + i * (H + gap)))
+    return sheet

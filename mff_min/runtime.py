@@ -1,0 +1,363 @@
+"""What every stage needs around its loop: processes, the run folder, checkpoints, the log, the progress line, the way out.
+
+A run is a folder: config.json, env.json, log.jsonl, last.pt and previous.pt, encoder.pt, pictures. Files that matter are
+written under a temporary name, flushed to the disk and renamed, so that a reader never meets half a file.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torch.distributed as dist
+
+from mff_min.config import UserError, to_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Fault(Exception):
+    """Something went wrong in a run that had started well. The stage ends with this text and exit code 3."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop and its state is saved. The stage ends with exit code 128 + n."""
+
+    def __init__(self, number, text):
+        super().__init__(text)
+        self.number = number
+
+
+# ---------------------------------------------------------------- processes and devices
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among those that torchrun started; alone, it is rank 0 of 1."""
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def mean(self, values):
+        """The mean of each of these floats over all ranks."""
+        values = torch.tensor(values, dtype=torch.float64)              # on the CPU: goes through gloo
+        if self.size > 1:
+            dist.all_reduce(values)
+        return (values / self.size).tolist()
+
+    def highest(self, value):
+        """The highest of all ranks' ints."""
+        if self.size == 1:
+            return value
+        value = torch.tensor(value)                                     # on the CPU: no wait for the GPU
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, value):
+        """The list of all ranks' values, which may be any plain object."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def local_main_first(self, work):
+        """work() on one process of each host, then on the others, which find its files there."""
+        if self.local_rank == 0:
+            result = work()
+        if self.size > 1:
+            dist.barrier()
+        return result if self.local_rank == 0 else work()
+
+
+@contextlib.contextmanager
+def start_world(device):
+    """The World of this process. device is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no GPU here; expected auto or cpu")
+    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, local_rank, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def pick_dtype(name, device):
+    """The autocast type that --dtype asks for: "auto" is bfloat16 on GPUs that have it and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[name]
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in dtype."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def write_atomically(path, write):
+    """Let write(file) fill a new file, which takes the place of path only when it is whole and on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder, state):
+    """Write last.pt; the one before becomes previous.pt, so that there is always a whole one."""
+    last = Path(folder) / "last.pt"
+
+    def write(file):
+        torch.save(state, file)
+        if last.exists():                                               # the new one is written out but not yet renamed
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(last, last.with_name("previous.pt"))
+    write_atomically(last, write)
+
+
+def read_checkpoint(path):
+    """What is in a checkpoint file, on the CPU. Raises UserError when it is none of ours or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except Exception as error:                                          # torch raises many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
+
+
+def find_checkpoint(folder, resume, say):
+    """The state to resume from, or None for a new run.
+
+    resume is "" (a new run, refused where the folder holds one), "auto" (the newest readable checkpoint of the folder, or a
+    new run where there is none), or a file.
+    """
+    folder = Path(folder)
+    candidates = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    if resume == "":
+        if candidates:
+            raise UserError(f"{folder} already holds a run: add --resume auto to go on with it, or name another --output-dir")
+        return None
+    if resume != "auto":
+        return read_checkpoint(resume)
+    for path in candidates:
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            say(f"warning: {error}")
+    if candidates:
+        raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would overwrite it")
+    return None
+
+
+def load_state(model, state, origin, allow_missing=()):
+    """Load parameters by name; UserError names the first that differ, except missing ones with a prefix in allow_missing."""
+    own = model.state_dict()
+    problems = [f"{name} has shape {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
+                for name in own if name in state and state[name].shape != own[name].shape]
+    problems += [f"{name} is missing" for name in own if name not in state and not name.startswith(tuple(allow_missing))]
+    problems += [f"{name} is unknown here" for name in state if name not in own]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{origin} is of another model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(state, strict=False)
+
+
+# ---------------------------------------------------------------- the run folder
+
+def describe_environment(world):
+    """Versions, device and source state, as plain values: what it takes to know what ran."""
+    return dict(argv=sys.argv, time=time.strftime("%Y-%m-%d %H:%M:%S"), python=platform.python_version(),
+                torch=torch.__version__, numpy=numpy.__version__, pillow=PIL.__version__, platform=platform.platform(),
+                device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+                world_size=world.size, cpus=os.cpu_count(), threads=torch.get_num_threads(), commit=source_commit())
+
+
+def source_commit():
+    """The git commit that this source is at, or "unknown" outside a checkout."""
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:                                           # no git on this machine
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def open_folder(cfg, world):
+    """Make the run folder and write config.json and env.json into it. Raises UserError when it cannot be written."""
+    folder = Path(cfg.output_dir)
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(to_json(cfg))
+            (folder / "env.json").write_text(json.dumps(describe_environment(world), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+class Log:
+    """log.jsonl, one JSON object a line, written by rank 0. A resumed run first drops the lines after its step."""
+
+    def __init__(self, folder, world, step):
+        self.path, self.is_main = Path(folder) / "log.jsonl", world.is_main
+        if self.is_main:
+            kept = [line for line in read_log(self.path) if line["step"] <= step and step > 0]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def write(self, **values):
+        """Append one line; values are plain numbers, lists or text and hold at least step."""
+        if self.is_main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts; a line that a crash left torn is skipped, and a missing file has none."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for text in Path(path).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+class BadSamples:
+    """The files that could not be read: each is named once, in bad_samples.jsonl and on the terminal, and they are counted."""
+
+    def __init__(self, folder, world, num_samples, max_bad):
+        self.path, self.world, self.num_samples, self.max_bad = Path(folder) / "bad_samples.jsonl", world, num_samples, max_bad
+        self.seen = {line["name"] for line in read_log(self.path)}      # named before this run was resumed
+        self.new = {}
+
+    def add(self, entries):
+        """Note a batch's (name, reason) pairs."""
+        self.new.update((name, reason) for name, reason in entries if name not in self.seen)
+
+    def report(self):
+        """Agree among ranks on what is new, and write it down. Raises Fault when more than max_bad of the samples are bad."""
+        new = {name: reason for found in self.world.gather(self.new) for name, reason in found.items()}
+        self.new, first = {}, not self.seen
+        self.seen.update(new)
+        if not new:
+            return
+        if self.world.is_main:
+            with open(self.path, "a") as file:
+                for name, reason in sorted(new.items()):
+                    file.write(json.dumps(dict(name=name, reason=reason)) + "\n")
+            name = min(new)
+            print(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced by others"
+                  + f", {json.dumps(name)} for one ({new[name]}); {self.path} names them all" * first, flush=True)
+        if len(self.seen) > self.max_bad * self.num_samples:
+            raise Fault(f"{len(self.seen)} of {self.num_samples} images cannot be read, more than --max-bad {self.max_bad} "
+                        f"allows; {self.path} names them")
+
+
+# ---------------------------------------------------------------- the progress line
+
+class Progress:
+    """One line about a long piece of work, with the time that is left. On a terminal it is rewritten in place."""
+
+    def __init__(self, total, done, world, every=10.0):
+        self.total, self.first, self.is_main, self.every = total, done, world.is_main, every
+        self.started = self.printed = time.monotonic()
+        self.rewrites, self.text, self.open = sys.stdout.isatty(), "", False
+
+    def show(self, done, text):
+        """Print the line now; done counts in the units of total."""
+        self.text = text
+        if not self.is_main:
+            return
+        self.printed = time.monotonic()
+        elapsed = self.printed - self.started
+        left = elapsed / max(done - self.first, 1) * (self.total - done)
+        line = f"{100 * done / self.total:5.1f} %  {text}  {duration(elapsed)} gone, {duration(left)} left"
+        print("\r\033[K" + line if self.rewrites else line, end="" if self.rewrites else "\n", flush=True)
+        self.open = self.rewrites
+
+    def tick(self, done):
+        """Print the last line again if it is long ago, so that a slow step is not taken for a dead one."""
+        if time.monotonic() - self.printed > self.every:
+            self.show(done, self.text)
+
+    def say(self, text):
+        """Print a line of its own."""
+        if self.is_main:
+            print("\n" * self.open + text, flush=True)
+            self.open = False
+
+
+def duration(seconds):
+    """Seconds as text: "0:00:42", or "3 days 4:05:06"."""
+    days, seconds = divmod(int(seconds), 86_400)
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{days} day{'s' * (days > 1)} {clock}" if days else clock
+
+
+# ---------------------------------------------------------------- the way in and out
+
+@contextlib.contextmanager
+def catch_signals():
+    """A list that fills with the numbers of the stop signals received; a second SIGINT interrupts at once."""
+    received = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run(main, cfg):
+    """main(cfg) as a process: bad input ends it with one line and exit code 2, a fault with 3, a signal with 128 + n."""
+    try:
+        main(cfg)
+    except UserError as error:
+        text = str(error).strip().splitlines()[-1]                      # a loader worker's error comes with its traceback
+        leave(f"error: {text.removeprefix('mff_min.config.UserError: ')}", 2)
+    except Fault as error:
+        leave(f"error: {error}", 3)
+    except Stopped as error:
+        leave(f"stopped: {error}", 128 + error.number)
+
+
+def leave(text, code):
+    """Print one line to stderr and end the process."""
+    print(text, file=sys.stderr, flush=True)
+    raise SystemExit(code)

@@ -1,0 +1,202 @@
+"""A Vision Transformer (arXiv 2010.11929) as MAE uses it, with timm's parameter names.
+
+What is unusual about this one:
+- patches are cut out of the image before they are projected, so that MAE can drop masked patches first and project only
+  the visible ones; the projection's parameters are still those of a convolution, as in timm and MAE;
+- it hands out the outputs of any blocks, which is what MFF fuses;
+- positions are fixed sin-cos by default, heights and widths may differ, and any number of channels will do.
+
+Shapes: B images, C H W, P patch side, L patches, V visible patches, D width, T tokens (class token first), h heads,
+d head width, N = P * P * C.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.reference import patchify, take_tokens
+
+# ViT-S is DeiT's (arXiv 2012.12877), ViT-B and L are ViT's, ViT-H with 14-pixel patches is MAE's. vit_test is for tests and
+# for the demo: twelve thin blocks, so that the paper's fusion indices mean the same there.
+MODELS = {
+    "vit_test": dict(patch_size=8, embed_dim=96, depth=12, num_heads=3),
+    "vit_t": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "vit_s": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "vit_b": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "vit_l": dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+    "vit_h": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of flattened patches, stored as the convolution it is equal to."""
+
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches):
+        """Patches as patchify cuts them, (B, L, N) -> (B, L, D)."""
+        weight = self.proj.weight.permute(0, 2, 3, 1)                   # (D, P, P, C), patchify's order
+        return F.linear(patches, weight.flatten(1), self.proj.bias)     # (B, L, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, all tokens to all tokens."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, -1)          # (B, T, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, T, d)
+        x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, T, d)
+        x = x.transpose(1, 2).reshape(B, T, D)                          # (B, T, D)
+        return self.proj(x)
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def run_block(block, x, recompute):
+    """block(x); with recompute its inner activations are not kept but computed again in the backward pass."""
+    return checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT; with `num_classes` it classifies, without it returns the pooled feature.
+
+    img_size is a side or (height, width) in pixels. global_pool "token" classifies the class token after the final norm,
+    "avg" the mean of the patch tokens through fc_norm, without the final norm (MAE's fine-tuning). Raises ValueError when
+    the image is no whole number of patches.
+    """
+
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0, in_chans=3, num_classes=0,
+                 global_pool="token", grad_checkpointing=False):
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"img_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        if global_pool not in ("token", "avg"):
+            raise ValueError(f"global_pool {global_pool!r} is unknown: expected token or avg")
+        self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.global_pool, self.grad_checkpointing = global_pool, grad_checkpointing
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        if global_pool == "token":
+            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        else:
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self):
+        """MAE's initialisation: Xavier-uniform matrices, zero biases, the patch projection as a matrix too."""
+        init_linear(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # its bias keeps Conv2d's default
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, images, ids_keep=None):
+        """Tokens with positions, class token first: (B, C, H, W) -> (B, 1 + L, D), or (B, 1 + V, D) of the patches kept."""
+        patches = patchify(images, self.patch_size)                     # (B, L, N)
+        pos_embed = self.pos_embed[:, 1:].expand(len(images), -1, -1)   # (B, L, D)
+        if ids_keep is not None:
+            patches = take_tokens(patches, ids_keep)                    # (B, V, N)
+            pos_embed = take_tokens(pos_embed, ids_keep)                # (B, V, D)
+        x = self.patch_embed(patches) + pos_embed
+        cls_token = self.cls_token + self.pos_embed[:, :1]              # (1, 1, D)
+        return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+
+    def forward_blocks(self, x, out_indices):
+        """Outputs of the blocks that out_indices names, ascending, before any norm: a list of (B, T, D)."""
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, self.grad_checkpointing)
+            if i in out_indices:
+                outputs.append(x)
+        return outputs
+
+    def forward_features(self, images):
+        """All tokens of unmasked images, (B, C, H, W) -> (B, 1 + L, D); normalised when global_pool is "token"."""
+        x = self.forward_blocks(self.embed(images), [len(self.blocks) - 1])[0]      # (B, T, D)
+        return self.norm(x) if self.global_pool == "token" else x
+
+    def forward(self, images):
+        """Logits (B, num_classes), or the pooled feature (B, D) when there is no head."""
+        x = self.forward_features(images)
+        if self.global_pool == "token":
+            x = x[:, 0]                                                 # (B, D)
+        else:
+            x = self.fc_norm(x[:, 1:].mean(dim=1))                      # (B, D)
+        return self.head(x)
+
+
+def init_linear(module):
+    """Xavier-uniform weights and zero biases for every Linear inside module (MAE, arXiv 2111.06377, A.1)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)                       # qkv is one (3D, D) matrix, as in the official code
+            nn.init.zeros_(layer.bias)
+
+
+def sincos_pos_embed(dim, grid):
+    """Fixed 2-D sin-cos positions of a (rows, columns) grid, with zeros for the class token: (1, 1 + L, D), fp32.
+
+    The first half of the channels encodes the column, the second half the row, as in the official MAE code; mmpretrain has
+    the halves the other way round (docs/parity.md). Raises ValueError when dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"embed_dim {dim} is not a multiple of 4, which 2-D sin-cos positions need")
+    rows, columns = grid
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))      # (D // 4,)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")     # each (rows, columns)
+    x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega                           # each (L, D // 4)
+    positions = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)                  # (L, D)
+    return torch.cat([torch.zeros(1, dim), positions.float()])[None]                    # (1, 1 + L, D)
+
+
+def resize_pos_embed(pos_embed, old_grid, new_grid):
+    """Positions for another grid of (rows, columns), bicubic without antialias as MAE does: (1, 1 + L, D) -> (1, 1 + L', D)."""
+    if old_grid == new_grid:
+        return pos_embed
+    cls_position, positions = pos_embed[:, :1], pos_embed[:, 1:]                        # (1, 1, D) and (1, L, D)
+    positions = positions.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)                 # (1, D, rows, columns)
+    positions = F.interpolate(positions, size=new_grid, mode="bicubic", align_corners=False)
+    positions = positions.flatten(2).transpose(1, 2)                                    # (1, L', D)
+    return torch.cat([cls_position, positions], dim=1)                                  # (1, 1 + L', D)

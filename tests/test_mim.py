@@ -1,0 +1,237 @@
+"""MAE and MFF against the published implementations' numbers, and the properties that the paper's method has."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from kernels import TORCH, reference
+from mff_min.mim import MaskedAutoencoder, count_visible, random_masking, spread_indices
+from mff_min.optim import param_groups
+from mff_min.vit import VisionTransformer
+
+
+def build(cfg, out_indices, **options):
+    """The tiny model that a golden file's cfg describes."""
+    img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = cfg[:8].tolist()
+    encoder = VisionTransformer(img_size, patch_size, dim, depth, heads)
+    return MaskedAutoencoder(encoder, out_indices, decoder_embed_dim=decoder_dim, decoder_depth=decoder_depth,
+                             decoder_num_heads=decoder_heads, **options)
+
+
+def from_mae(name):
+    """Our name for facebookresearch/mae's."""
+    ours = name.startswith(("decoder", "mask_token"))
+    return name if ours else f"encoder.{name}"
+
+
+def from_mmpretrain(name):
+    """Our name for mmpretrain's."""
+    if name.startswith("backbone.proj_"):
+        return name.removeprefix("backbone.")
+    name = name.replace("neck.ln1", "neck.decoder_norm").replace("backbone.ln1", "backbone.norm")
+    name = name.replace("backbone.layers", "backbone.blocks").replace("patch_embed.projection", "patch_embed.proj")
+    name = re.sub(r"\.ln([12])\.", r".norm\1.", name)
+    name = name.replace("ffn.layers.0.0.", "mlp.fc1.").replace("ffn.layers.1.", "mlp.fc2.")
+    return name.replace("backbone.", "encoder.").replace("neck.", "")
+
+
+GOLDEN = [("mae_pixels", from_mae), ("mae_norm_pix", from_mae), ("mff", from_mmpretrain), ("mff_single_layer", from_mmpretrain)]
+
+
+@pytest.fixture(params=GOLDEN, ids=[name for name, _ in GOLDEN])
+def published(request, golden):
+    """(the golden arrays with our parameter names, a model that holds the published weights)."""
+    file, rename = request.param
+    arrays = golden(file)
+    for key in list(arrays):
+        kind, _, name = key.partition("/")
+        if kind in ("state", "grad"):
+            arrays[f"{kind}/{rename(name)}"] = arrays.pop(key)
+    cfg = arrays["cfg"]
+    out_indices = arrays.get("cfg_fuse_layers", cfg[3:4] - 1).tolist()
+    model = build(cfg, out_indices, norm_pix_loss=file != "mae_pixels")
+    model.load_state_dict({key.removeprefix("state/"): value for key, value in arrays.items()
+                           if key.startswith("state/")}, strict=True)
+    return arrays, model
+
+
+def close(got, want, factor=64):
+    """Equal but for fp32 rounding in another order of operations: factor * eps of the largest value."""
+    atol = factor * torch.finfo(torch.float32).eps * want.abs().max().item()
+    torch.testing.assert_close(got.to(want.dtype), want, rtol=0, atol=atol)
+
+
+def test_latent_mask_prediction_and_loss_are_the_published_ones(published):
+    arrays, model = published
+    images, noise = arrays["in/imgs"], arrays["in/noise"]
+    ids_shuffle, mask = random_masking(noise, model.num_visible)
+    assert torch.equal(mask, arrays["out/mask"])
+    assert torch.equal(ids_shuffle.argsort(dim=1), arrays["out/ids_restore"])
+    close(model.encode(images, ids_shuffle[:, :model.num_visible]), arrays["out/latent"])
+    pred, ids, _ = model.predict(images, noise)
+    close(pred, arrays["out/pred"].gather(1, ids[..., None].expand_as(pred)))
+    close(model(images, noise), arrays["out/loss"])
+    if "out/fusion_weights" in arrays:
+        close(model.fusion_weights(), arrays["out/fusion_weights"])
+
+
+def test_every_gradient_is_the_published_one(published):
+    arrays, model = published
+    model(arrays["in/imgs"], arrays["in/noise"]).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert set(grads) == {key.removeprefix("grad/") for key in arrays if key.startswith("grad/")}
+    for name, grad in grads.items():
+        close(grad, arrays[f"grad/{name}"], factor=512)
+
+
+def test_five_steps_of_adamw_lose_what_the_published_code_loses(published):
+    arrays, model = published
+    if "train/losses" not in arrays:
+        pytest.skip("this golden file holds no training curve")
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.95))
+    for want in arrays["train/losses"]:
+        loss = model(arrays["in/imgs"], arrays["in/noise"])
+        close(loss, want, factor=256)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    close(model.encoder.cls_token, arrays["train/final_cls_token"], factor=4096)
+    close(model.decoder_pred.bias, arrays["train/final_pred_bias"], factor=4096)
+
+
+def small(out_indices=(2,), img_size=(16, 24), in_chans=3, **options):
+    torch.manual_seed(3)
+    encoder = VisionTransformer(img_size, patch_size=4, embed_dim=24, depth=3, num_heads=3, in_chans=in_chans)
+    return MaskedAutoencoder(encoder, out_indices, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options)
+
+
+def test_with_one_level_mff_is_mae_bit_for_bit():
+    model, images, noise = small(), torch.randn(2, 3, 16, 24), torch.rand(2, 24)
+    ids_keep = random_masking(noise, model.num_visible)[0][:, :model.num_visible]
+    plain = model.encoder.norm(model.encoder.forward_blocks(model.encoder.embed(images, ids_keep), [2])[0])
+    assert torch.equal(model.encode(images, ids_keep), plain)
+    assert not model.proj_weights.requires_grad and len(model.proj_layers) == 0
+
+
+def test_fusion_starts_uniform_and_weighs_by_softmax():
+    model = small((0, 1, 2))
+    torch.testing.assert_close(model.fusion_weights(), torch.full((3,), 1 / 3))
+    with torch.no_grad():
+        model.proj_weights.copy_(torch.tensor([0.0, 1.0, 2.0]).view(3, 1, 1, 1))
+    images, ids = torch.randn(2, 3, 16, 24), torch.tensor([[3, 1], [0, 5]])
+    levels = model.encoder.forward_blocks(model.encoder.embed(images, ids), (0, 1, 2))
+    weights = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    fused = weights[0] * model.proj_layers[0](levels[0]) + weights[1] * model.proj_layers[1](levels[1])
+    torch.testing.assert_close(model.encode(images, ids), model.encoder.norm(fused + weights[2] * levels[2]))
+
+
+def test_detached_shallow_blocks_get_their_gradient_through_the_last_block_alone():
+    images, noise = torch.randn(2, 3, 16, 24), torch.rand(2, 24)
+    grads = {}
+    for detach in (False, True):
+        model = small((0, 2), detach_shallow=detach)
+        nn.init.zeros_(model.encoder.blocks[1].attn.proj.weight)        # leaves the residual path from block 0 to 2 alone
+        model(images, noise).backward()
+        grads[detach] = model.encoder.blocks[0].mlp.fc2.weight.grad, model.proj_layers[0].weight.grad
+    assert not torch.allclose(grads[True][0], grads[False][0])
+    assert torch.equal(grads[True][1], grads[False][1])                 # the projection learns either way
+
+    model = small((0, 2), detach_shallow=True)
+    with torch.no_grad():                                               # all weight on the shallow level: no other path is left
+        model.proj_weights.copy_(torch.tensor([200.0, 0.0]).view(2, 1, 1, 1))
+    model(images, noise).backward()
+    assert model.encoder.blocks[0].mlp.fc2.weight.grad.abs().max() == 0
+
+
+def test_cls_token_is_fused_too():
+    model, images, ids = small((0, 2)), torch.randn(1, 3, 16, 24), torch.tensor([[3, 1]])
+    fused = model.encode(images, ids)[:, 0]
+    with torch.no_grad():
+        model.proj_layers[0].bias.add_(torch.randn(24))
+    assert not torch.allclose(model.encode(images, ids)[:, 0], fused)
+
+
+def test_loss_ignores_visible_patches():
+    model, images, noise = small(), torch.randn(2, 3, 16, 24), torch.rand(2, 24)
+    _, mask = random_masking(noise, model.num_visible)
+    patches = reference.patchify(images, 4)
+    changed = reference.unpatchify(patches + (1 - mask[..., None]) * torch.randn_like(patches), 4, (4, 6))
+    assert torch.equal(model(images, noise, changed), model(images, noise, images))
+    changed = reference.unpatchify(patches + mask[..., None] * torch.randn_like(patches), 4, (4, 6))
+    assert not torch.equal(model(images, noise, changed), model(images, noise, images))
+
+
+def test_shuffling_inverts_and_keeps_the_smallest_noise():
+    noise = torch.rand(5, 30)
+    ids_shuffle, mask = random_masking(noise, 7)
+    restored = noise.gather(1, ids_shuffle).gather(1, ids_shuffle.argsort(dim=1))
+    assert torch.equal(restored, noise)
+    assert mask.sum(dim=1).tolist() == [23.0] * 5
+    assert (noise[mask == 0].reshape(5, 7).amax(1) <= noise[mask == 1].reshape(5, 23).amin(1)).all()
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (24, 12)])
+def test_unpatchify_inverts_patchify(in_chans, size):
+    images = torch.randn(2, in_chans, *size)
+    patches = reference.patchify(images, 4)
+    assert patches.shape == (2, size[0] * size[1] // 16, 16 * in_chans)
+    assert torch.equal(reference.unpatchify(patches, 4, (size[0] // 4, size[1] // 4)), images)
+    assert torch.equal(patches[0, 1, :in_chans], images[0, :, 0, 4])    # patch 1 starts one patch to the right, channels first
+
+
+@pytest.mark.parametrize("in_chans, img_size", [(1, (8, 24)), (4, (16, 12))])
+def test_other_channels_and_sides_train(in_chans, img_size):
+    model = small((0, 1, 2), img_size, in_chans)
+    L = model.encoder.num_patches
+    model(torch.randn(2, in_chans, *img_size), torch.rand(2, L)).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_published_parameter_counts():
+    def count(out_indices):
+        from mff_min.vit import MODELS
+        return sum(p.numel() for p in MaskedAutoencoder(VisionTransformer(224, **MODELS["vit_b"]), out_indices).parameters())
+    assert count((11,)) == 111_907_840 + 1
+    assert count((0, 2, 4, 6, 8, 11)) == 111_907_840 + 2_952_966
+
+
+@pytest.mark.parametrize("indices", [(11,), (0, 11), (0, 4, 8, 11), (0, 2, 4, 6, 8, 11), tuple(range(12))])
+def test_every_row_of_table_4_can_be_built(indices):
+    encoder = VisionTransformer(16, patch_size=8, embed_dim=12, depth=12, num_heads=3)
+    model = MaskedAutoencoder(encoder, indices, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
+    assert len(model.proj_layers) == len(indices) - 1 and model.proj_weights.shape == (len(indices), 1, 1, 1)
+    assert model(torch.randn(1, 3, 16, 16), torch.rand(1, 4)).isfinite()
+
+
+def test_spread_is_the_published_choice_for_twelve_blocks():
+    assert spread_indices(12) == (0, 2, 4, 6, 8, 11)
+    assert spread_indices(24) == (0, 4, 8, 12, 16, 23)
+    assert [spread_indices(depth)[-1] for depth in range(1, 40)] == list(range(39))
+    assert all(list(spread_indices(depth)) == sorted(set(spread_indices(depth))) for depth in range(1, 40))
+
+
+@pytest.mark.parametrize("indices, message", [
+    ((), "empty"), ((2, 0), "must ascend"), ((0, 0, 2), "must ascend"), ((0, 1), "end with the last block, 2"),
+    ((0, 3), r"lie in 0 \.\.\. 2"), ((-1, 2), r"lie in 0 \.\.\. 2"),
+])
+def test_impossible_out_indices_are_named(indices, message):
+    with pytest.raises(ValueError, match=message):
+        small(indices)
+
+
+@pytest.mark.parametrize("ratio, message", [(0.0, "outside"), (1.0, "outside"), (1.5, "outside"), (-0.1, "outside"),
+                                            (0.99, "leaves 0 of 24")])
+def test_impossible_mask_ratios_are_named(ratio, message):
+    with pytest.raises(ValueError, match=message):
+        small(mask_ratio=ratio)
+
+
+def test_published_number_of_visible_patches():
+    assert count_visible(196, 0.75) == 49 and count_visible(256, 0.75) == 64
+
+
+def test_torch_column_is_the_reference():
+    assert TORCH.layer_sum is reference.layer_sum and TORCH.patch_loss is reference.patch_loss

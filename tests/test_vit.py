@@ -1,0 +1,86 @@
+"""The ViT against timm's, parameter by parameter, and its positions against the official tables."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed, sincos_pos_embed
+
+
+def rounding(want, factor=32):
+    """What fp32 rounding may do to a tensor: factor * eps * its largest value."""
+    return factor * torch.finfo(torch.float32).eps * want.abs().max().item()
+
+
+@pytest.mark.parametrize("model, name", [("vit_s", "vit_small_patch16_224"), ("vit_b", "vit_base_patch16_224")])
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_keys_logits_and_gradients_are_timms(model, name, global_pool):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    theirs = timm.create_model(name, num_classes=11, global_pool=global_pool)
+    ours = VisionTransformer(224, num_classes=11, global_pool=global_pool, **MODELS[model])
+    with torch.no_grad():
+        for parameter in theirs.parameters():                           # no zero bias or unit scale hides a wrong wire
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [(k, v.shape) for k, v in theirs.state_dict().items()]
+
+    images, labels = torch.randn(2, 3, 224, 224), torch.tensor([3, 7])
+    want, got = theirs(images), ours(images)
+    torch.testing.assert_close(got, want, rtol=0, atol=rounding(want))
+    F.cross_entropy(want, labels).backward()
+    F.cross_entropy(got, labels).backward()
+    want = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[key].grad, rtol=0, atol=rounding(want[key].grad, 256), msg=key)
+
+
+def test_parameter_counts_are_the_published_ones():
+    counts = {name: sum(p.numel() for p in VisionTransformer(224, **MODELS[name]).parameters())
+              for name in ("vit_s", "vit_b", "vit_l")}
+    assert counts == {"vit_s": 21_665_664, "vit_b": 85_798_656, "vit_l": 303_301_632}
+
+
+def test_embedding_only_the_visible_patches_equals_embedding_all_and_then_choosing():
+    vit = VisionTransformer((32, 48), **MODELS["vit_test"])
+    images, ids = torch.randn(2, 3, 32, 48), torch.tensor([[5, 0, 20], [1, 7, 3]])
+    chosen = vit.embed(images)[:, 1:].gather(1, ids[..., None].expand(-1, -1, 96))
+    torch.testing.assert_close(vit.embed(images, ids)[:, 1:], chosen, rtol=0, atol=rounding(chosen))
+
+
+def test_recomputing_activations_changes_no_gradient():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        vit = VisionTransformer(32, num_classes=3, grad_checkpointing=recompute, **MODELS["vit_test"])
+        vit(torch.ones(2, 3, 32, 32)).sum().backward()
+        grads.append([p.grad for p in vit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_sincos_positions_are_the_official_ones(golden):
+    for key, want in golden("tables").items():
+        if key.startswith("sincos/"):
+            dim, side = map(int, key.removeprefix("sincos/").split("_"))
+            got = sincos_pos_embed(dim, (side, side))[0]                # (1 + L, D); row 0 is the class token
+            assert torch.equal(got[0], torch.zeros(dim))
+            rows = torch.tensor([0, 1, 2, side, side + 1, side * side - 1])
+            torch.testing.assert_close(got[1 + rows].double(), want, rtol=0, atol=1e-7)
+
+
+def test_resized_positions_are_the_official_ones(golden):
+    tables = golden("tables")
+    for side in (24, 8):
+        got = resize_pos_embed(tables["pos_interp/in14"], (14, 14), (side, side))
+        torch.testing.assert_close(got, tables[f"pos_interp/out{side}"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(img_size=50), "img_size 50x50 is not a multiple of patch_size 8"),
+    (dict(img_size=64, global_pool="max"), "global_pool 'max' is unknown"),
+    (dict(img_size=64, embed_dim=100), "embed_dim 100 is not a multiple of num_heads 3"),
+])
+def test_impossible_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(**(MODELS["vit_test"] | arguments))
