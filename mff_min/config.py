@@ -20,9 +20,25 @@ class UserError(Exception):
     """Bad input. The stage ends with this text on one line and exit code 2."""
 
 
-def opt(default, help, choices=None, type=None):
-    """A dataclass field with its help text; `type` turns the flag's text into the value where the annotation cannot."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, type=type))
+def opt(default, help, choices=None, type=None, least=None, above=None):
+    """A dataclass field with its help text, for a flag.
+
+    type turns the flag's text into the value where the annotation cannot; the value must be in choices, at least `least`
+    and more than `above`, where these are given.
+    """
+    metadata = dict(help=help, choices=choices, type=type, least=least, above=above)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_ranges(cfg):
+    """Raise UserError for the first value of a configuration that is outside its field's bounds."""
+    for field in dataclasses.fields(cfg):
+        value, least, above = getattr(cfg, field.name), field.metadata["least"], field.metadata["above"]
+        flag = f"--{field.name.replace('_', '-')} {value}"
+        if value is not None and least is not None and not value >= least:
+            raise UserError(f"{flag}: expected {least} or more")
+        if value is not None and above is not None and not value > above:
+            raise UserError(f"{flag}: expected more than {above}")
 
 
 def parse(config_class, argv=None):

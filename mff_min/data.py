@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from mff_min import rng
-from mff_min.augment import to_mode
+from mff_min.augment import CROPS, to_mode
 from mff_min.config import UserError
 from mff_min.shapes import SHAPES, load_shapes
 
@@ -143,9 +143,9 @@ class Views(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, bad = self.read(epoch, index)
-        pixels = np.asarray(self.crop(image, self.size, rng.Rng(self.seed, rng.CROP, epoch, index)))
+        crop = CROPS[self.crop](image, self.size, rng.Rng(self.seed, rng.CROP, epoch, index))
         noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_patches)
-        pixels = torch.tensor(pixels).reshape(*self.size, self.in_chans).permute(2, 0, 1)       # (C, H, W)
+        pixels = torch.tensor(np.asarray(crop)).reshape(*self.size, -1).permute(2, 0, 1)        # (C, H, W)
         return dict(image=pixels, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
 
     def read(self, epoch, index):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from kernels.reference import patchify, unpatchify
+from mff_min.targets import reconstruction
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -25,6 +26,21 @@ def grey_out(images, mask, patch_size):
     H, W = images.shape[-2:]
     patches = patchify(images, patch_size) * (1 - mask[..., None])      # (B, L, N)
     return unpatchify(patches, patch_size, (H // patch_size, W // patch_size))
+
+
+def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix, mean, std, title):
+    """What was there, what the model saw, what it predicts and both together, one row an image: a Pillow image.
+
+    images and targets (B, C, H, W) are normalised; where they differ (PixMIM) the target has a column of its own. pred
+    (B, K, N) and ids (B, K) are the masked patches, mask is (B, L) with 1 removed.
+    """
+    pasted = reconstruction(pred.float(), targets, ids, patch_size, norm_pix)           # (B, C, H, W)
+    columns = {"image": images, "target": targets, "masked": grey_out(images, mask, patch_size),
+               "prediction": grey_out(pasted, 1 - mask, patch_size), "pasted": pasted}
+    if targets is images:
+        del columns["target"]
+    tiles = {caption: to_uint8(pictures, mean, std) for caption, pictures in columns.items()}
+    return grid(tiles, title, scale=max(1, round(128 / min(images.shape[-2:]))))
 
 
 def grid(columns, title, scale=1):

@@ -218,6 +218,8 @@ def open_folder(cfg, world):
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.tmp.*"):                     # of a process that was killed while writing
+                leftover.unlink()
             (folder / "config.json").write_text(to_json(cfg))
             (folder / "env.json").write_text(json.dumps(describe_environment(world), indent=1) + "\n")
         except OSError as error:
@@ -230,8 +232,8 @@ class Log:
 
     def __init__(self, folder, world, step):
         self.path, self.is_main = Path(folder) / "log.jsonl", world.is_main
-        if self.is_main:
-            kept = [line for line in read_log(self.path) if line["step"] <= step and step > 0]
+        if self.is_main:                                                # "done" marks the last line: it is written anew
+            kept = [line for line in read_log(self.path) if line["step"] <= step and step > 0 and "done" not in line]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
 

@@ -50,6 +50,7 @@ def published(request, golden):
         if kind in ("state", "grad"):
             arrays[f"{kind}/{rename(name)}"] = arrays.pop(key)
     cfg = arrays["cfg"]
+    arrays.setdefault("state/proj_weights", torch.ones(1, 1, 1, 1))     # the one weight of one level, which MAE does not have
     out_indices = arrays.get("cfg_fuse_layers", cfg[3:4] - 1).tolist()
     model = build(cfg, out_indices, norm_pix_loss=file != "mae_pixels")
     model.load_state_dict({key.removeprefix("state/"): value for key, value in arrays.items()
