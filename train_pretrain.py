@@ -1,4 +1,4 @@
-"""Pre-train a ViT by predicting masked pixels: MAE, PixMIM, MFF_MAE, MFF_PixMIM (MFF: arXiv 2308.00261, table 1).
+"""Pre-train a ViT by predicting masked pixels: MAE, PixMIM, MFF_MAE, MFF_PixMIM (arXiv 2308.00261, table 1).
 
     torchrun train_pretrain.py --model vit_b                            MFF_MAE on the embedded images
     torchrun --nproc-per-node=8 train_pretrain.py --model vit_b --data IMAGENET --batch-size 256 --workers 12
@@ -12,8 +12,8 @@ The methods are combinations of independent flags:
     MFF as mmpretrain has it    --crop simple
     MFF, shallow detached       --detach-shallow
 
-Published for vit_b after 800 epochs of ImageNet, linear probe / fine-tuning: MAE 65.1 / 83.3, PixMIM 67.5 / 83.5,
-MFF_MAE 67.0 / 83.6. Any number of processes makes up the batch of 4096 by accumulation.
+Published for vit_b after 800 epochs of ImageNet, linear probe / fine-tuning: MAE 65.1 / 83.3, PixMIM 67.5 /
+83.5, MFF_MAE 67.0 / 83.6. Any number of processes makes up the batch of 4096 by accumulation.
 """
 
 import contextlib
@@ -44,15 +44,15 @@ from mff_min.vit import MODELS, VisionTransformer
 class Config:
     # what changes the result
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
-    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, or a folder of images")
-    img_size: tuple[int, int] = opt((224, 224), "side of the crop in pixels, or HEIGHTxWIDTH", type=side_or_sides)
+    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, an image folder")
+    img_size: tuple[int, int] = opt((224, 224), "crop in pixels: SIDE or HEIGHTxWIDTH", type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the model's own", above=0)
     in_chans: int = opt(3, "channels of an image", choices=list(MODES))
     mean: tuple[float, ...] = opt((0.485, 0.456, 0.406), "mean of each channel, in [0, 1]", type=numbers)
     std: tuple[float, ...] = opt((0.229, 0.224, 0.225), "standard deviation of each channel", type=numbers)
     crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center", choices=list(CROPS))
     mask_ratio: float = opt(0.75, "share of the patches that is masked")
-    out_indices: str = opt("spread", "fused blocks: spread (0,2,4,6,8,11 of twelve), last (MAE), all, or a list")
+    out_indices: str = opt("spread", "fused blocks: spread (0,2,4,6,8,11 of twelve), last (MAE), all, a list")
     detach_shallow: bool = opt(False, "no gradient to shallow blocks through the fusion (MFF, A.8)")
     norm_pix_loss: bool = opt(True, "normalise each target patch by its own mean and variance")
     low_pass_radius: float = opt(0.0, "frequency bins kept of the target (PixMIM: 40); 0 keeps all", least=0)
@@ -61,16 +61,16 @@ class Config:
     decoder_depth: int = opt(8, "blocks of the decoder", above=0)
     decoder_num_heads: int = opt(16, "attention heads of the decoder", above=0)
     epochs: float | None = opt(None, "epochs of the schedule; not given: 800, or what --steps makes", above=0)
-    steps: int | None = opt(None, "end after this many; without --epochs the schedule ends there too", above=0)
+    steps: int | None = opt(None, "end after this many; without --epochs the schedule does too", above=0)
     global_batch: int = opt(4096, "images of a step, over all processes and micro-batches", above=0)
     blr: float = opt(1.5e-4, "base learning rate; lr = blr * global_batch / 256", above=0)
     lr: float | None = opt(None, "learning rate, instead of blr", above=0)
     min_lr: float = opt(0.0, "learning rate at the end", least=0)
-    warmup_epochs: float | None = opt(None, "of linear warm-up; not given: 40, at most a fifth of the run", least=0)
+    warmup_epochs: float | None = opt(None, "of linear warm-up; not given: 40, or a fifth of epochs", least=0)
     weight_decay: float = opt(0.05, "AdamW's weight decay", least=0)
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
     seed: int = opt(0, "of the weights, the order, the crops and the masks", least=0)
-    init_from: str = opt("", "weights to start from: a checkpoint of this stage, or an encoder with timm's names")
+    init_from: str = opt("", "weights to start from: a checkpoint of this stage, or a timm-named encoder")
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -96,9 +96,9 @@ class Schedule:
     """What follows from the flags, the number of images and the number of processes."""
     num_samples: int
     global_batch: int
-    accumulation: int                                                   # micro-batches of a step in one process
+    accumulation: int                                                   # micro-batches of a process's step
     stop: int                                                           # the step at which the run ends
-    epochs: float                                                       # where the learning rate reaches min_lr
+    epochs: float                                                       # where lr reaches min_lr
     warmup_epochs: float
     lr: float
 
@@ -112,14 +112,14 @@ def check(cfg, world_size):
     for name in ("mean", "std"):
         count = len(getattr(cfg, name))
         if count != cfg.in_chans:
-            raise UserError(f"--{name} has {count} numbers: expected {cfg.in_chans}, one for each of --in-chans")
+            raise UserError(f"--{name} has {count} numbers: expected {cfg.in_chans}, as many as --in-chans")
     if min(cfg.std) <= 0:
         raise UserError(f"--std {min(cfg.std)}: expected more than 0")
     together = cfg.batch_size * world_size
     if cfg.global_batch % together:
         nearest = max(round(cfg.global_batch / together), 1) * together
-        raise UserError(f"--global-batch {cfg.global_batch} is not a multiple of --batch-size {cfg.batch_size} "
-                        f"times {world_size} processes; the nearest that is: {nearest}")
+        raise UserError(f"--global-batch {cfg.global_batch} is not a multiple of --batch-size "
+                        f"{cfg.batch_size} times {world_size} processes; the nearest that is: {nearest}")
 
 
 def make_schedule(cfg, num_samples, world_size):
@@ -130,7 +130,8 @@ def make_schedule(cfg, num_samples, world_size):
     warmup_epochs = min(40, epochs / 5) if cfg.warmup_epochs is None else cfg.warmup_epochs
     if warmup_epochs >= epochs:
         raise UserError(f"--warmup-epochs {warmup_epochs:g}: expected less than the run's {epochs:g} epochs")
-    steps = math.ceil(round(epochs * num_samples / cfg.global_batch, 6))    # rounded: epochs may come from steps
+    # Rounded before it is rounded up, because epochs may come from steps.
+    steps = math.ceil(round(epochs * num_samples / cfg.global_batch, 6))
     lr = cfg.blr * cfg.global_batch / 256 if cfg.lr is None else cfg.lr
     return Schedule(num_samples, cfg.global_batch, cfg.global_batch // (cfg.batch_size * world_size),
                     min(steps, cfg.steps or steps), epochs, warmup_epochs, lr)
@@ -149,7 +150,8 @@ def build_model(cfg):
     try:
         out_indices = named.get(cfg.out_indices) or tuple(map(int, cfg.out_indices.split(",")))
     except ValueError:
-        raise UserError(f"--out-indices {cfg.out_indices}: expected spread, last, all, or e.g. 0,4,11") from None
+        message = f"--out-indices {cfg.out_indices}: expected spread, last, all, or e.g. 0,4,11"
+        raise UserError(message) from None
     try:
         encoder = VisionTransformer(cfg.img_size, in_chans=cfg.in_chans,
                                     grad_checkpointing=cfg.grad_checkpointing, **size)
@@ -175,7 +177,7 @@ def load_initial_weights(model, path, say):
 
 
 def main(cfg):
-    """Pre-train as cfg says; returns the final metrics: step, loss, val_loss and the val_loss of predicting means."""
+    """Pre-train as cfg says; returns the final metrics: step, loss, and what evaluate returns."""
     with start_world(cfg.device) as world, catch_signals() as signals:
         check(cfg, world.size)
         return pretrain(cfg, world, signals)
@@ -187,26 +189,28 @@ def pretrain(cfg, world, signals):
             print(text, flush=True)
 
     device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
-    torch.manual_seed(cfg.seed)                                         # the initial weights; the loop draws nothing
+    torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     model = build_model(cfg).to(device)
     state = find_checkpoint(cfg.output_dir, cfg.resume, say)
     start = state["step"] if state else 0
     if len(set(world.gather(start))) > 1:
-        raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} must be "
-                        f"one folder that all hosts see")
+        raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
+                        f"must be one folder that all hosts see")
 
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
     schedule = make_schedule(cfg, len(train_set), world.size)
     if len(train_set) < cfg.global_batch:
-        say(f"warning: {len(train_set)} images are fewer than the global batch of {cfg.global_batch}: a step sees "
-            f"some of them more than once, each time with another crop and mask")
+        say(f"warning: {len(train_set)} images are fewer than the global batch of {cfg.global_batch}: a step "
+            f"sees some of them more than once, each time with another crop and mask")
     views = Views(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
-    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop, world.rank,
-                    world.size)
+    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
+                    world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
-    radius = low_pass_radius_at(cfg.low_pass_radius, cfg.img_size) if cfg.low_pass_scaled else cfg.low_pass_radius
+    radius = cfg.low_pass_radius
+    if cfg.low_pass_scaled:
+        radius = low_pass_radius_at(radius, cfg.img_size)
 
     def to_device(batch):
         """The images, the noise that masks them, and what to predict of them."""
@@ -232,8 +236,12 @@ def pretrain(cfg, world, signals):
     progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
+    way_on = "--resume auto goes on from the last checkpoint; --clip-grad, a lower --lr or --dtype float32 may help"
+
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise Fault(f"weights are not finite at step {step} and are not saved; {way_on}")
         if world.is_main:
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                      "scaler": scaler.state_dict(), "step": step, "loss": loss,
@@ -275,7 +283,8 @@ def pretrain(cfg, world, signals):
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
         if cfg.clip_grad or logs:
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(grads)
         if cfg.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
         scaler.step(optimizer)
@@ -287,24 +296,25 @@ def pretrain(cfg, world, signals):
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):
-                raise Fault(f"loss is {loss_value} at step {done}; --resume auto goes on from the last checkpoint, "
-                            f"and --clip-grad, a lower --lr or --dtype float32 may get it past this point")
+                raise Fault(f"loss is {loss_value} at step {done}; {way_on}")
             bad_samples.report()
         if logs:
             seconds = time.monotonic() - logged_at
             img_per_s, data_wait = (done - logged_step) * cfg.global_batch / seconds, waited / seconds
-            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr, grad_norm=grad_norm.item(),
-                      img_per_s=img_per_s, data_wait=data_wait, fusion_weights=model.fusion_weights().tolist())
-            progress.show(done * cfg.global_batch, f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}"
-                          f"  {img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
+            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
+                      grad_norm=grad_norm.item(), img_per_s=img_per_s, data_wait=data_wait,
+                      fusion_weights=model.fusion_weights().tolist())
+            progress.show(done * cfg.global_batch,
+                          f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}  "
+                          f"{img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
             waited, logged_at, logged_step = 0.0, time.monotonic(), done
         if done % picture_every == 0 or ends:
             draw(done)
         if saves:
             save(done, loss_value)
         if stop_signal and not ends:
-            raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is saved in "
-                                       f"{folder}: --resume auto goes on from there")
+            raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
+                                       f"saved in {folder}: --resume auto goes on from there")
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value)
@@ -314,8 +324,8 @@ def pretrain(cfg, world, signals):
         metrics |= evaluate(cfg, model, val_set, to_device, dtype)
         log.write(done=True, **metrics)
         kind = "held-out" if val_set.is_split else "training"
-        progress.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where predicting "
-                     f"the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"
+        progress.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
+                     f"predicting the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"
                      f"  {folder}/reconstruction.png   what the model sees behind the mask\n"
                      f"  {folder}/encoder.pt           the encoder, with timm's parameter names\n"
                      f"  {folder}/log.jsonl            loss, learning rate and fusion weights over the run")
@@ -327,8 +337,8 @@ def announce(cfg, schedule, model, start, say):
     count = sum(p.numel() for p in model.parameters())
     say(f"{cfg.model}: {count / 1e6:.1f} M parameters with the decoder; fused blocks: "
         f"{','.join(map(str, model.out_indices))}; {schedule.num_samples} images of {cfg.data}\n"
-        f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} micro-batches, "
-        f"{schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
+        f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} "
+        f"micro-batches, {schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
         f"{schedule.warmup_epochs:.3g} epochs of warm-up")
 
 
@@ -337,22 +347,22 @@ def estimate(schedule, start, seconds, device, say):
     total = seconds * schedule.accumulation * (schedule.stop - start)
     say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
     if device.type == "cpu" and total > 86_400:
-        say("that is over a day on this CPU: `make demo` trains a small model on small images in minutes, and "
-            "--steps ends this run early")
+        say("that is over a day on this CPU: `make demo` trains a small model on small images in minutes, "
+            "and --steps ends this run early")
 
 
 # ---------------------------------------------------------------- evaluation and pictures
 
 
 def held_out(cfg, source, indices, num_patches):
-    """A batch of fixed views: the centre crop of these images, under masks that depend on their index alone."""
+    """A batch of fixed views: the centre crop of these images, under masks that depend on the index alone."""
     views = Views(source, "center", cfg.img_size, cfg.in_chans, num_patches, cfg.seed)
     return collate([views[0, i] for i in indices])
 
 
 @torch.no_grad()
 def evaluate(cfg, model, source, to_device, dtype, most=512):
-    """The loss on at most 512 images, each counted once, and the loss of predicting every patch by its mean."""
+    """The loss on at most 512 images, each counted once, and that of predicting every patch by its mean."""
     count, totals, replaced = min(len(source), most), torch.zeros(2, dtype=torch.float64), 0
     for first in range(0, count, cfg.batch_size):
         indices = range(first, min(first + cfg.batch_size, count))
@@ -375,8 +385,8 @@ def draw_reconstructions(cfg, model, source, to_device, folder, step):
     images, noise, targets = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
     pred, ids, mask = model.predict(images, noise)
     mean, std = images.new_tensor(cfg.mean), images.new_tensor(cfg.std)
-    sheet = reconstruction_sheet(images, targets, pred, ids, mask, model.encoder.patch_size, cfg.norm_pix_loss,
-                                 mean, std, f"{cfg.model} at step {step}")
+    sheet = reconstruction_sheet(images, targets, pred, ids, mask, model.encoder.patch_size,
+                                 cfg.norm_pix_loss, mean, std, f"{cfg.model} at step {step}")
     for name in (f"reconstruction-{step:06d}.png", "reconstruction.png"):
         write_atomically(folder / name, lambda file: sheet.save(file, format="PNG"))
 

@@ -1,7 +1,8 @@
 """From a Pillow image to the uint8 pixels that a model sees: crops, flips and channel conversion.
 
-Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample, and returns a Pillow image of
-that size. Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises there.
+Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample, and returns a
+Pillow image of that size. Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises
+there.
 """
 
 import math
@@ -10,20 +11,24 @@ import numpy as np
 from PIL import Image, ImageOps
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # the Pillow mode of an image with in_chans channels
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # in_chans to Pillow's mode
 
 
 def random_resized(image, size, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random part of the image, resized and flipped half of the time (MAE, A.1; Inception crops, arXiv 1409.4842)."""
+    """A random part of the image, resized, and flipped half of the time.
+
+    MAE, A.1; the crop is Inception's (arXiv 1409.4842).
+    """
     top, left, height, width = random_resized_box(image.height, image.width, rng, scale, ratio)
     image = image.crop((left, top, left + width, top + height)).resize(size[::-1], BICUBIC)
     return flip(image, rng)
 
 
 def simple(image, size, rng, padding=4):
-    """The shorter side resized to the crop, padded by reflection, cropped at random and flipped (PixMIM, arXiv 2303.02416).
+    """The shorter side resized to the crop, padded by reflection, cropped at random and flipped.
 
-    Unlike random_resized it keeps most of the object in view, which under a 75 % mask is little enough.
+    PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
+    75 % mask is little enough.
     """
     image = np.asarray(resize_to_cover(image, size, BILINEAR))          # (H, W) or (H, W, C)
     image = np.pad(image, [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2), mode="reflect")
@@ -34,7 +39,7 @@ def simple(image, size, rng, padding=4):
 
 
 def center(image, size, rng=None):
-    """The middle of the image at the largest scale that fits, with nothing random: for pictures and evaluation."""
+    """The middle of the image at the largest scale that fits, nothing random: for pictures and evaluation."""
     image = resize_to_cover(image, size, BICUBIC)
     height, width = size
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
@@ -45,9 +50,10 @@ CROPS = {"random_resized": random_resized, "simple": simple, "center": center}
 
 
 def random_resized_box(height, width, rng, scale, ratio):
-    """(top, left, height, width) of a random part: area uniform in scale, log aspect uniform in ratio, ten tries.
+    """(top, left, height, width) of a random part: area uniform in scale, log aspect uniform in ratio.
 
-    Where ten tries find no part that fits, it is the largest centred one whose aspect is in ratio, as in torchvision.
+    Where ten tries find no part that fits, it is the largest centred one whose aspect is in ratio, as in
+    torchvision.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -76,15 +82,16 @@ def flip(image, rng):
 def to_mode(image, in_chans):
     """The image with in_chans channels of 8 bits, by fixed rules.
 
-    16-bit values are scaled to 8 bits, which Pillow's own convert would saturate; palettes and CMYK become colour; alpha
-    is dropped, not blended; grey is repeated; of an animation the first frame counts; EXIF orientation is ignored, as it
-    is by the published pipelines. Raises ValueError for 32-bit and float images, whose range is unknown.
+    16-bit values are scaled to 8 bits, which Pillow's own convert would saturate; palettes and CMYK become
+    colour; alpha is dropped, not blended; grey is repeated; of an animation the first frame counts; EXIF
+    orientation is ignored, as it is by the published pipelines. Raises ValueError for 32-bit and float
+    images, whose range is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.uint32)                    # (H, W)
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
-    if image.mode in ("LA", "La", "PA"):                                # Pillow has no direct way from these to RGBA and back
+    if image.mode in ("LA", "La", "PA"):                                # Pillow needs RGBA in between
         image = image.convert("RGBA")
     return image.convert(MODES[in_chans])

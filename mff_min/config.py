@@ -23,8 +23,8 @@ class UserError(Exception):
 def opt(default, help, choices=None, type=None, least=None, above=None):
     """A dataclass field with its help text, for a flag.
 
-    type turns the flag's text into the value where the annotation cannot; the value must be in choices, at least `least`
-    and more than `above`, where these are given.
+    type turns the flag's text into the value where the annotation cannot; the value must be in choices, at
+    least `least` and more than `above`, where these are given.
     """
     metadata = dict(help=help, choices=choices, type=type, least=least, above=above)
     return dataclasses.field(default=default, metadata=metadata)
@@ -43,18 +43,20 @@ def check_ranges(cfg):
 
 def parse(config_class, argv=None):
     """The configuration that the command line asks for. Bad flags end the process: one line, exit code 2."""
-    doc = (sys.modules[config_class.__module__].__doc__ or "").strip()
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=(sys.modules[config_class.__module__].__doc__ or "").strip(),
+                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
-        names = dict.fromkeys(["--" + field.name.replace("_", "-"), "--" + field.name])     # both spellings, each once
+        flag = "--" + field.name
+        names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
         text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
+        common = dict(default=field.default, help=text)
         if field.type is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         else:
-            kind = field.metadata["type"] or _plain_type(field.type)
-            parser.add_argument(*names, type=kind, choices=field.metadata["choices"], default=field.default, help=text,
-                                metavar=None if field.metadata["choices"] else field.name.upper())
+            kind, choices = field.metadata["type"] or _plain_type(field.type), field.metadata["choices"]
+            metavar = None if choices else field.name.upper()
+            parser.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -67,7 +69,8 @@ def side_or_sides(text):
     """An image size: "224" is square, "224x160" is height x width. Returns (height, width)."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an image size: expected a side in pixels, or HEIGHTxWIDTH")
+        message = f"{text!r} is not an image size: expected a side in pixels, or HEIGHTxWIDTH"
+        raise argparse.ArgumentTypeError(message)
     return int(sides[0]), int(sides[-1])
 
 
@@ -76,7 +79,8 @@ def numbers(text):
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: expected e.g. 0.5,0.5,0.5") from None
+        message = f"{text!r} is not a list of numbers: expected e.g. 0.5,0.5,0.5"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _plain_type(annotation):
@@ -100,7 +104,8 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            self.error(f"unknown flag {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "; --help lists them"))
+            hint = f"did you mean {close[0]}?" if close else "--help lists them"
+            self.error(f"unknown flag {unknown[0]}; {hint}")
         return known
 
     def error(self, message):

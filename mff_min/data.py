@@ -1,8 +1,9 @@
 """Image sources, the order in which they are seen, and the loader.
 
-A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)` and `source.classes`.
-Which sample is seen when, how it is cropped and which of its patches are masked are pure functions of (seed, epoch,
-index), so nothing depends on the number of workers or ranks, and a run resumes anywhere.
+A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)` and
+`source.classes`. Which sample is seen when, how it is cropped and which of its patches are masked are pure
+functions of (seed, epoch, index), so nothing depends on the number of workers or ranks, and a run resumes
+anywhere.
 """
 
 import bisect
@@ -22,33 +23,35 @@ from mff_min.shapes import SHAPES, load_shapes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-MAX_PIXELS = 50_000_000                                                 # a header that promises more is not decoded
+MAX_PIXELS = 50_000_000                                                 # a header with more is not decoded
 
 # What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
-                 ZeroDivisionError, RuntimeError, struct.error, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
+                 OverflowError, ZeroDivisionError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
 class ImageFolder:
-    """Image files below a folder: ROOT/<split>/<class>/* where there is a split folder, else ROOT/train or ROOT itself.
+    """Image files below a folder: ROOT/<split>/<class>/*, or ROOT/train or ROOT where there is no such split.
 
-    is_split says whether the split was found. Without class folders every label is 0. Hidden files are skipped. Raises
-    UserError when there is no image.
+    is_split says whether the split was found. Without class folders every label is 0. Hidden files are
+    skipped. Raises UserError when there is no image.
     """
 
     def __init__(self, root, split):
         root = Path(root)
         if not root.is_dir():
-            raise UserError(f"data folder {root} {'is a file' if root.exists() else 'does not exist'}: expected a folder "
-                            f"of images, with or without train/ and val/")
+            problem = "is a file" if root.exists() else "does not exist"
+            raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
+                            f"train/ and val/")
         self.is_split = (root / split).is_dir()
         self.root = next(path for path in (root / split, root / "train", root) if path.is_dir())
         files = sorted(path for path in self.root.rglob("*") if not path.name.startswith("."))
         self.paths = [path for path in files if path.suffix.lower() in SUFFIXES and not path.is_dir()]
         if not self.paths:
-            raise UserError(f"data folder {self.root} holds no images ({len(files)} other entries): expected files "
-                            f"that end in {' '.join(SUFFIXES)}")
-        tops = [path.relative_to(self.root).parts[0] if path.parent != self.root else "" for path in self.paths]
+            raise UserError(f"data folder {self.root} holds no images ({len(files)} other entries): expected "
+                            f"files that end in {' '.join(SUFFIXES)}")
+        below = [path.relative_to(self.root).parts for path in self.paths]
+        tops = [parts[0] if len(parts) > 1 else "" for parts in below]
         self.classes = sorted(set(tops))
         self.labels = [bisect.bisect_left(self.classes, top) for top in tops]
 
@@ -57,7 +60,7 @@ class ImageFolder:
 
     def open(self, i):
         image = Image.open(self.paths[i], formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:                     # known from the header, before anything is decoded
+        if image.width * image.height > MAX_PIXELS:                     # from the header: not decoded yet
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         return image
 
@@ -88,7 +91,10 @@ class ImageArray:
 
 
 def read_cifar(folder, split, fine_labels):
-    """CIFAR-10 or, with fine_labels, CIFAR-100 from the binary files (cs.toronto.edu/~kriz/cifar.html), as an ImageArray."""
+    """CIFAR-10 or, with fine_labels, CIFAR-100 as an ImageArray.
+
+    From the binary files of cs.toronto.edu/~kriz/cifar.html.
+    """
     label_bytes, classes = (2, 100) if fine_labels else (1, 10)
     if fine_labels:
         files = ["train.bin" if split == "train" else "test.bin"]
@@ -100,19 +106,20 @@ def read_cifar(folder, split, fine_labels):
             raise UserError(f"{path} does not exist: expected the binary version of CIFAR-{classes}")
         record = label_bytes + 3072
         if path.stat().st_size % record or not path.stat().st_size:
-            raise UserError(f"{path} has {path.stat().st_size} bytes: expected a multiple of {record}, CIFAR-{classes}'s record")
+            raise UserError(f"{path} has {path.stat().st_size} bytes: expected a multiple of {record}, "
+                            f"CIFAR-{classes}'s record")
         records.append(np.fromfile(path, np.uint8).reshape(-1, record))
     records = np.concatenate(records)
     images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return ImageArray(np.ascontiguousarray(images), records[:, label_bytes - 1], [str(i) for i in range(classes)],
-                      f"CIFAR-{classes} {split}")
+    labels, names = records[:, label_bytes - 1], [str(i) for i in range(classes)]
+    return ImageArray(np.ascontiguousarray(images), labels, names, f"CIFAR-{classes} {split}")
 
 
 def open_data(spec, split, cache_dir, say):
     """The source that --data names, for split "train" or "val".
 
-    "shapes" or "shapes:COUNT" (the embedded images, drawn once into cache_dir; val has a fifth of COUNT), "cifar10:DIR",
-    "cifar100:DIR", or a folder. say(text) is told about long work.
+    "shapes" or "shapes:COUNT" (the embedded images, drawn once into cache_dir; val has a fifth of COUNT),
+    "cifar10:DIR", "cifar100:DIR", or a folder. say(text) is told about long work.
     """
     kind, _, argument = spec.partition(":")
     if kind == "shapes":
@@ -130,10 +137,10 @@ def open_data(spec, split, cache_dir, say):
 
 
 class Views(Dataset):
-    """Random views of a source. An item is asked for by (epoch, index) and is a function of that and the seed alone.
+    """Random views of a source. An item is asked for by (epoch, index), and is a function of it and the seed.
 
-    It holds image (C, H, W) uint8, noise (L,) for random_masking, and bad, the (name, reason) of every file that could not
-    be read; such a file is replaced by another one chosen by (seed, epoch, index).
+    It holds image (C, H, W) uint8, noise (L,) for random_masking, and bad, the (name, reason) of every file
+    that could not be read; such a file is replaced by another one chosen by (seed, epoch, index).
     """
 
     def __init__(self, source, crop, size, in_chans, num_patches, seed):
@@ -145,32 +152,35 @@ class Views(Dataset):
         image, bad = self.read(epoch, index)
         crop = CROPS[self.crop](image, self.size, rng.Rng(self.seed, rng.CROP, epoch, index))
         noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_patches)
-        pixels = torch.tensor(np.asarray(crop)).reshape(*self.size, -1).permute(2, 0, 1)        # (C, H, W)
+        pixels = torch.tensor(np.asarray(crop)).reshape(*self.size, -1)     # (H, W, C)
+        pixels = pixels.permute(2, 0, 1)                                # (C, H, W)
         return dict(image=pixels, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
 
     def read(self, epoch, index):
-        """The image at index as (Pillow image, []), or a replacement and the (name, reason) of the files it replaces."""
+        """(Pillow image, bad): the image at index, or another one and the (name, reason) of what was bad."""
         bad, replacements = [], rng.Rng(self.seed, rng.REPLACE, epoch, index)
         for _ in range(20):
             try:
                 return to_mode(self.source.open(index), self.in_chans), bad
             except DECODE_ERRORS as error:
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+                unknown = isinstance(error, UnidentifiedImageError)
+                reason = "not an image" if unknown else f"{type(error).__name__}: {error}"
                 bad.append((self.source.name(index), reason))
                 index = replacements.integer(0, len(self.source))
         raise UserError(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
 
 
 class Stream:
-    """Which samples each micro-batch of this rank holds: lists of (epoch, index) from step `start` to step `stop`.
+    """The samples of this rank's micro-batches, from step `start` to step `stop`: lists of (epoch, index).
 
-    The epochs' permutations stand one behind the other, and step s takes the global_batch samples from position
-    s * global_batch on: every sample is seen once in every epoch, batches are always full, and no epoch has a tail.
-    Ranks take equal runs of the global batch, and micro-batches equal runs of a rank's share.
+    The epochs' permutations stand one behind the other, and step s takes the global_batch samples from
+    position s * global_batch on: every sample is seen once in every epoch, batches are always full, and no
+    epoch has a tail. Ranks take equal runs of the global batch, and micro-batches equal runs of a rank's
+    share.
     """
 
     def __init__(self, num_samples, global_batch, batch_size, seed, start, stop, rank=0, world_size=1):
-        self.num_samples, self.global_batch, self.batch_size, self.seed = num_samples, global_batch, batch_size, seed
+        self.num_samples, self.global_batch, self.batch_size = num_samples, global_batch, batch_size
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
         self.order = lru_cache(maxsize=2)(lambda epoch: rng.permutation(num_samples, seed, rng.ORDER, epoch))
 
@@ -199,6 +209,6 @@ def collate(items):
 
 def make_loader(views, stream, workers, pin_memory):
     """A DataLoader over the stream, with one thread a worker."""
-    return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
-                      persistent_workers=False, prefetch_factor=4 if workers else None,
-                      generator=torch.Generator().manual_seed(0))       # else it would draw from the global generator
+    return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
+                      pin_memory=pin_memory, persistent_workers=False, prefetch_factor=4 if workers else None,
+                      generator=torch.Generator().manual_seed(0))       # else it draws from the global one

@@ -1,18 +1,19 @@
 """Masked image modelling: MAE (arXiv 2111.06377), and MFF (arXiv 2308.00261) on top of it.
 
-What is unusual about MFF: the latent that the decoder receives is not the last block's output but a softmax-weighted sum
-of several blocks' outputs, each but the last through a linear projection, taken before the encoder's one final norm. So
-the shallow blocks hand the decoder its low-level detail directly, and the deep ones need not carry it. Downstream the
-fusion is dropped: what is transferred is the plain encoder.
+What is unusual about MFF: the latent that the decoder receives is not the last block's output but a
+softmax-weighted sum of several blocks' outputs, each but the last through a linear projection, taken before
+the encoder's one final norm. So the shallow blocks hand the decoder its low-level detail directly, and the
+deep ones need not carry it. Downstream the fusion is dropped: what is transferred is the plain encoder.
 
-With one level in out_indices the fusion is the identity and the model is MAE. PixMIM (arXiv 2303.02416) changes only the
-target and the crop: targets.py and augment.py.
+With one level in out_indices the fusion is the identity and the model is MAE. PixMIM (arXiv 2303.02416)
+changes only the target and the crop: targets.py and augment.py.
 
-What is unusual about this implementation: the decoder works on tokens in shuffled order (its positions are shuffled
-instead), and predicts masked patches only; both give the same numbers as un-shuffling and predicting all of them.
+What is unusual about this implementation: the decoder works on tokens in shuffled order (its positions are
+shuffled instead), and predicts masked patches only; both give the same numbers as un-shuffling and predicting
+all of them.
 
-Shapes: B images, C H W, P patch side, L patches, V visible patches, K = L - V masked patches, D width of the encoder, E
-width of the decoder, T = V + 1 tokens, M fused levels, N = P * P * C.
+Shapes: B images, C H W, P patch side, L patches, V visible patches, K = L - V masked patches, D width of the
+encoder, E width of the decoder, T = V + 1 tokens, M fused levels, N = P * P * C.
 """
 
 import torch
@@ -26,17 +27,17 @@ from mff_min.vit import Block, init_linear, run_block, sincos_pos_embed
 def random_masking(noise, num_visible):
     """Shuffle each image's patches by its noise and keep the first V (MAE, arXiv 2111.06377, sec. 3).
 
-    noise is (B, L), uniform. Returns ids_shuffle (B, L), whose first V columns are the patches kept, and mask (B, L) in
-    image order, where 1 is removed and 0 is kept.
+    noise is (B, L), uniform. Returns ids_shuffle (B, L), whose first V columns are the patches kept, and mask
+    (B, L) in image order, where 1 is removed and 0 is kept.
     """
-    ids_shuffle = noise.argsort(dim=1, stable=True)                     # (B, L), stable: ties alike on every device
+    ids_shuffle = noise.argsort(dim=1, stable=True)                     # (B, L), ties alike on any device
     mask = torch.ones_like(noise)                                       # (B, L)
     mask.scatter_(1, ids_shuffle[:, :num_visible], 0.0)
     return ids_shuffle, mask
 
 
 def spread_indices(depth):
-    """Six levels spread over depth blocks: the published 0,2,4,6,8,11 for twelve; the same stride rule for other depths."""
+    """Six levels over depth blocks: the published 0,2,4,6,8,11 of twelve, by the same stride of others."""
     stride = max(depth // 6, 1)
     return tuple(range(0, min(5 * stride, depth - 1), stride)) + (depth - 1,)
 
@@ -44,9 +45,10 @@ def spread_indices(depth):
 class MaskedAutoencoder(nn.Module):
     """MAE, and MFF when out_indices holds more than one level.
 
-    encoder: a VisionTransformer with global_pool="token"; its positions are frozen here. out_indices: the blocks whose
-    outputs are fused, ascending and ending with the last block. detach_shallow: no gradient reaches the shallow blocks
-    through the fusion (MFF, A.8). Raises ValueError for out_indices or a mask_ratio that cannot be.
+    encoder: a VisionTransformer with global_pool="token"; its positions are frozen here. out_indices: the
+    blocks whose outputs are fused, ascending and ending with the last block. detach_shallow: no gradient
+    reaches the shallow blocks through the fusion (MFF, A.8). Raises ValueError for out_indices or a
+    mask_ratio that cannot be.
     """
 
     def __init__(self, encoder, out_indices, mask_ratio=0.75, norm_pix_loss=True, detach_shallow=False,
@@ -61,8 +63,8 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.encoder.pos_embed.requires_grad_(False)
 
-        # One scalar logit a level, equal at the start. The shape is mmpretrain's, and it matters: having more than one
-        # dimension the logits get weight decay, which pulls them to uniform (docs/parity.md, MFF).
+        # One scalar logit a level, equal at the start. The shape is mmpretrain's, and it matters: having more
+        # than one dimension the logits get weight decay, which pulls them to uniform (docs/parity.md, MFF).
         M = len(self.out_indices)
         self.proj_layers = nn.ModuleList(nn.Linear(D, D) for _ in range(M - 1))
         self.proj_weights = nn.Parameter(torch.ones(M, 1, 1, 1), requires_grad=M > 1)
@@ -91,7 +93,7 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.norm(self.ops.layer_sum(levels, self.proj_weights))
 
     def decode(self, latent, ids_shuffle):
-        """Predictions of the masked patches: latent (B, T, D), ids_shuffle (B, L) -> (B, K, N), in ids_shuffle's order."""
+        """Predictions of masked patches: latent (B, T, D) -> (B, K, N), in ids_shuffle's order (B, L)."""
         B, T, D = latent.shape
         L = ids_shuffle.shape[1]
         x = self.decoder_embed(latent)                                  # (B, T, E)
@@ -105,7 +107,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, T:]))           # (B, K, N)
 
     def predict(self, images, noise):
-        """What is behind the mask: predictions (B, K, N), the patches ids (B, K) they belong to, and mask (B, L), 1 removed."""
+        """What is behind the mask: pred (B, K, N), of the patches ids (B, K), and mask (B, L), 1 removed."""
         ids_shuffle, mask = random_masking(noise, self.num_visible)
         latent = self.encode(images, ids_shuffle[:, :self.num_visible])                 # (B, T, D)
         return self.decode(latent, ids_shuffle), ids_shuffle[:, self.num_visible:], mask
@@ -121,7 +123,10 @@ class MaskedAutoencoder(nn.Module):
 
 
 def count_visible(num_patches, mask_ratio):
-    """How many of L patches stay visible; rounded down, as in the official code. Raises ValueError when none or all do."""
+    """How many of L patches stay visible, rounded down as in the official code.
+
+    Raises ValueError when none or all do.
+    """
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio {mask_ratio} is outside (0, 1)")
     num_visible = int(num_patches * (1 - mask_ratio))
@@ -132,9 +137,10 @@ def count_visible(num_patches, mask_ratio):
 
 
 def check_out_indices(out_indices, depth):
-    """Raise ValueError unless out_indices are ascending blocks of an encoder of this depth that end with the last one."""
+    """Raise ValueError unless out_indices ascend and end with the last of depth blocks."""
     text = ",".join(map(str, out_indices))
     if not out_indices or list(out_indices) != sorted(set(out_indices)):
         raise ValueError(f"out_indices {text or '(empty)'} must ascend, without repeats")
     if out_indices[0] < 0 or out_indices[-1] != depth - 1:
-        raise ValueError(f"out_indices {text} must lie in 0 ... {depth - 1} and end with the last block, {depth - 1}")
+        last = depth - 1
+        raise ValueError(f"out_indices {text} must lie in 0 ... {last} and end with the last block, {last}")

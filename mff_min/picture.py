@@ -14,25 +14,29 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def to_uint8(images, mean, std):
-    """Normalised images (B, C, H, W) as RGB pixels: (B, H, W, 3) uint8; one channel is shown grey, of four the first three."""
+    """Normalised images (B, C, H, W) as RGB pixels (B, H, W, 3) uint8.
+
+    One channel is shown grey, of four the first three.
+    """
     images = images.float() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)            # (B, C, H, W)
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)     # (B, 3, H, W)
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    if images.shape[1] < 3:
+        images = images[:, :1].expand(-1, 3, -1, -1)                    # (B, 3, H, W)
+    pixels = (images[:, :3].clamp(0, 1) * 255).round().to(torch.uint8)  # (B, 3, H, W)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, 3)
 
 
 def grey_out(images, mask, patch_size):
-    """Images with every masked patch set to 0, the mean colour of normalised images; mask (B, L), 1 removed."""
+    """Images whose masked patches are 0, the mean colour of normalised images; mask (B, L), 1 removed."""
     H, W = images.shape[-2:]
     patches = patchify(images, patch_size) * (1 - mask[..., None])      # (B, L, N)
     return unpatchify(patches, patch_size, (H // patch_size, W // patch_size))
 
 
 def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix, mean, std, title):
-    """What was there, what the model saw, what it predicts and both together, one row an image: a Pillow image.
+    """What was there, what the model saw, what it predicts and both together, one row an image, by Pillow.
 
-    images and targets (B, C, H, W) are normalised; where they differ (PixMIM) the target has a column of its own. pred
-    (B, K, N) and ids (B, K) are the masked patches, mask is (B, L) with 1 removed.
+    images and targets (B, C, H, W) are normalised; where they differ (PixMIM) the target has a column of its
+    own. pred (B, K, N) and ids (B, K) are the masked patches, mask is (B, L) with 1 removed.
     """
     pasted = reconstruction(pred.float(), targets, ids, patch_size, norm_pix)           # (B, C, H, W)
     columns = {"image": images, "target": targets, "masked": grey_out(images, mask, patch_size),
@@ -44,7 +48,7 @@ def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix,
 
 
 def grid(columns, title, scale=1):
-    """A picture with one labelled column for each entry of columns, {caption: (B, H, W, 3) uint8}, and one row an image."""
+    """A picture of {caption: (B, H, W, 3) uint8}, a labelled column for each entry and a row an image."""
     B, H, W, _ = next(iter(columns.values())).shape
     H, W, gap = H * scale, W * scale, 6
     font = ImageFont.load_default(13)

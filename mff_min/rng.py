@@ -1,8 +1,8 @@
-"""Random numbers as a pure function of a key, so that nothing depends on workers, ranks or where a run was resumed.
+"""Random numbers as a pure function of a key: nothing depends on workers, ranks or where a run was resumed.
 
-A key is a few integers, for example (seed, MASK, epoch, sample). The generator is splitmix64 (Steele, Lea & Flood,
-OOPSLA 2014) used as a counter: number i of a key is a hash of key + i. NumPy's own Generator is not used because its
-distribution methods may change between versions.
+A key is a few integers, for example (seed, MASK, epoch, sample). The generator is splitmix64 (Steele, Lea &
+Flood, OOPSLA 2014) used as a counter: number i of a key is a hash of key + i. NumPy's own Generator is not
+used because its distribution methods may change between versions.
 """
 
 import numpy as np
@@ -10,12 +10,13 @@ import numpy as np
 # One stream for each use: two uses that share (seed, epoch, sample) never share numbers.
 ORDER, CROP, MASK, REPLACE, SHAPE = range(5)
 
-_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def hash64(x):
     """64 well mixed bits for each uint64 of x, any shape."""
-    with np.errstate(over="ignore"):                                    # wrapping modulo 2**64 is the algorithm
+    with np.errstate(over="ignore"):                                    # wrapping at 2**64 is meant
         x = x + _GOLDEN
         x = (x ^ (x >> np.uint64(30))) * _MIX1
         x = (x ^ (x >> np.uint64(27))) * _MIX2
@@ -31,7 +32,7 @@ def hash_key(*key):
 
 
 class Rng:
-    """Uniform numbers in [0, 1) that depend on the key and on how many were drawn before, and on nothing else."""
+    """Uniform numbers in [0, 1), which depend on the key and on how many were drawn before, nothing else."""
 
     def __init__(self, *key):
         self.key, self.drawn = hash_key(*key), 0

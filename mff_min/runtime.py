@@ -1,7 +1,8 @@
-"""What every stage needs around its loop: processes, the run folder, checkpoints, the log, the progress line, the way out.
+"""What every stage needs around its loop: processes, the run folder, checkpoints, log, progress line, exits.
 
-A run is a folder: config.json, env.json, log.jsonl, last.pt and previous.pt, encoder.pt, pictures. Files that matter are
-written under a temporary name, flushed to the disk and renamed, so that a reader never meets half a file.
+A run is a folder: config.json, env.json, log.jsonl, last.pt and previous.pt, encoder.pt, pictures. Files that
+matter are written under a temporary name, flushed to the disk and renamed, so that a reader never meets half
+a file.
 """
 
 import contextlib
@@ -86,7 +87,8 @@ class World:
 def start_world(device):
     """The World of this process. device is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no GPU here; expected auto or cpu")
+        raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no GPU here; expected auto or "
+                        f"cpu")
     rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
@@ -105,7 +107,7 @@ def start_world(device):
 
 
 def pick_dtype(name, device):
-    """The autocast type that --dtype asks for: "auto" is bfloat16 on GPUs that have it and float32 elsewhere."""
+    """The autocast type that --dtype asks for: "auto" is bfloat16 on GPUs that have it, float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return DTYPES[name]
@@ -119,7 +121,7 @@ def autocast(device, dtype):
 # ---------------------------------------------------------------- checkpoints
 
 def write_atomically(path, write):
-    """Let write(file) fill a new file, which takes the place of path only when it is whole and on the disk."""
+    """Let write(file) fill a new file, which takes the place of path when it is whole and on the disk."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -138,7 +140,8 @@ def save_checkpoint(folder, state):
 
     def write(file):
         torch.save(state, file)
-        if last.exists():                                               # the new one is written out but not yet renamed
+        # The old one moves only when the new one is on the disk.
+        if last.exists():
             file.flush()
             os.fsync(file.fileno())
             os.replace(last, last.with_name("previous.pt"))
@@ -151,7 +154,7 @@ def read_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception as error:                                          # torch raises many kinds for a damaged file
+    except Exception as error:                                          # a damaged file raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
 
@@ -159,14 +162,15 @@ def read_checkpoint(path):
 def find_checkpoint(folder, resume, say):
     """The state to resume from, or None for a new run.
 
-    resume is "" (a new run, refused where the folder holds one), "auto" (the newest readable checkpoint of the folder, or a
-    new run where there is none), or a file.
+    resume is "" (a new run, refused where the folder holds one), "auto" (the newest readable checkpoint of
+    the folder, or a new run where there is none), or a file.
     """
     folder = Path(folder)
     candidates = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     if resume == "":
         if candidates:
-            raise UserError(f"{folder} already holds a run: add --resume auto to go on with it, or name another --output-dir")
+            raise UserError(f"{folder} already holds a run: add --resume auto to go on with it, or name "
+                            f"another --output-dir")
         return None
     if resume != "auto":
         return read_checkpoint(resume)
@@ -176,16 +180,20 @@ def find_checkpoint(folder, resume, say):
         except UserError as error:
             say(f"warning: {error}")
     if candidates:
-        raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would overwrite it")
+        raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would "
+                        f"overwrite it")
     return None
 
 
 def load_state(model, state, origin, allow_missing=()):
-    """Load parameters by name; UserError names the first that differ, except missing ones with a prefix in allow_missing."""
-    own = model.state_dict()
+    """Load parameters by name. UserError names the first that differ.
+
+    Names that start with one of allow_missing may be missing.
+    """
+    own, optional = model.state_dict(), tuple(allow_missing)
     problems = [f"{name} has shape {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
                 for name in own if name in state and state[name].shape != own[name].shape]
-    problems += [f"{name} is missing" for name in own if name not in state and not name.startswith(tuple(allow_missing))]
+    problems += [f"{name} is missing" for name in own if name not in state and not name.startswith(optional)]
     problems += [f"{name} is unknown here" for name in state if name not in own]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -197,28 +205,30 @@ def load_state(model, state, origin, allow_missing=()):
 
 def describe_environment(world):
     """Versions, device and source state, as plain values: what it takes to know what ran."""
-    return dict(argv=sys.argv, time=time.strftime("%Y-%m-%d %H:%M:%S"), python=platform.python_version(),
-                torch=torch.__version__, numpy=numpy.__version__, pillow=PIL.__version__, platform=platform.platform(),
+    return dict(argv=sys.argv, time=time.strftime("%Y-%m-%d %H:%M:%S"), commit=source_commit(),
+                python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
+                pillow=PIL.__version__, platform=platform.platform(),
                 device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-                world_size=world.size, cpus=os.cpu_count(), threads=torch.get_num_threads(), commit=source_commit())
+                world_size=world.size, cpus=os.cpu_count(), threads=torch.get_num_threads())
 
 
 def source_commit():
     """The git commit that this source is at, or "unknown" outside a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:                                           # no git on this machine
         return "unknown"
-    return run.stdout.strip() or "unknown"
+    return git.stdout.strip() or "unknown"
 
 
 def open_folder(cfg, world):
-    """Make the run folder and write config.json and env.json into it. Raises UserError when it cannot be written."""
+    """Make the run folder and write config.json and env.json into it. Raises UserError where it cannot."""
     folder = Path(cfg.output_dir)
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.tmp.*"):                     # of a process that was killed while writing
+            for leftover in folder.glob("*.tmp.*"):                     # of a process killed while writing
                 leftover.unlink()
             (folder / "config.json").write_text(to_json(cfg))
             (folder / "env.json").write_text(json.dumps(describe_environment(world), indent=1) + "\n")
@@ -228,12 +238,14 @@ def open_folder(cfg, world):
 
 
 class Log:
-    """log.jsonl, one JSON object a line, written by rank 0. A resumed run first drops the lines after its step."""
+    """log.jsonl, one JSON object a line, written by rank 0. A resumed run drops the lines after its step."""
 
     def __init__(self, folder, world, step):
         self.path, self.is_main = Path(folder) / "log.jsonl", world.is_main
-        if self.is_main:                                                # "done" marks the last line: it is written anew
-            kept = [line for line in read_log(self.path) if line["step"] <= step and step > 0 and "done" not in line]
+        if self.is_main:
+            lines = read_log(self.path) if step > 0 else []
+            # "done" marks the last line of a finished run: one that goes on writes it anew.
+            kept = [line for line in lines if line["step"] <= step and "done" not in line]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_atomically(self.path, lambda file: file.write(text.encode()))
 
@@ -245,7 +257,7 @@ class Log:
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts; a line that a crash left torn is skipped, and a missing file has none."""
+    """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none."""
     if not Path(path).exists():
         return []
     lines = []
@@ -256,10 +268,11 @@ def read_log(path):
 
 
 class BadSamples:
-    """The files that could not be read: each is named once, in bad_samples.jsonl and on the terminal, and they are counted."""
+    """The files that could not be read: counted, warned about, and each named once in bad_samples.jsonl."""
 
     def __init__(self, folder, world, num_samples, max_bad):
-        self.path, self.world, self.num_samples, self.max_bad = Path(folder) / "bad_samples.jsonl", world, num_samples, max_bad
+        self.path, self.world = Path(folder) / "bad_samples.jsonl", world
+        self.num_samples, self.max_bad = num_samples, max_bad
         self.seen = {line["name"] for line in read_log(self.path)}      # named before this run was resumed
         self.new = {}
 
@@ -268,7 +281,10 @@ class BadSamples:
         self.new.update((name, reason) for name, reason in entries if name not in self.seen)
 
     def report(self):
-        """Agree among ranks on what is new, and write it down. Raises Fault when more than max_bad of the samples are bad."""
+        """Agree among ranks on what is new, and write it down.
+
+        Raises Fault when more than max_bad of the samples are bad.
+        """
         new = {name: reason for found in self.world.gather(self.new) for name, reason in found.items()}
         self.new, first = {}, not self.seen
         self.seen.update(new)
@@ -279,17 +295,18 @@ class BadSamples:
                 for name, reason in sorted(new.items()):
                     file.write(json.dumps(dict(name=name, reason=reason)) + "\n")
             name = min(new)
-            print(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced by others"
-                  + f", {json.dumps(name)} for one ({new[name]}); {self.path} names them all" * first, flush=True)
+            example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them all" * first
+            print(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced "
+                  f"by others{example}", flush=True)
         if len(self.seen) > self.max_bad * self.num_samples:
-            raise Fault(f"{len(self.seen)} of {self.num_samples} images cannot be read, more than --max-bad {self.max_bad} "
-                        f"allows; {self.path} names them")
+            raise Fault(f"{len(self.seen)} of {self.num_samples} images cannot be read, more than --max-bad "
+                        f"{self.max_bad} allows; {self.path} names them")
 
 
 # ---------------------------------------------------------------- the progress line
 
 class Progress:
-    """One line about a long piece of work, with the time that is left. On a terminal it is rewritten in place."""
+    """One line about long work, with the time that is left. On a terminal it is rewritten in place."""
 
     def __init__(self, total, done, world, every=10.0):
         self.total, self.first, self.is_main, self.every = total, done, world.is_main, every
@@ -347,11 +364,11 @@ def catch_signals():
 
 
 def run(main, cfg):
-    """main(cfg) as a process: bad input ends it with one line and exit code 2, a fault with 3, a signal with 128 + n."""
+    """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n."""
     try:
         main(cfg)
     except UserError as error:
-        text = str(error).strip().splitlines()[-1]                      # a loader worker's error comes with its traceback
+        text = str(error).strip().splitlines()[-1]                      # a worker's comes with a traceback
         leave(f"error: {text.removeprefix('mff_min.config.UserError: ')}", 2)
     except Fault as error:
         leave(f"error: {error}", 3)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .rng import SHAPE, Rng, permutation
+from mff_min.rng import SHAPE, Rng, permutation
 
 VERSION = 1                                                             # of the cache: see load_shapes
 SPLITS = {"train": 0, "val": 1}                                         # in every key: splits share no sample
@@ -130,7 +130,7 @@ def render(split, indices, size=64):
     dark, light = 0.22 + 0.16 * dark, 0.66 + 0.16 * light
     back, front = np.where(coin < 0.5, (dark, light), (light, dark))
     wavelength = WAVELENGTHS[texture] / 64 * STEP ** ((2 * stray - 1) / 3)
-    background = grating(u[:, 11:16], back, hue, wavelength, size)    # (n, S, S, 3)
+    background = grating(u[:, 11:16], back, hue, wavelength, size)      # (n, S, S, 3)
     wavelength = (5 + 27 * fine) / 64                                   # of the shape's own texture: no label
     foreground = grating(u[:, 16:21], front, hue + 0.25 + 0.5 * apart, wavelength, size)
 

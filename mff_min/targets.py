@@ -9,7 +9,7 @@ from kernels.reference import patch_statistics, patchify, take_tokens, unpatchif
 
 
 def low_pass_target(images, mean, std, radius, ops):
-    """PixMIM's target: normalised images without their high frequencies (arXiv 2303.02416), (B, C, H, W) -> the same.
+    """PixMIM's target (arXiv 2303.02416): normalised images (B, C, H, W) without their high frequencies.
 
     The filter works on pixels in [0, 1]; mean and std are (C,). radius is in frequency bins of the image.
     """
@@ -18,15 +18,15 @@ def low_pass_target(images, mean, std, radius, ops):
 
 
 def low_pass_radius_at(radius, img_size):
-    """The radius in bins that keeps, at this (height, width), the cycles per pixel that radius keeps at 224 pixels."""
+    """The radius that keeps, at this (height, width), the cycles per pixel that `radius` keeps at 224."""
     return radius * min(img_size) / 224
 
 
 def reconstruction(pred, targets, ids, patch_size, norm_pix):
     """Images whose masked patches are predicted and whose visible ones are the target's: (B, C, H, W).
 
-    pred (B, K, N) belongs to the patches ids (B, K). With norm_pix the prediction has lost its mean and contrast, which
-    come back from the true patch: without them it is no picture.
+    pred (B, K, N) belongs to the patches ids (B, K). With norm_pix the prediction has lost its mean and
+    contrast, which come back from the true patch: without them it is no picture.
     """
     patches = patchify(targets, patch_size)                             # (B, L, N)
     if norm_pix:

@@ -1,13 +1,14 @@
 """A Vision Transformer (arXiv 2010.11929) as MAE uses it, with timm's parameter names.
 
 What is unusual about this one:
-- patches are cut out of the image before they are projected, so that MAE can drop masked patches first and project only
-  the visible ones; the projection's parameters are still those of a convolution, as in timm and MAE;
+- patches are cut out of the image before they are projected, so that MAE can drop masked patches first and
+  project only the visible ones; the projection's parameters are still those of a convolution, as in timm and
+  MAE;
 - it hands out the outputs of any blocks, which is what MFF fuses;
 - positions are fixed sin-cos by default, heights and widths may differ, and any number of channels will do.
 
-Shapes: B images, C H W, P patch side, L patches, V visible patches, D width, T tokens (class token first), h heads,
-d head width, N = P * P * C.
+Shapes: B images, C H W, P patch side, L patches, V visible patches, D width, T tokens (class token first),
+h heads, d head width, N = P * P * C.
 """
 
 import torch
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.reference import patchify, take_tokens
 
-# ViT-S is DeiT's (arXiv 2012.12877), ViT-B and L are ViT's, ViT-H with 14-pixel patches is MAE's. vit_test is for tests and
-# for the demo: twelve thin blocks, so that the paper's fusion indices mean the same there.
+# ViT-S is DeiT's (arXiv 2012.12877), ViT-B and L are ViT's, ViT-H with 14-pixel patches is MAE's. vit_test is
+# for tests and for the demo: twelve thin blocks, so that the paper's fusion indices mean the same there.
 MODELS = {
     "vit_test": dict(patch_size=8, embed_dim=96, depth=12, num_heads=3),
     "vit_t": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
@@ -97,13 +98,13 @@ def run_block(block, x, recompute):
 class VisionTransformer(nn.Module):
     """A ViT; with `num_classes` it classifies, without it returns the pooled feature.
 
-    img_size is a side or (height, width) in pixels. global_pool "token" classifies the class token after the final norm,
-    "avg" the mean of the patch tokens through fc_norm, without the final norm (MAE's fine-tuning). Raises ValueError when
-    the image is no whole number of patches.
+    img_size is a side or (height, width) in pixels. global_pool "token" classifies the class token after the
+    final norm, "avg" the mean of the patch tokens through fc_norm, without the final norm (MAE's
+    fine-tuning). Raises ValueError when the image is no whole number of patches.
     """
 
-    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0, in_chans=3, num_classes=0,
-                 global_pool="token", grad_checkpointing=False):
+    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0, in_chans=3,
+                 num_classes=0, global_pool="token", grad_checkpointing=False):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
@@ -127,13 +128,17 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """MAE's initialisation: Xavier-uniform matrices, zero biases, the patch projection as a matrix too."""
+        """MAE's initialisation: Xavier-uniform matrices, the patch projection among them, and zero biases."""
         init_linear(self)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))  # its bias keeps Conv2d's default
+        weight = self.patch_embed.proj.weight                           # its bias keeps Conv2d's default
+        nn.init.xavier_uniform_(weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, images, ids_keep=None):
-        """Tokens with positions, class token first: (B, C, H, W) -> (B, 1 + L, D), or (B, 1 + V, D) of the patches kept."""
+        """Tokens with positions, class token first, of all patches or of those that ids_keep (B, V) names.
+
+        (B, C, H, W) -> (B, 1 + L, D) or (B, 1 + V, D).
+        """
         patches = patchify(images, self.patch_size)                     # (B, L, N)
         pos_embed = self.pos_embed[:, 1:].expand(len(images), -1, -1)   # (B, L, D)
         if ids_keep is not None:
@@ -153,7 +158,7 @@ class VisionTransformer(nn.Module):
         return outputs
 
     def forward_features(self, images):
-        """All tokens of unmasked images, (B, C, H, W) -> (B, 1 + L, D); normalised when global_pool is "token"."""
+        """All tokens of unmasked images, (B, C, H, W) -> (B, 1 + L, D); normed if global_pool is "token"."""
         x = self.forward_blocks(self.embed(images), [len(self.blocks) - 1])[0]      # (B, T, D)
         return self.norm(x) if self.global_pool == "token" else x
 
@@ -171,20 +176,21 @@ def init_linear(module):
     """Xavier-uniform weights and zero biases for every Linear inside module (MAE, arXiv 2111.06377, A.1)."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)                       # qkv is one (3D, D) matrix, as in the official code
+            nn.init.xavier_uniform_(layer.weight)                       # qkv as one matrix, like the official
             nn.init.zeros_(layer.bias)
 
 
 def sincos_pos_embed(dim, grid):
-    """Fixed 2-D sin-cos positions of a (rows, columns) grid, with zeros for the class token: (1, 1 + L, D), fp32.
+    """Fixed 2-D sin-cos positions of a (rows, columns) grid, zeros for the class token: (1, 1 + L, D), fp32.
 
-    The first half of the channels encodes the column, the second half the row, as in the official MAE code; mmpretrain has
-    the halves the other way round (docs/parity.md). Raises ValueError when dim is no multiple of 4.
+    The first half of the channels encodes the column, the second half the row, as in the official MAE code;
+    mmpretrain has the halves the other way round (docs/parity.md). Raises ValueError when dim is no multiple
+    of 4.
     """
     if dim % 4:
         raise ValueError(f"embed_dim {dim} is not a multiple of 4, which 2-D sin-cos positions need")
     rows, columns = grid
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))      # (D // 4,)
+    omega = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))     # (D // 4,)
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")     # each (rows, columns)
     x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega                           # each (L, D // 4)
     positions = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)                  # (L, D)
@@ -192,11 +198,14 @@ def sincos_pos_embed(dim, grid):
 
 
 def resize_pos_embed(pos_embed, old_grid, new_grid):
-    """Positions for another grid of (rows, columns), bicubic without antialias as MAE does: (1, 1 + L, D) -> (1, 1 + L', D)."""
+    """Positions for another grid of (rows, columns): (1, 1 + L, D) -> (1, 1 + L', D).
+
+    Bicubic without antialias, as MAE does.
+    """
     if old_grid == new_grid:
         return pos_embed
-    cls_position, positions = pos_embed[:, :1], pos_embed[:, 1:]                        # (1, 1, D) and (1, L, D)
-    positions = positions.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)                 # (1, D, rows, columns)
+    cls_position, positions = pos_embed[:, :1], pos_embed[:, 1:]        # (1, 1, D), (1, L, D)
+    positions = positions.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)     # (1, D, rows, columns)
     positions = F.interpolate(positions, size=new_grid, mode="bicubic", align_corners=False)
-    positions = positions.flatten(2).transpose(1, 2)                                    # (1, L', D)
-    return torch.cat([cls_position, positions], dim=1)                                  # (1, 1 + L', D)
+    positions = positions.flatten(2).transpose(1, 2)                    # (1, L', D)
+    return torch.cat([cls_position, positions], dim=1)                  # (1, 1 + L', D)

@@ -1,6 +1,6 @@
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")                          # before anything imports triton: timm does
+os.environ.setdefault("TRITON_INTERPRET", "1")                          # before triton's import: timm does
 
 import sys
 from pathlib import Path
@@ -18,7 +18,9 @@ def golden():
     """golden(name) reads tests/golden/<name>.npz as a dict of tensors, and of arrays where they hold text."""
     def read(name):
         with np.load(ROOT / "tests" / "golden" / f"{name}.npz", allow_pickle=False) as file:
-            return {key: torch.tensor(file[key]) if file[key].dtype.kind in "fiu" else file[key] for key in file}
+            arrays = dict(file)
+        return {key: torch.tensor(value) if value.dtype.kind in "fiu" else value
+                for key, value in arrays.items()}
     return read
 
 

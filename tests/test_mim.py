@@ -1,4 +1,4 @@
-"""MAE and MFF against the published implementations' numbers, and the properties that the paper's method has."""
+"""MAE and MFF against the published implementations' numbers, and the properties of the paper's method."""
 
 import re
 
@@ -31,13 +31,14 @@ def from_mmpretrain(name):
     if name.startswith("backbone.proj_"):
         return name.removeprefix("backbone.")
     name = name.replace("neck.ln1", "neck.decoder_norm").replace("backbone.ln1", "backbone.norm")
-    name = name.replace("backbone.layers", "backbone.blocks").replace("patch_embed.projection", "patch_embed.proj")
+    name = name.replace("backbone.layers", "backbone.blocks").replace("embed.projection", "embed.proj")
     name = re.sub(r"\.ln([12])\.", r".norm\1.", name)
     name = name.replace("ffn.layers.0.0.", "mlp.fc1.").replace("ffn.layers.1.", "mlp.fc2.")
     return name.replace("backbone.", "encoder.").replace("neck.", "")
 
 
-GOLDEN = [("mae_pixels", from_mae), ("mae_norm_pix", from_mae), ("mff", from_mmpretrain), ("mff_single_layer", from_mmpretrain)]
+GOLDEN = [("mae_pixels", from_mae), ("mae_norm_pix", from_mae),
+          ("mff", from_mmpretrain), ("mff_single_layer", from_mmpretrain)]
 
 
 @pytest.fixture(params=GOLDEN, ids=[name for name, _ in GOLDEN])
@@ -50,7 +51,7 @@ def published(request, golden):
         if kind in ("state", "grad"):
             arrays[f"{kind}/{rename(name)}"] = arrays.pop(key)
     cfg = arrays["cfg"]
-    arrays.setdefault("state/proj_weights", torch.ones(1, 1, 1, 1))     # the one weight of one level, which MAE does not have
+    arrays.setdefault("state/proj_weights", torch.ones(1, 1, 1, 1))     # of one level: MAE has no weights
     out_indices = arrays.get("cfg_fuse_layers", cfg[3:4] - 1).tolist()
     model = build(cfg, out_indices, norm_pix_loss=file != "mae_pixels")
     model.load_state_dict({key.removeprefix("state/"): value for key, value in arrays.items()
@@ -105,7 +106,8 @@ def test_five_steps_of_adamw_lose_what_the_published_code_loses(published):
 def small(out_indices=(2,), img_size=(16, 24), in_chans=3, **options):
     torch.manual_seed(3)
     encoder = VisionTransformer(img_size, patch_size=4, embed_dim=24, depth=3, num_heads=3, in_chans=in_chans)
-    return MaskedAutoencoder(encoder, out_indices, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, **options)
+    return MaskedAutoencoder(encoder, out_indices, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2,
+                             **options)
 
 
 def test_with_one_level_mff_is_mae_bit_for_bit():
@@ -133,14 +135,14 @@ def test_detached_shallow_blocks_get_their_gradient_through_the_last_block_alone
     grads = {}
     for detach in (False, True):
         model = small((0, 2), detach_shallow=detach)
-        nn.init.zeros_(model.encoder.blocks[1].attn.proj.weight)        # leaves the residual path from block 0 to 2 alone
+        nn.init.zeros_(model.encoder.blocks[1].attn.proj.weight)        # the residual path is left alone
         model(images, noise).backward()
         grads[detach] = model.encoder.blocks[0].mlp.fc2.weight.grad, model.proj_layers[0].weight.grad
     assert not torch.allclose(grads[True][0], grads[False][0])
     assert torch.equal(grads[True][1], grads[False][1])                 # the projection learns either way
 
     model = small((0, 2), detach_shallow=True)
-    with torch.no_grad():                                               # all weight on the shallow level: no other path is left
+    with torch.no_grad():                                               # all weight is on the shallow level
         model.proj_weights.copy_(torch.tensor([200.0, 0.0]).view(2, 1, 1, 1))
     model(images, noise).backward()
     assert model.encoder.blocks[0].mlp.fc2.weight.grad.abs().max() == 0
@@ -180,7 +182,7 @@ def test_unpatchify_inverts_patchify(in_chans, size):
     patches = reference.patchify(images, 4)
     assert patches.shape == (2, size[0] * size[1] // 16, 16 * in_chans)
     assert torch.equal(reference.unpatchify(patches, 4, (size[0] // 4, size[1] // 4)), images)
-    assert torch.equal(patches[0, 1, :in_chans], images[0, :, 0, 4])    # patch 1 starts one patch to the right, channels first
+    assert torch.equal(patches[0, 1, :in_chans], images[0, :, 0, 4])    # patch 1 is to the right of patch 0
 
 
 @pytest.mark.parametrize("in_chans, img_size", [(1, (8, 24)), (4, (16, 12))])
@@ -194,7 +196,8 @@ def test_other_channels_and_sides_train(in_chans, img_size):
 def test_published_parameter_counts():
     def count(out_indices):
         from mff_min.vit import MODELS
-        return sum(p.numel() for p in MaskedAutoencoder(VisionTransformer(224, **MODELS["vit_b"]), out_indices).parameters())
+        model = MaskedAutoencoder(VisionTransformer(224, **MODELS["vit_b"]), out_indices)
+        return sum(p.numel() for p in model.parameters())
     assert count((11,)) == 111_907_840 + 1
     assert count((0, 2, 4, 6, 8, 11)) == 111_907_840 + 2_952_966
 
@@ -215,16 +218,17 @@ def test_spread_is_the_published_choice_for_twelve_blocks():
 
 
 @pytest.mark.parametrize("indices, message", [
-    ((), "empty"), ((2, 0), "must ascend"), ((0, 0, 2), "must ascend"), ((0, 1), "end with the last block, 2"),
-    ((0, 3), r"lie in 0 \.\.\. 2"), ((-1, 2), r"lie in 0 \.\.\. 2"),
+    ((), "empty"), ((2, 0), "must ascend"), ((0, 0, 2), "must ascend"),
+    ((0, 1), "end with the last block, 2"), ((0, 3), r"lie in 0 \.\.\. 2"), ((-1, 2), r"lie in 0 \.\.\. 2"),
 ])
 def test_impossible_out_indices_are_named(indices, message):
     with pytest.raises(ValueError, match=message):
         small(indices)
 
 
-@pytest.mark.parametrize("ratio, message", [(0.0, "outside"), (1.0, "outside"), (1.5, "outside"), (-0.1, "outside"),
-                                            (0.99, "leaves 0 of 24")])
+@pytest.mark.parametrize("ratio, message", [
+    (0.0, "outside"), (1.0, "outside"), (1.5, "outside"), (-0.1, "outside"), (0.99, "leaves 0 of 24"),
+])
 def test_impossible_mask_ratios_are_named(ratio, message):
     with pytest.raises(ValueError, match=message):
         small(mask_ratio=ratio)

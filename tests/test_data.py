@@ -1,0 +1,321 @@
+"""Sources, the stream of samples, crops, and what becomes of files that are damaged or unusual."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
+from mff_min.config import UserError
+from mff_min.data import ImageFolder, Stream, Views, make_loader, open_data
+from mff_min.rng import CROP, MASK, Rng, hash64, permutation
+from mff_min.runtime import BadSamples, Fault, World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def noise_image(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of six images of different sizes in each of train and val."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                noise_image(40 + i, 50 - i, seed=i).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_splitmix64_is_the_published_generator():
+    state = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)           # first outputs from state 0
+    assert [hex(value) for value in hash64(state)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
+
+
+def test_random_numbers_depend_on_the_key_alone():
+    assert np.array_equal(Rng(1, 2, 3).random(5), np.concatenate([Rng(1, 2, 3).random(5)[:2], Rng(1, 2, 3).random(5)[2:]]))
+    one = Rng(1, 2, 3)
+    assert np.array_equal(np.concatenate([one.random(2), one.random(3)]), Rng(1, 2, 3).random(5))
+    draws = [Rng(*key).random(4).tolist() for key in ((1, 2, 3), (2, 1, 3), (1, 2), (1, 2, 3, 0), (0, CROP), (0, MASK))]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+
+
+def test_random_numbers_are_uniform():
+    draws = np.stack([Rng(7, i).random(64) for i in range(2000)])       # (2000, 64)
+    error = 1 / math.sqrt(12 * draws.size)
+    assert abs(draws.mean() - 0.5) < 4 * error
+    counts = np.histogram(draws, bins=20, range=(0, 1))[0]
+    chi2 = ((counts - draws.size / 20) ** 2 / (draws.size / 20)).sum()
+    assert chi2 < 43.8                                                  # 99.9 % quantile of 19 degrees of freedom
+    assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < 4 / math.sqrt(len(draws))
+    assert {Rng(7, i).integer(3, 6) for i in range(100)} == {3, 4, 5}
+
+
+# ---------------------------------------------------------------- the stream
+
+
+def samples(stream):
+    return [sample for batch in stream for sample in batch]
+
+
+def test_every_sample_is_seen_once_an_epoch_and_batches_are_always_full():
+    stream = Stream(num_samples=10, global_batch=4, batch_size=2, seed=0, start=0, stop=10)
+    seen = samples(stream)
+    assert [len(batch) for batch in stream] == [2] * 20 == [2] * len(stream)
+    for epoch in range(4):
+        assert sorted(index for e, index in seen if e == epoch) == list(range(10))
+    orders = [tuple(index for e, index in seen if e == epoch) for epoch in range(4)]
+    assert len(set(orders)) == 4
+    assert samples(Stream(10, 4, 2, seed=1, start=0, stop=10)) != seen
+
+
+def test_a_later_start_continues_the_same_stream():
+    whole = list(Stream(10, 4, 2, seed=5, start=0, stop=9))
+    assert list(Stream(10, 4, 2, seed=5, start=3, stop=9)) == whole[6:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_ranks_and_micro_batches_share_out_the_same_global_batches(world_size, batch_size):
+    def steps(batch_size, world_size):
+        ranks = [samples(Stream(13, 8, batch_size, 3, 2, 7, rank, world_size)) for rank in range(world_size)]
+        share = 8 // world_size
+        return [sum((rank[i * share:(i + 1) * share] for rank in ranks), []) for i in range(5)]
+    assert steps(batch_size, world_size) == steps(8, 1)
+
+
+def test_fewer_samples_than_a_batch_are_seen_again_in_another_epoch():
+    batch = next(iter(Stream(3, 8, 8, 0, 0, 1)))
+    assert sorted(batch)[:3] == [(0, 0), (0, 1), (0, 2)] and len(set(batch)) == 8
+
+
+def test_permutation_is_one_and_depends_on_its_key():
+    order = permutation(1000, 1, 2)
+    assert sorted(order) == list(range(1000)) and not np.array_equal(order, permutation(1000, 1, 3))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 4 / math.sqrt(1000)
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "simple"])
+def test_workers_0_and_2_give_the_same_batches(folder, crop):
+    views = Views(ImageFolder(folder, "train"), crop, (32, 24), 3, num_patches=12, seed=0)
+    loaders = [make_loader(views, Stream(12, 6, 3, 0, 0, 4), workers, pin_memory=False) for workers in (0, 2)]
+    for alone, helped in zip(*loaders, strict=True):
+        assert torch.equal(alone["image"], helped["image"]) and torch.equal(alone["noise"], helped["noise"])
+        assert alone["image"].shape == (3, 3, 32, 24) and alone["image"].dtype == torch.uint8
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_index(folder):
+    source = ImageFolder(folder, "train")
+    view = {key: Views(source, "random_resized", (24, 24), 3, 9, seed)[epoch, index]
+            for key in [(0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 0, 2)] for seed, epoch, index in [key]}
+    again = Views(source, "random_resized", (24, 24), 3, 9, 0)[0, 1]
+    assert torch.equal(view[0, 0, 1]["image"], again["image"]) and torch.equal(view[0, 0, 1]["noise"], again["noise"])
+    for other in [(0, 1, 1), (1, 0, 1), (0, 0, 2)]:
+        assert not torch.equal(view[other]["noise"], again["noise"])
+        assert not torch.equal(view[other]["image"], again["image"])
+
+
+def test_loading_draws_nothing_from_the_global_generator(folder):
+    before = torch.get_rng_state()
+    views = Views(ImageFolder(folder, "train"), "simple", (16, 16), 3, 4, 0)
+    next(iter(make_loader(views, Stream(12, 4, 4, 0, 0, 1), 0, False)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- crops
+
+
+class Fixed(Rng):
+    """Hands out the numbers it was given."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self, n):
+        return np.array([self.numbers.pop(0) for _ in range(n)])
+
+
+def test_random_resized_box_draws_area_and_log_aspect():
+    box = random_resized_box(100, 200, Fixed(0.25, 0.5, 0.5, 0.999), (0.2, 1.0), (3 / 4, 4 / 3))
+    assert box == (int(0.5 * 12), int(0.999 * 112), 89, 89)             # area 0.4 of the image, aspect 1: 89.4 pixels
+
+
+def test_random_resized_box_falls_back_to_the_largest_centred_one():
+    assert random_resized_box(10, 1000, Rng(0), (1.0, 1.0), (3 / 4, 4 / 3)) == (0, 493, 10, 13)
+    assert random_resized_box(1000, 10, Rng(0), (1.0, 1.0), (3 / 4, 4 / 3)) == (493, 0, 13, 10)
+
+
+def test_random_resized_boxes_have_the_stated_distribution():
+    boxes = np.array([random_resized_box(400, 400, Rng(1, i), (0.2, 1.0), (3 / 4, 4 / 3)) for i in range(3000)])
+    area, aspect = boxes[:, 2] * boxes[:, 3] / 160_000, boxes[:, 3] / boxes[:, 2]
+    assert area.min() > 0.19 and area.max() <= 1 and 0.74 < aspect.min() and aspect.max() < 1.35
+    assert abs(np.log(aspect).mean()) < 0.02                            # wide and tall alike
+    assert (boxes[:, :2].min(0) >= 0).all() and ((boxes[:, 0] + boxes[:, 2]) <= 400).all()
+
+
+def test_random_resized_crop_is_pillows_crop_and_bicubic_resize():
+    image = noise_image(60, 80)
+    got = random_resized(image, (32, 24), Fixed(0.25, 0.5, 0.5, 0.5, 0.9))
+    top, left, h, w = random_resized_box(60, 80, Fixed(0.25, 0.5, 0.5, 0.5), (0.2, 1.0), (3 / 4, 4 / 3))
+    want = image.crop((left, top, left + w, top + h)).resize((24, 32), Image.Resampling.BICUBIC)
+    assert got.tobytes() == want.tobytes() and got.size == (24, 32)
+
+
+def test_simple_crop_keeps_the_scale_and_pads_by_reflection():
+    image = noise_image(40, 60)
+    resized = np.asarray(resize_to_cover(image, (32, 32), Image.Resampling.BILINEAR))
+    assert resized.shape == (32, 48, 3)
+    got = np.asarray(simple(image, (32, 32), Fixed(0.0, 0.0, 0.9)))
+    assert np.array_equal(got, np.pad(resized, ((4, 4), (4, 4), (0, 0)), mode="reflect")[:32, :32])
+    flipped = np.asarray(simple(image, (32, 32), Fixed(0.0, 0.0, 0.1)))
+    assert np.array_equal(flipped, got[:, ::-1])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (48, 16)])
+def test_center_crop_has_the_size_asked_for_and_nothing_random(size):
+    image = noise_image(45, 70)
+    assert center(image, size).size == size[::-1] and center(image, size).tobytes() == center(image, size).tobytes()
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_class_folders_become_labels_and_flat_folders_have_one(folder, tmp_path):
+    source = ImageFolder(folder, "train")
+    assert source.classes == ["cat", "dog"] and source.is_split and len(source) == 12
+    assert [source.label(i) for i in range(12)] == [0] * 6 + [1] * 6
+    flat = ImageFolder(folder / "train" / "cat", "train")
+    assert len(flat) == 6 and flat.label(0) == 0 and not flat.is_split
+    (tmp_path / "val").rename(tmp_path / "elsewhere")
+    assert len(ImageFolder(tmp_path, "val")) == 12 and not ImageFolder(tmp_path, "val").is_split
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path / "nowhere", "does not exist"),
+    (lambda path: (path / "file").write_text("x") and path / "file", "is a file"),
+    (lambda path: path, r"holds no images \(1 other entries\)"),
+])
+def test_folders_without_images_are_refused(tmp_path, make, message):
+    (tmp_path / "notes.txt").write_text("hello")
+    if message == "is a file":
+        (tmp_path / "notes.txt").unlink()
+    with pytest.raises(UserError, match=message):
+        open_data(str(make(tmp_path)), "train", tmp_path, print)
+
+
+@pytest.mark.parametrize("name, fine", [("cifar10", False), ("cifar100", True)])
+def test_cifar_is_read_from_its_binary_files(tmp_path, name, fine):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(10, dtype=np.uint8)[:, None]
+    record = [labels + 50, labels] if fine else [labels]                # CIFAR-100: coarse, then fine
+    records = np.concatenate([*record, pixels.transpose(0, 3, 1, 2).reshape(10, -1)], axis=1)
+    for file in ["train.bin", "test.bin"] if fine else [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records.tofile(tmp_path / file)
+    train = open_data(f"{name}:{tmp_path}", "train", tmp_path, print)
+    assert len(train) == (10 if fine else 50) and [train.label(i) for i in range(10)] == list(range(10))
+    assert np.array_equal(np.asarray(train.open(3)), pixels[3])
+    assert len(open_data(f"{name}:{tmp_path}", "val", tmp_path, print)) == 10
+    (tmp_path / ("train.bin" if fine else "data_batch_2.bin")).write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="has 100 bytes"):
+        open_data(f"{name}:{tmp_path}", "train", tmp_path, print)
+
+
+def save(path, array, mode=None):
+    Image.fromarray(array, mode).save(path) if mode else Image.fromarray(array).save(path)
+
+
+def test_16_bit_images_are_scaled_not_saturated(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for suffix in ("png", "tif"):
+        save(tmp_path / f"ramp.{suffix}", ramp)
+        with Image.open(tmp_path / f"ramp.{suffix}") as image:
+            pixels = np.asarray(to_mode(image, 3)).astype(float)
+        assert abs(pixels.mean() - 127.5) < 0.5 and pixels.min() == 0 and pixels.max() == 255
+        assert np.abs(pixels[..., 0] - ramp / 257).max() <= 0.5
+
+
+def test_unusual_modes_become_three_channels_by_the_stated_rules(tmp_path):
+    rgb = noise_image(8, 8)
+    alpha = Image.fromarray(np.tile(np.arange(0, 256, 32, dtype=np.uint8), (8, 1)))
+    cases = {"RGBA": Image.merge("RGBA", [*rgb.split(), alpha]), "LA": Image.merge("LA", [rgb.convert("L"), alpha]),
+             "L": rgb.convert("L"), "1": rgb.convert("1"), "P": rgb.quantize(256), "CMYK": rgb.convert("CMYK")}
+    for mode, image in cases.items():
+        path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+        image.save(path)
+        with Image.open(path) as read:
+            got = np.asarray(to_mode(read, 3))
+        assert got.shape == (8, 8, 3) and got.dtype == np.uint8
+        if mode == "RGBA":
+            assert np.array_equal(got, np.asarray(rgb))                 # dropped, not blended
+        elif mode in ("L", "LA"):
+            assert np.array_equal(got, np.asarray(rgb.convert("L").convert("RGB")))
+        elif mode == "CMYK":
+            assert np.abs(got.astype(int) - np.asarray(rgb)).max() <= 1
+    assert to_mode(rgb, 1).mode == "L" and to_mode(rgb, 4).mode == "RGBA"
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_known_range_are_refused(mode):
+    with pytest.raises(ValueError, match="no known range"):
+        to_mode(Image.new(mode, (4, 4)), 3)
+
+
+def damage(path):
+    """One file for each way of being no image; returns their names."""
+    good = (path / "0.png").read_bytes()
+    (path / "truncated.png").write_bytes(good[:len(good) // 2])
+    (path / "empty.png").write_bytes(b"")
+    (path / "text.jpg").write_text("no image at all")
+    (path / "link.png").symlink_to(path / "nowhere.png")
+    Image.new("F", (9, 9)).save(path / "float.tif")
+    return {"truncated.png", "empty.png", "text.jpg", "link.png", "float.tif"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_files_are_replaced_by_a_function_of_seed_epoch_and_index(folder, workers, tmp_path):
+    names = damage(folder / "train" / "cat")
+    source = ImageFolder(folder, "train")
+    assert len(source) == 17
+    views = Views(source, "random_resized", (16, 16), 3, 4, seed=0)
+    batches = list(make_loader(views, Stream(17, 17, 17, 0, 0, 2), workers, False))
+    bad = [entry for batch in batches for entry in batch["bad"]]
+    assert {name.split("/")[-1] for name, _ in bad} == names
+    again = list(make_loader(views, Stream(17, 17, 17, 0, 0, 2), 0, False))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(batches, again, strict=True))
+
+
+def test_each_damaged_file_is_named_once_and_too_many_stop_the_run(tmp_path, capsys):
+    found = BadSamples(tmp_path, ALONE, num_samples=100, max_bad=0.02)
+    for _ in range(3):
+        found.add([("a.jpg", "empty"), ("b.jpg", "torn")])
+        found.report()
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["a.jpg", "b.jpg"] and capsys.readouterr().out.count("warning") == 1
+    resumed = BadSamples(tmp_path, ALONE, num_samples=100, max_bad=0.02)
+    resumed.add([("a.jpg", "empty"), ("c.jpg", "torn")])
+    with pytest.raises(Fault, match="3 of 100 images cannot be read, more than --max-bad 0.02"):
+        resumed.report()
+
+
+def test_a_picture_that_would_be_huge_is_not_decoded(folder, monkeypatch):
+    source = ImageFolder(folder, "train")
+    assert source.open(0).size == (50, 40)
+    monkeypatch.setattr("mff_min.data.MAX_PIXELS", 1999)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("was decoded"))
+    with pytest.raises(ValueError, match="50 x 40 pixels are more than 1999"):
+        source.open(0)
+
+
+def test_when_nothing_can_be_read_the_last_file_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    views = Views(ImageFolder(tmp_path, "train"), "center", (8, 8), 3, 1, 0)
+    with pytest.raises(UserError, match=r"20 images in a row cannot be read; the last is .*a.png \(not an image\)"):
+        views[0, 0]

@@ -1,0 +1,403 @@
+"""The stages as their users run them: losses, interruptions, ranks, what a run leaves behind, and what bad input gets."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_pretrain
+from mff_min.config import UserError, parse
+from mff_min.runtime import Fault, Stopped, read_log, run, write_atomically
+from mff_min.vit import VisionTransformer
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --data shapes:100 "
+         "--global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --picture-images 2 --device cpu").split()
+TIMES = ("img_per_s", "data_wait")                                      # what may differ between two equal runs
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def pretrain(tmp_path, cache):
+    """pretrain(*flags, to="a") runs the stage in this process, into the folder `to`, and returns its metrics."""
+    def call(*flags, to="a"):
+        flags = [*SMALL, "--output-dir", str(tmp_path / to), "--cache-dir", str(cache), *flags]
+        return train_pretrain.main(parse(train_pretrain.Config, flags))
+    return call
+
+
+def shell(tmp_path, cache, *flags, to="a", launcher=(sys.executable,)):
+    """The stage in a process of its own with one thread, as a Popen."""
+    command = [*launcher, "train_pretrain.py", *SMALL, "--output-dir", str(tmp_path / to), "--cache-dir", str(cache), *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def same_bits(a, b):
+    """Whether two nested states hold the same values, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer and log of two run folders are the same, times apart."""
+    states = state_of(a), state_of(b)
+    for key in ("model", "optimizer", "scaler", "step", "loss"):
+        assert same_bits(states[0][key], states[1][key]), key
+    logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_log(path / "log.jsonl")] for path in (a, b)]
+    assert logs[0] == logs[1]
+
+
+# ---------------------------------------------------------------- methods
+
+
+METHODS = {
+    "MAE": ["--out-indices", "last"],
+    "PixMIM": ["--out-indices", "last", "--low-pass-radius", "40", "--crop", "simple"],
+    "MFF_MAE": [],
+    "MFF_PixMIM": ["--low-pass-radius", "40", "--crop", "simple"],
+    "MFF_detach": ["--detach-shallow"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_run_that_explains_itself(pretrain, tmp_path, method):
+    metrics = pretrain("--steps", "4", "--lr", "1e-3", *METHODS[method])
+    folder = tmp_path / "a"
+    log = read_log(folder / "log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 4] and log[-1]["done"] and metrics["step"] == 4
+    assert log[3]["loss"] == metrics["loss"] < log[0]["loss"]
+    for line in log[:4]:
+        assert {"loss", "lr", "grad_norm", "img_per_s", "data_wait", "fusion_weights", "epoch"} < set(line)
+        assert len(line["fusion_weights"]) == (1 if "last" in METHODS[method] else 6)
+        assert math.isclose(sum(line["fusion_weights"]), 1, rel_tol=1e-6)
+    assert json.loads((folder / "config.json").read_text())["img_size"] == [16, 16]
+    assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
+    columns = 5 if "--low-pass-radius" in METHODS[method] else 4        # image, (target), masked, prediction, pasted
+    for name in ("reconstruction.png", "reconstruction-000000.png", "reconstruction-000004.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size == (6 + columns * (128 + 6), 46 + 2 * (128 + 6))
+
+
+def test_encoder_is_exported_with_timms_names(pretrain, tmp_path):
+    pretrain("--steps", "2")
+    state = torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
+    VisionTransformer(16, patch_size=8, embed_dim=96, depth=12, num_heads=3).load_state_dict(state, strict=True)
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=0)
+    model.load_state_dict(state, strict=True)
+
+
+def test_mff_with_one_level_logs_the_losses_of_mae_bit_for_bit(pretrain, tmp_path):
+    pretrain("--steps", "4", "--out-indices", "11", to="mff")
+    pretrain("--steps", "4", "--out-indices", "last", to="mae")
+    assert_same_run(tmp_path / "mff", tmp_path / "mae")
+
+
+def test_dtype_compile_and_recomputation_change_the_loss_by_rounding_alone(pretrain, monkeypatch):
+    flags = ["--steps", "3", "--lr", "1e-3"]
+    want = pretrain(*flags, to="float32")["loss"]
+    assert pretrain(*flags, "--grad-checkpointing", to="recomputed")["loss"] == want
+    bf16 = pretrain(*flags, "--dtype", "bfloat16", to="bfloat16")["loss"]
+    assert bf16 != want and bf16 == pytest.approx(want, rel=2 ** -8)    # half a unit in the last place of bfloat16
+    half = pretrain(*flags, "--dtype", "float16", to="float16")["loss"]
+    assert half != want and half == pytest.approx(want, rel=2 ** -8)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="aot_eager", fullgraph=True))
+    assert pretrain(*flags, "--compile", to="compiled")["loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
+    pretrain("--steps", "2", "--lr", "1e-3", to="free")
+    pretrain("--steps", "2", "--lr", "1e-3", "--clip-grad", "1e-4", to="clipped")
+    free, clipped = (read_log(tmp_path / to / "log.jsonl")[0] for to in ("free", "clipped"))
+    assert free["grad_norm"] == clipped["grad_norm"] > 0.1
+    moments = [sum(m["exp_avg"].norm() ** 2 for m in state_of(tmp_path / to)["optimizer"]["state"].values()) ** 0.5
+               for to in ("free", "clipped")]
+    assert moments[1] < 1.01e-4 * 0.2 and moments[0] > 1e-2             # two steps of 0.1 * gradient each
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+@pytest.fixture
+def interrupted(pretrain, monkeypatch):
+    """interrupted(n, *flags, to) lets the run die as it asks for micro-batch n, with nothing tidied up."""
+    def call(n, *flags, to):
+        make_loader = train_pretrain.make_loader
+
+        class Killed(BaseException):
+            pass
+
+        def deadly(*arguments):
+            for i, batch in enumerate(make_loader(*arguments)):
+                if i == n:
+                    raise Killed
+                yield batch
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train_pretrain, "make_loader", deadly)
+            pretrain(*flags, to=to)
+    return call
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_equals_no_interruption(pretrain, interrupted, tmp_path, workers):
+    flags = ["--steps", "16", "--lr", "1e-3", "--clip-grad", "0.5", "--workers", workers]       # 2.6 epochs of 100
+    pretrain(*flags, to="whole")
+    # dies before the first step, then inside the accumulations of steps 4, 7 and 11: epochs 1, 1 and 2
+    for n in (0, 7, 7, 9):
+        interrupted(n, *flags, "--resume", "auto", to="parts")
+    pretrain(*flags, "--resume", "auto", to="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_without_the_saved_optimizer_the_resumed_run_would_differ(pretrain, tmp_path):
+    """The control of the test above: it can fail."""
+    pretrain("--steps", "6", "--lr", "1e-3", to="whole")
+    pretrain("--steps", "3", "--epochs", "0.96", "--lr", "1e-3", to="parts")
+    state = state_of(tmp_path / "parts")
+    for moment in state["optimizer"]["state"].values():
+        moment["exp_avg"].zero_()
+    torch.save(state, tmp_path / "parts" / "last.pt")
+    pretrain("--steps", "6", "--lr", "1e-3", "--resume", "auto", to="parts")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_process_goes_on_where_it_was(pretrain, tmp_path, cache):
+    flags = ["--steps", "40", "--resume", "auto"]
+    process = shell(tmp_path, cache, *flags, to="killed")
+    while not (tmp_path / "killed" / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    step = state_of(tmp_path / "killed")["step"]
+    assert 0 < step < 40
+    process = shell(tmp_path, cache, *flags, to="killed")
+    output, _ = process.communicate()
+    assert process.returncode == 0 and f"steps {step} to 40" in output, output
+    process = shell(tmp_path, cache, *flags, to="whole")
+    process.communicate()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, cache, number):
+    process = shell(tmp_path, cache, "--epochs", "1000")
+    while len(read_log(tmp_path / "a" / "log.jsonl")) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    step = state_of(tmp_path / "a")["step"]
+    assert output.splitlines()[-1].startswith(f"stopped: signal {int(number)} at step {step} of ")
+    assert read_log(tmp_path / "a" / "log.jsonl")[-1]["step"] == step
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(pretrain, tmp_path, capsys):
+    pretrain("--steps", "6", to="whole")
+    pretrain("--steps", "6", to="damaged")
+    last = tmp_path / "damaged" / "last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    pretrain("--steps", "6", "--resume", "auto", to="damaged")
+    assert "warning: checkpoint" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "damaged" / name).write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        pretrain("--steps", "6", "--resume", "auto", to="damaged")
+
+
+def test_half_a_file_never_bears_the_final_name(tmp_path):
+    path = tmp_path / "x.pt"
+    write_atomically(path, lambda file: file.write(b"old"))
+    with pytest.raises(OSError, match="disk"):
+        def fail(file):
+            file.write(b"ne")
+            raise OSError("disk")
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(pretrain, tmp_path):
+    with pytest.raises(Fault, match="loss is .* at step"):
+        pretrain("--steps", "30", "--lr", "1e30", "--warmup-epochs", "0", "--save-every", "1")
+    assert all(value.isfinite().all() for value in state_of(tmp_path / "a")["model"].values())
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def torchrun(tmp_path, cache, ranks, *flags, to):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    process = shell(tmp_path, cache, *flags, to=to, launcher=launcher)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_two_ranks_equal_one_with_accumulation_to_the_bit(tmp_path, cache):
+    flags = ["--steps", "7", "--lr", "1e-3"]
+    output = torchrun(tmp_path, cache, 2, *flags, to="two")
+    assert "in 1 micro-batches" in output
+    output = torchrun(tmp_path, cache, 1, *flags, to="one")
+    assert "in 2 micro-batches" in output
+    two, one = (state_of(tmp_path / to) for to in ("two", "one"))
+    assert same_bits(two["model"], one["model"]) and same_bits(two["optimizer"], one["optimizer"])
+    for a, b in zip(*(read_log(tmp_path / to / "log.jsonl") for to in ("two", "one")), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)          # one adds its micro-batches in float32
+
+
+# ---------------------------------------------------------------- other data
+
+
+def test_a_flat_folder_of_mixed_images_pretrains(pretrain, tmp_path, capsys):
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (20 + i, 40 - i, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        image.convert(["RGB", "L", "RGBA", "P"][i % 4]).save(tmp_path / f"{i}.png")
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
+    metrics = pretrain("--data", str(tmp_path), "--steps", "3", "--max-bad", "0.1", to="flat")
+    output = capsys.readouterr().out
+    assert "on 21 training images" in output and "1 of 21 images cannot be read" in output and "torn.jpg" in output
+    assert metrics["val_images"] == 21
+    assert [line["name"] for line in read_log(tmp_path / "flat" / "bad_samples.jsonl")] == [str(tmp_path / "torn.jpg")]
+    with pytest.raises(Fault, match="more than --max-bad 0.01"):
+        pretrain("--data", str(tmp_path), "--steps", "3", to="strict")
+
+
+def test_one_channel_and_sides_that_differ_pretrain(pretrain, tmp_path):
+    flags = ["--in-chans", "1", "--mean", "0.5", "--std", "0.25", "--img-size", "16x32", "--steps", "2"]
+    assert math.isfinite(pretrain(*flags)["loss"])
+    with Image.open(tmp_path / "a" / "reconstruction.png") as picture:
+        assert picture.size == (6 + 4 * (256 + 6), 46 + 2 * (128 + 6))
+
+
+def test_initial_weights_come_from_a_run_or_from_an_encoder(pretrain, tmp_path, capsys):
+    pretrain("--steps", "2", to="a")
+    whole, encoder = state_of(tmp_path / "a")["model"], torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
+    torch.save(encoder, tmp_path / "bare.pt")
+    for name, to in (("a/last.pt", "b"), ("a/encoder.pt", "c"), ("bare.pt", "d")):
+        pretrain("--steps", "1", "--lr", "1e-30", "--weight-decay", "0", "--seed", "9", "--init-from", str(tmp_path / name), to=to)
+        got = state_of(tmp_path / to)["model"]
+        assert torch.equal(got["encoder.blocks.3.attn.qkv.weight"], whole["encoder.blocks.3.attn.qkv.weight"])
+        assert torch.equal(got["decoder_pred.weight"], whole["decoder_pred.weight"]) == (to == "b")
+    assert capsys.readouterr().out.count("the decoder starts from random weights") == 2
+
+
+def test_few_images_are_said_to_be_seen_more_than_once(pretrain, capsys):
+    pretrain("--data", "shapes:10", "--steps", "2")
+    assert "10 images are fewer than the global batch of 16" in capsys.readouterr().out
+
+
+def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command():
+    said, schedule = [], train_pretrain.Schedule(100, 16, 2, 1000, 160, 1, 1e-3)
+    train_pretrain.estimate(schedule, 0, 100.0, torch.device("cpu"), said.append)
+    assert "2 days 7:33:20" in said[0] and "make demo" in said[1]
+    said.clear()
+    train_pretrain.estimate(schedule, 0, 1.0, torch.device("cpu"), said.append)
+    assert len(said) == 1
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--mask-ration 0.5", "unknown flag --mask-ration; did you mean --mask-ratio?"),
+    ("--model vit_x", "invalid choice: 'vit_x'"),
+    ("--batch-size many", "invalid int value: 'many'"),
+    ("--batch-size 0", "--batch-size 0: expected more than 0"),
+    ("--img-size 20", "img_size 20x20 is not a multiple of patch_size 8"),
+    ("--img-size 1x2x3", "expected a side in pixels, or HEIGHTxWIDTH"),
+    ("--mask-ratio 1.5", "mask_ratio 1.5 is outside (0, 1)"),
+    ("--mask-ratio 0", "mask_ratio 0.0 is outside (0, 1)"),
+    ("--mask-ratio 0.9", "leaves 0 of 4 patches visible"),
+    ("--out-indices 4,2,11", "out_indices 4,2,11 must ascend"),
+    ("--out-indices 2,2,11", "out_indices 2,2,11 must ascend"),
+    ("--out-indices 2,12", "must lie in 0 ... 11"),
+    ("--out-indices 2,4", "end with the last block, 11"),
+    ("--out-indices some", "--out-indices some: expected spread, last, all, or e.g. 0,4,11"),
+    ("--data /nowhere", "data folder /nowhere does not exist"),
+    ("--data shapes:none", "expected shapes or shapes:COUNT"),
+    ("--data cifar10:/nowhere", "/nowhere/data_batch_1.bin does not exist"),
+    ("--global-batch 17", "--global-batch 17 is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
+    ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
+    ("--device cuda:99" if not torch.cuda.is_available() else "--mean x", "expected"),
+    ("--resume /nowhere.pt", "checkpoint /nowhere.pt does not exist"),
+    ("--in-chans 1", "--mean has 3 numbers: expected 1"),
+    ("--std 1,0,1", "--std 0.0: expected more than 0"),
+    ("--decoder-num-heads 3", "embed_dim 16 is not a multiple of num_heads 3"),
+    ("--decoder-embed-dim 18 --decoder-num-heads 1", "embed_dim 18 is not a multiple of 4"),
+    ("--init-from LICENSE", "checkpoint LICENSE cannot be read"),
+    ("--output-dir LICENSE/x", "--output-dir LICENSE/x cannot be written"),
+])
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, capfd, monkeypatch, flags, message):
+    monkeypatch.chdir(ROOT)
+    flags = [*SMALL, "--steps", "2", "--output-dir", str(tmp_path / "a"), "--cache-dir", str(cache), *flags.split()]
+    with pytest.raises(SystemExit) as stop:
+        run(train_pretrain.main, parse(train_pretrain.Config, flags))
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_old_run_is_not_overwritten(pretrain, tmp_path):
+    pretrain("--steps", "2")
+    before = state_of(tmp_path / "a")
+    with pytest.raises(UserError, match="already holds a run: add --resume auto"):
+        pretrain("--steps", "2", "--seed", "1")
+    assert same_bits(state_of(tmp_path / "a"), before)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["seed"] == 0
+
+
+def test_a_checkpoint_of_another_model_is_named_with_the_keys_that_differ(pretrain, tmp_path):
+    pretrain("--steps", "2")
+    with pytest.raises(UserError, match=r"another model: proj_weights has shape \(6, 1, 1, 1\), here \(1, 1, 1, 1\)"):
+        pretrain("--steps", "2", "--out-indices", "last", "--resume", "auto")
+    with pytest.raises(UserError, match="another model: encoder.cls_token has shape .* and [0-9]+ more"):
+        pretrain("--steps", "2", "--model", "vit_t", "--patch-size", "8", "--resume", str(tmp_path / "a" / "last.pt"), to="b")
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(pretrain, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    torch.save({"model": Malicious()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        pretrain("--steps", "2", "--init-from", str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_faults_and_signals_have_their_own_exit_codes(capsys):
+    def end(error):
+        def main(cfg):
+            raise error
+        with pytest.raises(SystemExit) as stop:
+            run(main, None)
+        return stop.value.code, capsys.readouterr().err
+    assert end(Fault("disk on fire")) == (3, "error: disk on fire\n")
+    assert end(Stopped(15, "at step 3")) == (143, "stopped: at step 3\n")
+    assert end(UserError("Caught UserError in worker\nmff_min.config.UserError: bad")) == (2, "error: bad\n")
