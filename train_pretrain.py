@@ -26,12 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from mff_min.augment import CROPS, MODES
-from mff_min.config import UserError, check_ranges, numbers, opt, parse, side_or_sides
+from mff_min.config import UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.data import Stream, Views, collate, make_loader, open_data
 from mff_min.mim import MaskedAutoencoder, random_masking, spread_indices
 from mff_min.optim import cosine_lr, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals, duration,
+from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
+                             check_same_settings, duration,
                              find_checkpoint, load_state, open_folder, pick_dtype, read_checkpoint, run,
                              save_checkpoint, start_world, write_atomically)
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
@@ -66,7 +67,7 @@ class Config:
     blr: float = opt(1.5e-4, "base learning rate; lr = blr * global_batch / 256", above=0)
     lr: float | None = opt(None, "learning rate, instead of blr", above=0)
     min_lr: float = opt(0.0, "learning rate at the end", least=0)
-    warmup_epochs: float | None = opt(None, "of linear warm-up; not given: 40, or a fifth of epochs", least=0)
+    warmup_epochs: float | None = opt(None, "of linear warm-up; not given: min(40, epochs / 5)", least=0)
     weight_decay: float = opt(0.05, "AdamW's weight decay", least=0)
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
     seed: int = opt(0, "of the weights, the order, the crops and the masks", least=0)
@@ -75,20 +76,21 @@ class Config:
                      choices=["auto", "float32", "bfloat16", "float16"])
 
     # what does not
-    output_dir: str = opt("runs/pretrain", "the run's folder")
-    resume: str = opt("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
-    batch_size: int = opt(64, "images of one micro-batch in one process", above=0)
-    workers: int = opt(0, "loader processes for each training process", least=0)
-    max_bad: float = opt(0.01, "share of the images that may be unreadable before the run stops", least=0)
-    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = opt("auto", "implementation of the kernels", choices=["auto", "torch"])
-    compile: bool = opt(False, "torch.compile the model")
-    grad_checkpointing: bool = opt(False, "recompute activations to save memory, for vit_l and vit_h")
-    log_every: int = opt(20, "steps between lines of the log", above=0)
-    save_every: int = opt(500, "steps between checkpoints", above=0)
-    picture_every: int = opt(0, "steps between pictures; 0: ten over the run", least=0)
-    picture_images: int = opt(8, "images in a picture", above=0)
-    cache_dir: str = opt("runs/cache", "where the embedded images are kept")
+    output_dir: str = knob("runs/pretrain", "the run's folder")
+    resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
+    allow_change: str = knob("", "settings, separated by commas, that may differ from those of the resumed run")
+    batch_size: int = knob(64, "images of one micro-batch in one process", above=0)
+    workers: int = knob(0, "loader processes for each training process", least=0)
+    max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch"])
+    compile: bool = knob(False, "torch.compile the model")
+    grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
+    log_every: int = knob(20, "steps between lines of the log", above=0)
+    save_every: int = knob(500, "steps between checkpoints", above=0)
+    picture_every: int = knob(0, "steps between pictures; 0: ten over the run", least=0)
+    picture_images: int = knob(8, "images in a picture", above=0)
+    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ def pretrain(cfg, world, signals):
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     model = build_model(cfg).to(device)
     state = find_checkpoint(cfg.output_dir, cfg.resume, say)
+    if state:
+        check_same_settings(cfg, state["config"], cfg.allow_change)
     start = state["step"] if state else 0
     if len(set(world.gather(start))) > 1:
         raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
@@ -223,7 +227,10 @@ def pretrain(cfg, world, signals):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:                                     # --allow-change weight_decay may merge groups
+            raise UserError(f"the resumed optimizer does not fit: {error}") from None
         scaler.load_state_dict(state["scaler"])
     elif cfg.init_from:
         load_initial_weights(model, cfg.init_from, say)
@@ -236,7 +243,8 @@ def pretrain(cfg, world, signals):
     progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
-    way_on = "--resume auto goes on from the last checkpoint; --clip-grad, a lower --lr or --dtype float32 may help"
+    way_on = ("--resume auto goes on from the last checkpoint; --clip-grad, a lower --lr or --dtype float32 may "
+              "help")
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""

@@ -20,14 +20,19 @@ class UserError(Exception):
     """Bad input. The stage ends with this text on one line and exit code 2."""
 
 
-def opt(default, help, choices=None, type=None, least=None, above=None):
+def opt(default, help, choices=None, type=None, least=None, above=None, changes_result=True):
     """A dataclass field with its help text, for a flag.
 
     type turns the flag's text into the value where the annotation cannot; the value must be in choices, at
     least `least` and more than `above`, where these are given.
     """
-    metadata = dict(help=help, choices=choices, type=type, least=least, above=above)
+    metadata = dict(help=help, choices=choices, type=type, least=least, above=above, changes_result=changes_result)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def knob(default, help, **bounds):
+    """A field that changes how a run is carried out but not its result, so that it may differ at resume."""
+    return opt(default, help, **bounds, changes_result=False)
 
 
 def check_ranges(cfg):

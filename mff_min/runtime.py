@@ -6,6 +6,7 @@ a file.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from mff_min.config import UserError, to_json
 
+RUN_STATE = ("model", "optimizer", "scaler", "step", "loss", "config")  # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +41,7 @@ class Stopped(Exception):
 
 # ---------------------------------------------------------------- processes and devices
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """Who this process is among those that torchrun started; alone, it is rank 0 of 1."""
     rank: int
@@ -148,15 +149,21 @@ def save_checkpoint(folder, state):
     write_atomically(last, write)
 
 
-def read_checkpoint(path):
-    """What is in a checkpoint file, on the CPU. Raises UserError when it is none of ours or damaged."""
+def read_checkpoint(path, needs=()):
+    """The dict in a checkpoint file, on the CPU. Raises UserError when it is damaged or lacks a key in needs."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except Exception as error:                                          # a damaged file raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
+    missing = [key for key in needs if key not in state]
+    if missing:
+        raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is not the state of a run")
+    return state
 
 
 def find_checkpoint(folder, resume, say):
@@ -173,10 +180,10 @@ def find_checkpoint(folder, resume, say):
                             f"another --output-dir")
         return None
     if resume != "auto":
-        return read_checkpoint(resume)
+        return read_checkpoint(resume, RUN_STATE)
     for path in candidates:
         try:
-            return read_checkpoint(path)
+            return read_checkpoint(path, RUN_STATE)
         except UserError as error:
             say(f"warning: {error}")
     if candidates:
@@ -185,20 +192,31 @@ def find_checkpoint(folder, resume, say):
     return None
 
 
-def load_state(model, state, origin, allow_missing=()):
-    """Load parameters by name. UserError names the first that differ.
+def check_same_settings(cfg, saved, allowed):
+    """Raise UserError when a resumed run would go on with other settings than it began with, and name them.
 
-    Names that start with one of allow_missing may be missing.
+    saved is the checkpoint's config; allowed holds, separated by commas, the names that may differ.
     """
-    own, optional = model.state_dict(), tuple(allow_missing)
+    changes = [f"{field.name}: {saved.get(field.name)} -> {getattr(cfg, field.name)}"
+               for field in dataclasses.fields(cfg) if field.metadata["changes_result"]
+               and field.name not in allowed.split(",") and saved.get(field.name) != getattr(cfg, field.name)]
+    if changes:
+        names = ",".join(change.split(":")[0] for change in changes)
+        raise UserError(f"the run to resume began with other settings ({'; '.join(changes)}): give the same "
+                        f"flags again, or --allow-change {names}")
+
+
+def load_state(model, state, origin):
+    """Load parameters by name. UserError names the first that differ."""
+    own = model.state_dict()
     problems = [f"{name} has shape {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
                 for name in own if name in state and state[name].shape != own[name].shape]
-    problems += [f"{name} is missing" for name in own if name not in state and not name.startswith(optional)]
+    problems += [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is unknown here" for name in state if name not in own]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{origin} is of another model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(state)
 
 
 # ---------------------------------------------------------------- the run folder

@@ -175,13 +175,14 @@ def test_resume_equals_no_interruption(pretrain, interrupted, tmp_path, workers)
 
 def test_without_the_saved_optimizer_the_resumed_run_would_differ(pretrain, tmp_path):
     """The control of the test above: it can fail."""
-    pretrain("--steps", "6", "--lr", "1e-3", to="whole")
-    pretrain("--steps", "3", "--epochs", "0.96", "--lr", "1e-3", to="parts")
+    flags = ["--epochs", "0.96", "--lr", "1e-3"]
+    pretrain(*flags, "--steps", "6", to="whole")
+    pretrain(*flags, "--steps", "3", to="parts")
     state = state_of(tmp_path / "parts")
     for moment in state["optimizer"]["state"].values():
         moment["exp_avg"].zero_()
     torch.save(state, tmp_path / "parts" / "last.pt")
-    pretrain("--steps", "6", "--lr", "1e-3", "--resume", "auto", to="parts")
+    pretrain(*flags, "--steps", "6", "--resume", "auto", "--allow-change", "steps", to="parts")
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -376,9 +377,19 @@ def test_an_old_run_is_not_overwritten(pretrain, tmp_path):
 def test_a_checkpoint_of_another_model_is_named_with_the_keys_that_differ(pretrain, tmp_path):
     pretrain("--steps", "2")
     with pytest.raises(UserError, match=r"another model: proj_weights has shape \(6, 1, 1, 1\), here \(1, 1, 1, 1\)"):
-        pretrain("--steps", "2", "--out-indices", "last", "--resume", "auto")
+        pretrain("--steps", "2", "--out-indices", "last", "--resume", "auto", "--allow-change", "out_indices")
     with pytest.raises(UserError, match="another model: encoder.cls_token has shape .* and [0-9]+ more"):
-        pretrain("--steps", "2", "--model", "vit_t", "--patch-size", "8", "--resume", str(tmp_path / "a" / "last.pt"), to="b")
+        pretrain("--steps", "2", "--model", "vit_t", "--patch-size", "8", to="b",
+                 *f"--init-from {tmp_path}/a/last.pt".split())
+    with pytest.raises(UserError, match="encoder.pt has no optimizer, scaler, step, loss: it is not the state of a run"):
+        pretrain("--steps", "2", "--resume", str(tmp_path / "a" / "encoder.pt"))
+
+
+def test_a_run_goes_on_with_the_settings_it_began_with(pretrain, tmp_path):
+    pretrain("--steps", "2")
+    with pytest.raises(UserError, match=r"other settings \(steps: 2 -> 3; seed: 0 -> 7\).*--allow-change steps,seed"):
+        pretrain("--steps", "3", "--seed", "7", "--workers", "1", "--resume", "auto")
+    assert pretrain("--steps", "2", "--workers", "1", "--batch-size", "4", "--resume", "auto")["step"] == 2
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(pretrain, tmp_path):
