@@ -3,6 +3,8 @@
 Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample, and returns a
 Pillow image of that size. Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises
 there.
+
+Shapes: H W, C channels.
 """
 
 import math
@@ -30,7 +32,7 @@ def simple(image, size, rng, padding=4):
     PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
     75 % mask is little enough.
     """
-    image = np.asarray(resize_to_cover(image, size, BILINEAR))          # (H, W) or (H, W, C)
+    image = np.asarray(resize_to_cover(image, size, BILINEAR))          # (H, W, C), or (H, W) where grey
     image = np.pad(image, [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2), mode="reflect")
     height, width = size
     top = rng.integer(0, image.shape[0] - height + 1)

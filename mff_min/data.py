@@ -4,6 +4,8 @@ A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`
 `source.classes`. Which sample is seen when, how it is cropped and which of its patches are masked are pure
 functions of (seed, epoch, index), so nothing depends on the number of workers or ranks, and a run resumes
 anywhere.
+
+Shapes: n or B images, C H W, L patches.
 """
 
 import bisect

@@ -1,6 +1,6 @@
 """Pictures of a run, drawn with Pillow alone.
 
-Shapes: B images, C H W, L patches.
+Shapes: B images, C H W, L patches, K masked patches, N = P * P * C.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """What is to be predicted, and how predictions become pictures again.
 
-Shapes: B images, C H W, K masked patches, N = P * P * C.
+Shapes: B images, C H W, L patches, K masked patches, N = P * P * C.
 """
 
 import torch

@@ -38,9 +38,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches):
-        """Patches as patchify cuts them, (B, L, N) -> (B, L, D)."""
+        """Patches as patchify cuts them, (..., N) -> (..., D)."""
         weight = self.proj.weight.permute(0, 2, 3, 1)                   # (D, P, P, C), patchify's order
-        return F.linear(patches, weight.flatten(1), self.proj.bias)     # (B, L, D)
+        return F.linear(patches, weight.flatten(1), self.proj.bias)     # (..., D)
 
 
 class Attention(nn.Module):

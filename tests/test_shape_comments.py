@@ -1,0 +1,210 @@
+"""Shape comments are true: each is compared with the shape of what its line computes, while the line runs.
+
+A shape comment is one like (B, 1 + L, D) behind an assignment or a return. Of several names it holds for each
+or has a shape for each; "..." is any number of dimensions, and L' another L.
+"""
+
+import ast
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sources import FILES, ROOT, comments, complaints
+
+from kernels import TORCH
+from mff_min import augment, mim, picture, shapes, targets, vit
+from mff_min.data import ImageArray, Views
+
+
+def read_shapes(comment):
+    """The shapes that a comment begins with: "(B, 1 + L'), ..." gives [["B", "1 + L_"]]."""
+    found, rest = [], comment.removeprefix("each ")
+    while match := re.match(r"\(([\w' ,.+*/-]*)\)(?:,| and)? ?", rest):
+        found.append([part.strip().replace("'", "_") for part in match[1].split(",") if part.strip()])
+        rest = rest[match.end():]
+    return found
+
+
+def shape_comments(path, text):
+    """The shape comments of a file: {(path, line): (function, last line of the statement, names, shapes)}.
+
+    The function is (first line, name), as its code object has them. A return has no names.
+    """
+    found = {(path, line): (None, line, [], shapes) for line, comment, alone in comments(text)
+             if not alone and (shapes := read_shapes(comment))}
+    for function in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)):
+        key = min([function.lineno, *(node.lineno for node in function.decorator_list)]), function.name
+        for node in ast.walk(function):
+            if not isinstance(node, ast.Assign | ast.Return):
+                continue
+            for place in [(path, line) for line in range(node.lineno, node.end_lineno + 1)]:
+                if place in found:
+                    *_, said = found.pop(place)
+                    names = [name.id for target in getattr(node, "targets", []) for name in ast.walk(target)
+                             if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+                    said = said if len(said) > 1 else said * max(len(names), 1)
+                    found[path, node.lineno] = key, node.end_lineno, names, said
+    return found
+
+
+class Witness:
+    """While it is entered, every shape comment of `claims` is compared with what its line has computed.
+
+    In a comment, a name is the function's local int of that name; else one of the sizes that truth allows, or
+    any size where truth says nothing: the same one throughout a call.
+    """
+
+    def __init__(self, claims, truth):
+        self.claims, self.truth, self.seen, self.false = claims, truth, set(), set()
+        self.functions = {(path, function) for (path, _), (function, *_) in claims.items()}
+
+    def __enter__(self):
+        self.tracer_before = sys.gettrace()
+        sys.settrace(self.call)
+
+    def __exit__(self, *error):
+        sys.settrace(self.tracer_before)
+
+    def call(self, frame, event, argument):
+        code = frame.f_code
+        path = code.co_filename.removeprefix(f"{ROOT}/")
+        if (path, (code.co_firstlineno, code.co_name)) not in self.functions:
+            return None
+        running, letters = None, {}
+
+        def trace(frame, event, value):
+            nonlocal running
+            _, end, names, said = self.claims[path, running] if running else (None, 0, [], [])
+            if running and (event == "return" or not running <= frame.f_lineno <= end):
+                values = [frame.f_locals.get(name) for name in names] if names else [value]
+                if all(hasattr(value, "shape") for value in values):    # not where it has raised
+                    self.compare((path, running), zip(values, said, strict=True), frame.f_locals, letters)
+                running = None
+            if event == "line" and (path, frame.f_lineno) in self.claims:
+                running = frame.f_lineno
+            return trace
+        return trace
+
+    def compare(self, place, pairs, known, letters):
+        self.seen.add(place)
+        for value, said in pairs:
+            open_ended = said[0] == "..."
+            sizes, wanted = (value.shape[1 - len(said):], said[1:]) if open_ended else (value.shape, said)
+            if len(sizes) != len(wanted) or not all(
+                    self.agrees(*pair, known, letters) for pair in zip(wanted, sizes, strict=True)):
+                self.false.add(f"{place[0]}:{place[1]}: ({', '.join(said)}) is {tuple(value.shape)}")
+
+    def agrees(self, expression, size, known, letters):
+        names = set(re.findall(r"[a-zA-Z]\w*", expression))
+        values = letters | {name: known[name] for name in names if type(known.get(name)) is int}
+        for name in names - set(values):
+            candidates = self.truth.get(name, range(1, 1024))
+            fits = [n for n in candidates if eval(expression, {}, values | {name: n}) == size]
+            if not fits:
+                return False
+            values[name] = letters[name] = fits[0]
+        allowed = all(values[name] in self.truth.get(name, [values[name]]) for name in names)
+        return allowed and eval(expression, {}, values) == size
+
+
+# No two letters share a size. D, h, d and T have one in the encoder and one in the decoder, which is E wide.
+TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100], M=[7],
+             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37])
+
+
+def exercise():
+    """Call what the shape comments are about, with the sizes of TRUTH."""
+    size = dict(img_size=(36, 44), patch_size=4, embed_dim=60, depth=7, num_heads=5)
+    model = mim.MaskedAutoencoder(vit.VisionTransformer(**size), range(7), decoder_embed_dim=32,
+                                  decoder_depth=1, decoder_num_heads=2)
+    images, noise = torch.rand(6, 3, 36, 44), torch.rand(6, 99)
+    mean, std = torch.full((3,), 0.4), torch.ones(3)
+    filtered = targets.low_pass_target(TORCH.prepare(images * 255, mean, std), mean, std, 5.25, TORCH)
+    model(images, noise, filtered)
+    pred, ids, mask = model.predict(images, noise)
+    model.fusion_weights()
+    for norm_pix in (False, True):
+        targets.patch_mean_loss(images, ids, 4, norm_pix, TORCH)
+        picture.reconstruction_sheet(images, filtered, pred, ids, mask, 4, norm_pix, mean, std, "")
+    picture.to_uint8(images[:, :1], mean[:1], std[:1])
+    for pool in ("token", "avg"):
+        vit.VisionTransformer(**size, num_classes=10, global_pool=pool)(images)
+    vit.resize_pos_embed(model.encoder.pos_embed, (9, 11), (13, 8))
+
+    source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), [0], [""], "")
+    Views(source, "simple", (36, 44), 3, 99, seed=0)[0, 0]
+    augment.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
+    shapes.render("train", range(8), 37)
+
+
+def false_comments(files, truth, work):
+    """(complaints, comments that work() never reaches, number of comments) of {path: text}."""
+    claims = {}
+    for path, text in files.items():
+        claims |= shape_comments(path, text)
+    witness = Witness(claims, truth)
+    with witness, torch.no_grad():
+        work()
+    return sorted(witness.false), sorted(set(claims) - witness.seen), len(claims)
+
+
+def test_shape_comments_are_true():
+    files = {path: text for path, text in FILES.items() if path.startswith("mff_min/") or "reference" in path}
+    false, unseen, _ = false_comments(files, TRUTH, exercise)
+    assert false == []
+    assert unseen == []
+
+
+PLANTED = """
+def attend(x, ids):
+    B, T, D = x.shape
+    y = x.transpose(1, 2)                                               # (B, D, T)
+    first, last = y[..., 0], y[..., -1]                                 # each (B, D)
+    y = x.gather(
+        1, ids)                                                         # (B, V, V)
+    return y.flatten(1)                                                 # (..., V * V)
+"""
+
+
+@pytest.mark.parametrize("old, new, complaint", [
+    ("", "", ""), ("(B, D, T)", "(B, T, D)", "planted:4: (B, T, D) is (6, 60, 25)"),
+    ("each (B, D)", "(B, D), (B, T)", "planted:5: (B, T) is (6, 60)"),
+    ("(B, V, V)", "(B, V, D)", "planted:6: (B, V, D) is (6, 24, 24)"),
+    ("(B, V, V)", "(B, V)", "planted:6: (B, V) is (6, 24, 24)"),
+    ("V * V", "V", "planted:8: (..., V) is (6, 576)"),
+    ("T, D = x", "D, T = x", "planted:4: (B, D, T) is (6, 60, 25)"),
+])
+def test_a_false_shape_comment_is_caught(old, new, complaint):
+    text, names = PLANTED.replace(old, new), {}
+    exec(compile(text, "planted", "exec"), names)
+    x, ids = torch.zeros(6, 25, 60), torch.zeros(6, 24, 24, dtype=torch.int64)
+    false, unseen, count = false_comments({"planted": text}, TRUTH, lambda: names["attend"](x, ids))
+    assert count == 4 and unseen == [] and (complaint in str(false) if complaint else false == [])
+
+
+def test_a_shape_comment_that_is_never_reached_is_caught():
+    _, unseen, _ = false_comments({"planted": PLANTED}, TRUTH, lambda: None)
+    assert unseen == [("planted", line) for line in (4, 5, 6, 8)]
+
+
+def missing_from_legend(path, text):
+    """The letters of a file's shape comments must stand in its docstring, in the paragraph "Shapes: ..."."""
+    legend = re.search(r"^Shapes: (.*?)(\n\n|\Z)", ast.get_docstring(ast.parse(text)) or "", re.M | re.S)
+    named = re.findall(r"\w+", legend[1]) if legend else []
+    said = [said for *_, pairs in shape_comments(path, text).values() for said in pairs]
+    letters = {name.rstrip("_") for shape in said for name in re.findall(r"[a-zA-Z]\w*", ",".join(shape))}
+    return [f"{path}: {letter} is not in its legend" for letter in sorted(letters)
+            if len(letter) == 1 and letter not in named]
+
+
+def test_shape_letters_are_explained_at_the_top():
+    assert complaints(missing_from_legend) == []
+
+
+def test_an_unexplained_letter_is_caught():
+    legend = '"""An op.\n\nShapes: B images, V visible patches,\nD width.\n\nT: tokens."""\n'
+    assert missing_from_legend("planted", legend + PLANTED) == ["planted: T is not in its legend"]
+    assert len(missing_from_legend("planted", PLANTED)) == 4
