@@ -78,12 +78,13 @@ class Config:
     # what does not
     output_dir: str = knob("runs/pretrain", "the run's folder")
     resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
-    allow_change: str = knob("", "settings, separated by commas, that may differ from those of the resumed run")
+    allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
     batch_size: int = knob(64, "images of one micro-batch in one process", above=0)
     workers: int = knob(0, "loader processes for each training process", least=0)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch"])
+    deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     log_every: int = knob(20, "steps between lines of the log", above=0)
@@ -180,7 +181,7 @@ def load_initial_weights(model, path, say):
 
 def main(cfg):
     """Pre-train as cfg says; returns the final metrics: step, loss, and what evaluate returns."""
-    with start_world(cfg.device) as world, catch_signals() as signals:
+    with start_world(cfg.device, cfg.deterministic) as world, catch_signals() as signals:
         check(cfg, world.size)
         return pretrain(cfg, world, signals)
 
@@ -229,7 +230,7 @@ def pretrain(cfg, world, signals):
         load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
         try:
             optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:                                     # --allow-change weight_decay may merge groups
+        except ValueError as error:                                     # --allow-change may merge groups
             raise UserError(f"the resumed optimizer does not fit: {error}") from None
         scaler.load_state_dict(state["scaler"])
     elif cfg.init_from:
@@ -243,8 +244,8 @@ def pretrain(cfg, world, signals):
     progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
-    way_on = ("--resume auto goes on from the last checkpoint; --clip-grad, a lower --lr or --dtype float32 may "
-              "help")
+    way_on = ("--resume auto goes on from the last checkpoint; --clip-grad, a lower --lr or --dtype float32 "
+              "may help")
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
@@ -378,7 +379,7 @@ def evaluate(cfg, model, source, to_device, dtype, most=512):
         images, noise, targets = to_device(batch)
         with autocast(images.device, dtype):
             loss = model(images, noise, targets)
-        ids = random_masking(noise, model.num_visible)[0][:, model.num_visible:]        # (B, K)
+        ids = random_masking(noise, model.num_visible)[0][:, model.num_visible:]
         of_means = patch_mean_loss(targets, ids, model.encoder.patch_size, cfg.norm_pix_loss, model.ops)
         totals += torch.tensor([loss.item(), of_means.item()]) * len(indices)
         replaced += len(batch["bad"])

@@ -26,7 +26,8 @@ def opt(default, help, choices=None, type=None, least=None, above=None, changes_
     type turns the flag's text into the value where the annotation cannot; the value must be in choices, at
     least `least` and more than `above`, where these are given.
     """
-    metadata = dict(help=help, choices=choices, type=type, least=least, above=above, changes_result=changes_result)
+    metadata = dict(help=help, choices=choices, type=type, least=least, above=above,
+                    changes_result=changes_result)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -85,8 +85,14 @@ class World:
 
 
 @contextlib.contextmanager
-def start_world(device):
-    """The World of this process. device is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+def start_world(device, deterministic=False):
+    """The World of this process. device is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+
+    On a CPU the same work gives the same bits; on a GPU it does so with deterministic.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # else PyTorch refuses matrix products
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no GPU here; expected auto or "
                         f"cpu")
@@ -150,7 +156,7 @@ def save_checkpoint(folder, state):
 
 
 def read_checkpoint(path, needs=()):
-    """The dict in a checkpoint file, on the CPU. Raises UserError when it is damaged or lacks a key in needs."""
+    """The dict in a checkpoint file, on the CPU. Raises UserError if it is damaged or lacks a key of needs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

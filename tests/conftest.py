@@ -1,6 +1,6 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                           # small models: threads only get in the way
+os.environ.setdefault("OMP_NUM_THREADS", "1")                           # for small models threads are a loss
 os.environ.setdefault("TRITON_INTERPRET", "1")                          # before triton's import: timm does
 
 import sys

@@ -1,4 +1,4 @@
-"""The stages as their users run them: losses, interruptions, ranks, what a run leaves behind, and what bad input gets."""
+"""The stages as users run them: losses, interruptions, ranks, what a run leaves behind, what bad input gets."""
 
 import json
 import math
@@ -20,9 +20,10 @@ from mff_min.runtime import Fault, Stopped, read_log, run, write_atomically
 from mff_min.vit import VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --data shapes:100 "
-         "--global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --picture-images 2 --device cpu").split()
-TIMES = ("img_per_s", "data_wait")                                      # what may differ between two equal runs
+SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
+         "--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --picture-images 2 "
+         "--device cpu").split()
+TIMES = ("img_per_s", "data_wait")                                      # may differ between equal runs
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def pretrain(tmp_path, cache):
-    """pretrain(*flags, to="a") runs the stage in this process, into the folder `to`, and returns its metrics."""
+    """pretrain(*flags, to="a") runs the stage in this process, into the folder `to`; returns its metrics."""
     def call(*flags, to="a"):
         flags = [*SMALL, "--output-dir", str(tmp_path / to), "--cache-dir", str(cache), *flags]
         return train_pretrain.main(parse(train_pretrain.Config, flags))
@@ -41,7 +42,8 @@ def pretrain(tmp_path, cache):
 
 def shell(tmp_path, cache, *flags, to="a", launcher=(sys.executable,)):
     """The stage in a process of its own with one thread, as a Popen."""
-    command = [*launcher, "train_pretrain.py", *SMALL, "--output-dir", str(tmp_path / to), "--cache-dir", str(cache), *flags]
+    folders = ["--output-dir", str(tmp_path / to), "--cache-dir", str(cache)]
+    command = [*launcher, "train_pretrain.py", *SMALL, *folders, *flags]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -66,7 +68,8 @@ def assert_same_run(a, b):
     states = state_of(a), state_of(b)
     for key in ("model", "optimizer", "scaler", "step", "loss"):
         assert same_bits(states[0][key], states[1][key]), key
-    logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_log(path / "log.jsonl")] for path in (a, b)]
+    logs = [[{key: value for key, value in line.items() if key not in TIMES}
+             for line in read_log(path / "log.jsonl")] for path in (a, b)]
     assert logs[0] == logs[1]
 
 
@@ -95,7 +98,7 @@ def test_every_method_trains_and_leaves_a_run_that_explains_itself(pretrain, tmp
         assert math.isclose(sum(line["fusion_weights"]), 1, rel_tol=1e-6)
     assert json.loads((folder / "config.json").read_text())["img_size"] == [16, 16]
     assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
-    columns = 5 if "--low-pass-radius" in METHODS[method] else 4        # image, (target), masked, prediction, pasted
+    columns = 5 if "--low-pass-radius" in METHODS[method] else 4        # the fifth is the target
     for name in ("reconstruction.png", "reconstruction-000000.png", "reconstruction-000004.png"):
         with Image.open(folder / name) as picture:
             assert picture.size == (6 + columns * (128 + 6), 46 + 2 * (128 + 6))
@@ -104,10 +107,10 @@ def test_every_method_trains_and_leaves_a_run_that_explains_itself(pretrain, tmp
 def test_encoder_is_exported_with_timms_names(pretrain, tmp_path):
     pretrain("--steps", "2")
     state = torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
-    VisionTransformer(16, patch_size=8, embed_dim=96, depth=12, num_heads=3).load_state_dict(state, strict=True)
+    size = dict(img_size=16, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=0)
+    VisionTransformer(**size).load_state_dict(state, strict=True)
     timm = pytest.importorskip("timm")
-    model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=0)
-    model.load_state_dict(state, strict=True)
+    timm.models.VisionTransformer(**size).load_state_dict(state, strict=True)
 
 
 def test_mff_with_one_level_logs_the_losses_of_mae_bit_for_bit(pretrain, tmp_path):
@@ -121,7 +124,7 @@ def test_dtype_compile_and_recomputation_change_the_loss_by_rounding_alone(pretr
     want = pretrain(*flags, to="float32")["loss"]
     assert pretrain(*flags, "--grad-checkpointing", to="recomputed")["loss"] == want
     bf16 = pretrain(*flags, "--dtype", "bfloat16", to="bfloat16")["loss"]
-    assert bf16 != want and bf16 == pytest.approx(want, rel=2 ** -8)    # half a unit in the last place of bfloat16
+    assert bf16 != want and bf16 == pytest.approx(want, rel=2 ** -8)    # half of bfloat16's last place
     half = pretrain(*flags, "--dtype", "float16", to="float16")["loss"]
     assert half != want and half == pytest.approx(want, rel=2 ** -8)
     compile = torch.compile
@@ -134,8 +137,8 @@ def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
     pretrain("--steps", "2", "--lr", "1e-3", "--clip-grad", "1e-4", to="clipped")
     free, clipped = (read_log(tmp_path / to / "log.jsonl")[0] for to in ("free", "clipped"))
     assert free["grad_norm"] == clipped["grad_norm"] > 0.1
-    moments = [sum(m["exp_avg"].norm() ** 2 for m in state_of(tmp_path / to)["optimizer"]["state"].values()) ** 0.5
-               for to in ("free", "clipped")]
+    states = [state_of(tmp_path / to)["optimizer"]["state"].values() for to in ("free", "clipped")]
+    moments = [sum(state["exp_avg"].norm() ** 2 for state in of_run) ** 0.5 for of_run in states]
     assert moments[1] < 1.01e-4 * 0.2 and moments[0] > 1e-2             # two steps of 0.1 * gradient each
 
 
@@ -164,7 +167,7 @@ def interrupted(pretrain, monkeypatch):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_equals_no_interruption(pretrain, interrupted, tmp_path, workers):
-    flags = ["--steps", "16", "--lr", "1e-3", "--clip-grad", "0.5", "--workers", workers]       # 2.6 epochs of 100
+    flags = ["--steps", "16", "--lr", "1e-3", "--clip-grad", "0.5", "--workers", workers]   # 2.6 epochs of 100
     pretrain(*flags, to="whole")
     # dies before the first step, then inside the accumulations of steps 4, 7 and 11: epochs 1, 1 and 2
     for n in (0, 7, 7, 9):
@@ -269,7 +272,7 @@ def test_two_ranks_equal_one_with_accumulation_to_the_bit(tmp_path, cache):
     two, one = (state_of(tmp_path / to) for to in ("two", "one"))
     assert same_bits(two["model"], one["model"]) and same_bits(two["optimizer"], one["optimizer"])
     for a, b in zip(*(read_log(tmp_path / to / "log.jsonl") for to in ("two", "one")), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)          # one adds its micro-batches in float32
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)          # one adds micro-batches in float32
 
 
 # ---------------------------------------------------------------- other data
@@ -283,9 +286,10 @@ def test_a_flat_folder_of_mixed_images_pretrains(pretrain, tmp_path, capsys):
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     metrics = pretrain("--data", str(tmp_path), "--steps", "3", "--max-bad", "0.1", to="flat")
     output = capsys.readouterr().out
-    assert "on 21 training images" in output and "1 of 21 images cannot be read" in output and "torn.jpg" in output
+    assert all(text in output for text in ("on 21 training images", "1 of 21 images cannot be read", "torn.jpg"))
     assert metrics["val_images"] == 21
-    assert [line["name"] for line in read_log(tmp_path / "flat" / "bad_samples.jsonl")] == [str(tmp_path / "torn.jpg")]
+    bad = read_log(tmp_path / "flat" / "bad_samples.jsonl")
+    assert [line["name"] for line in bad] == [str(tmp_path / "torn.jpg")]
     with pytest.raises(Fault, match="more than --max-bad 0.01"):
         pretrain("--data", str(tmp_path), "--steps", "3", to="strict")
 
@@ -299,10 +303,12 @@ def test_one_channel_and_sides_that_differ_pretrain(pretrain, tmp_path):
 
 def test_initial_weights_come_from_a_run_or_from_an_encoder(pretrain, tmp_path, capsys):
     pretrain("--steps", "2", to="a")
-    whole, encoder = state_of(tmp_path / "a")["model"], torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
+    whole = state_of(tmp_path / "a")["model"]
+    encoder = torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
     torch.save(encoder, tmp_path / "bare.pt")
     for name, to in (("a/last.pt", "b"), ("a/encoder.pt", "c"), ("bare.pt", "d")):
-        pretrain("--steps", "1", "--lr", "1e-30", "--weight-decay", "0", "--seed", "9", "--init-from", str(tmp_path / name), to=to)
+        pretrain("--steps", "1", "--lr", "1e-30", "--weight-decay", "0", "--seed", "9",
+                 "--init-from", str(tmp_path / name), to=to)
         got = state_of(tmp_path / to)["model"]
         assert torch.equal(got["encoder.blocks.3.attn.qkv.weight"], whole["encoder.blocks.3.attn.qkv.weight"])
         assert torch.equal(got["decoder_pred.weight"], whole["decoder_pred.weight"]) == (to == "b")
@@ -321,6 +327,21 @@ def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command():
     said.clear()
     train_pretrain.estimate(schedule, 0, 1.0, torch.device("cpu"), said.append)
     assert len(said) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch finds none")
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--dtype", "float16"]])
+def test_a_gpu_gives_the_losses_of_the_cpu_within_rounding(pretrain, flags):
+    want = pretrain("--steps", "6", "--lr", "1e-3", to="cpu")["loss"]
+    got = pretrain("--steps", "6", "--lr", "1e-3", "--device", "cuda", *flags, to="gpu")["loss"]
+    assert got == pytest.approx(want, rel=2 ** -6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch finds none")
+def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(pretrain, tmp_path):
+    for to in ("a", "b"):
+        pretrain("--steps", "6", "--lr", "1e-3", "--device", "cuda", "--deterministic", to=to)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 # ---------------------------------------------------------------- bad input
@@ -344,7 +365,7 @@ def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command():
     ("--data /nowhere", "data folder /nowhere does not exist"),
     ("--data shapes:none", "expected shapes or shapes:COUNT"),
     ("--data cifar10:/nowhere", "/nowhere/data_batch_1.bin does not exist"),
-    ("--global-batch 17", "--global-batch 17 is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
+    ("--global-batch 17", "17 is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
     ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
     ("--device cuda:99" if not torch.cuda.is_available() else "--mean x", "expected"),
     ("--resume /nowhere.pt", "checkpoint /nowhere.pt does not exist"),
@@ -357,11 +378,13 @@ def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command():
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, capfd, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)
-    flags = [*SMALL, "--steps", "2", "--output-dir", str(tmp_path / "a"), "--cache-dir", str(cache), *flags.split()]
+    folders = ["--output-dir", str(tmp_path / "a"), "--cache-dir", str(cache)]
+    flags = [*SMALL, "--steps", "2", *folders, *flags.split()]
     with pytest.raises(SystemExit) as stop:
         run(train_pretrain.main, parse(train_pretrain.Config, flags))
     errors = capfd.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert stop.value.code == 2 and len(errors) == 1
+    assert errors[0].startswith("error: ") and message in errors[0]
     assert not (tmp_path / "a").exists()
 
 
@@ -376,18 +399,19 @@ def test_an_old_run_is_not_overwritten(pretrain, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_named_with_the_keys_that_differ(pretrain, tmp_path):
     pretrain("--steps", "2")
-    with pytest.raises(UserError, match=r"another model: proj_weights has shape \(6, 1, 1, 1\), here \(1, 1, 1, 1\)"):
+    with pytest.raises(UserError, match=r"model: proj_weights has shape \(6, 1, 1, 1\), here \(1, 1, 1, 1\)"):
         pretrain("--steps", "2", "--out-indices", "last", "--resume", "auto", "--allow-change", "out_indices")
     with pytest.raises(UserError, match="another model: encoder.cls_token has shape .* and [0-9]+ more"):
-        pretrain("--steps", "2", "--model", "vit_t", "--patch-size", "8", to="b",
-                 *f"--init-from {tmp_path}/a/last.pt".split())
-    with pytest.raises(UserError, match="encoder.pt has no optimizer, scaler, step, loss: it is not the state of a run"):
+        pretrain("--steps", "2", "--model", "vit_t", "--patch-size", "8",
+                 *f"--init-from {tmp_path}/a/last.pt".split(), to="b")
+    with pytest.raises(UserError, match="encoder.pt has no optimizer, scaler, step, loss: it is not the state"):
         pretrain("--steps", "2", "--resume", str(tmp_path / "a" / "encoder.pt"))
 
 
 def test_a_run_goes_on_with_the_settings_it_began_with(pretrain, tmp_path):
     pretrain("--steps", "2")
-    with pytest.raises(UserError, match=r"other settings \(steps: 2 -> 3; seed: 0 -> 7\).*--allow-change steps,seed"):
+    message = r"other settings \(steps: 2 -> 3; seed: 0 -> 7\).*--allow-change steps,seed"
+    with pytest.raises(UserError, match=message):
         pretrain("--steps", "3", "--seed", "7", "--workers", "1", "--resume", "auto")
     assert pretrain("--steps", "2", "--workers", "1", "--batch-size", "4", "--resume", "auto")["step"] == 2
 

@@ -1,0 +1,114 @@
+"""Flags, the log, the progress line: what every stage shares."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from mff_min.config import UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.runtime import Log, Progress, World, duration, pick_dtype, read_log, start_world
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    img_size: tuple[int, int] = opt((224, 224), "a size", type=side_or_sides)
+    mean: tuple[float, ...] = opt((0.5,), "some numbers", type=numbers)
+    steps: int | None = opt(None, "a count", above=0)
+    lr: float = opt(0.5, "a rate, 100 % documented", least=0)
+    norm_pix_loss: bool = opt(True, "a switch")
+    workers: int = knob(0, "a count that changes no result")
+
+
+def test_flags_accept_dashes_and_underscores_alike():
+    for flags in (["--img-size", "8x16", "--no-norm-pix-loss"], ["--img_size", "8x16", "--no-norm_pix_loss"]):
+        cfg = parse(Config, flags)
+        assert cfg.img_size == (8, 16) and cfg.norm_pix_loss is False and cfg.steps is None
+
+
+def test_flags_have_the_type_of_their_field():
+    cfg = parse(Config, "--steps 3 --lr 1e-3 --mean 0.1,0.2 --img-size 32".split())
+    assert cfg == Config(img_size=(32, 32), mean=(0.1, 0.2), steps=3, lr=1e-3)
+
+
+def test_help_shows_every_default_as_it_is_typed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "[224x224]" in text and "100 % documented [0.5]" in text
+
+
+@pytest.mark.parametrize("flags", ["--step 3", "--steps=x", "--mean a", "extra", "--lr"])
+def test_a_bad_flag_is_one_line_and_exit_code_2(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, flags.split())
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_values_outside_their_bounds_are_named():
+    check_ranges(Config(lr=0, steps=1))
+    with pytest.raises(UserError, match="--lr -0.1: expected 0 or more"):
+        check_ranges(Config(lr=-0.1))
+    with pytest.raises(UserError, match="--steps 0: expected more than 0"):
+        check_ranges(Config(steps=0))
+    with pytest.raises(UserError, match="--lr nan: expected 0 or more"):
+        check_ranges(Config(lr=float("nan")))
+
+
+def test_a_resumed_log_loses_the_lines_after_its_step_and_torn_ones(tmp_path):
+    log = Log(tmp_path, ALONE, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, loss=0.1)
+    log.write(step=3, done=True)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 3]
+    Log(tmp_path, ALONE, 2).write(step=3, loss=0.2)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
+        {"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.1}, {"step": 3, "loss": 0.2}]
+
+
+def test_progress_prints_lines_into_a_file_and_rewrites_one_on_a_terminal(capsys, monkeypatch):
+    def show():
+        progress = Progress(200, 100, ALONE)
+        progress.started -= 50
+        progress.show(150, "step 3")
+        progress.say("a word")
+        progress.show(200, "step 4")
+        return capsys.readouterr().out
+
+    plain = show()
+    assert plain.splitlines() == [" 75.0 %  step 3  0:00:50 gone, 0:00:50 left", "a word",
+                                  "100.0 %  step 4  0:00:50 gone, 0:00:00 left"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    lines = plain.splitlines()
+    assert show() == "".join(f"\r\033[K{line}" if "%" in line else f"\n{line}\n" for line in lines)
+
+
+def test_a_slow_step_repeats_the_line_so_that_it_is_not_taken_for_dead(capsys):
+    progress = Progress(100, 0, ALONE, every=0.0)
+    progress.show(10, "step 1")
+    progress.tick(15)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16] for line in lines] == [" 10.0 %  step 1 ", " 15.0 %  step 1 "]
+
+
+def test_durations_read_as_a_clock():
+    assert [duration(s) for s in (0, 59.9, 3661)] == ["0:00:00", "0:00:59", "1:01:01"]
+    assert [duration(s) for s in (86_400, 200_000)] == ["1 day 0:00:00", "2 days 7:33:20"]
+
+
+def test_a_process_alone_is_rank_0_of_1_and_averages_itself(monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    with start_world("cpu") as world:
+        assert world == ALONE and world.is_main
+        assert world.mean([1.5, 2.0]) == [1.5, 2.0] and world.highest(3) == 3 and world.gather("x") == ["x"]
+
+
+def test_automatic_dtype_is_float32_on_a_cpu():
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
