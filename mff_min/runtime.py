@@ -156,7 +156,7 @@ def save_checkpoint(folder, state):
 
 
 def read_checkpoint(path, needs=()):
-    """The dict in a checkpoint file, on the CPU. Raises UserError if it is damaged or lacks a key of needs."""
+    """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The stages as users run them: losses, interruptions, ranks, what a run leaves behind, what bad input gets."""
+"""The stages as users run them: losses, interruptions, ranks, what a run leaves behind, and bad input."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from PIL import Image
 import train_pretrain
 from mff_min.config import UserError, parse
 from mff_min.runtime import Fault, Stopped, read_log, run, write_atomically
-from mff_min.vit import VisionTransformer
+from mff_min.vit import MODELS, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
@@ -107,7 +107,7 @@ def test_every_method_trains_and_leaves_a_run_that_explains_itself(pretrain, tmp
 def test_encoder_is_exported_with_timms_names(pretrain, tmp_path):
     pretrain("--steps", "2")
     state = torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
-    size = dict(img_size=16, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=0)
+    size = dict(img_size=16, num_classes=0, **MODELS["vit_test"])
     VisionTransformer(**size).load_state_dict(state, strict=True)
     timm = pytest.importorskip("timm")
     timm.models.VisionTransformer(**size).load_state_dict(state, strict=True)
@@ -167,7 +167,8 @@ def interrupted(pretrain, monkeypatch):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_equals_no_interruption(pretrain, interrupted, tmp_path, workers):
-    flags = ["--steps", "16", "--lr", "1e-3", "--clip-grad", "0.5", "--workers", workers]   # 2.6 epochs of 100
+    # 16 steps of 16 images are 2.6 epochs.
+    flags = ["--steps", "16", "--lr", "1e-3", "--clip-grad", "0.5", "--workers", workers]
     pretrain(*flags, to="whole")
     # dies before the first step, then inside the accumulations of steps 4, 7 and 11: epochs 1, 1 and 2
     for n in (0, 7, 7, 9):
@@ -286,7 +287,8 @@ def test_a_flat_folder_of_mixed_images_pretrains(pretrain, tmp_path, capsys):
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     metrics = pretrain("--data", str(tmp_path), "--steps", "3", "--max-bad", "0.1", to="flat")
     output = capsys.readouterr().out
-    assert all(text in output for text in ("on 21 training images", "1 of 21 images cannot be read", "torn.jpg"))
+    for text in ("on 21 training images", "1 of 21 images cannot be read", "torn.jpg"):
+        assert text in output
     assert metrics["val_images"] == 21
     bad = read_log(tmp_path / "flat" / "bad_samples.jsonl")
     assert [line["name"] for line in bad] == [str(tmp_path / "torn.jpg")]
@@ -365,7 +367,7 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(pretrain, tmp_p
     ("--data /nowhere", "data folder /nowhere does not exist"),
     ("--data shapes:none", "expected shapes or shapes:COUNT"),
     ("--data cifar10:/nowhere", "/nowhere/data_batch_1.bin does not exist"),
-    ("--global-batch 17", "17 is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
+    ("--global-batch 17", "is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
     ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
     ("--device cuda:99" if not torch.cuda.is_available() else "--mean x", "expected"),
     ("--resume /nowhere.pt", "checkpoint /nowhere.pt does not exist"),
@@ -404,7 +406,7 @@ def test_a_checkpoint_of_another_model_is_named_with_the_keys_that_differ(pretra
     with pytest.raises(UserError, match="another model: encoder.cls_token has shape .* and [0-9]+ more"):
         pretrain("--steps", "2", "--model", "vit_t", "--patch-size", "8",
                  *f"--init-from {tmp_path}/a/last.pt".split(), to="b")
-    with pytest.raises(UserError, match="encoder.pt has no optimizer, scaler, step, loss: it is not the state"):
+    with pytest.raises(UserError, match="encoder.pt has no optimizer, scaler, step, loss: it is not"):
         pretrain("--steps", "2", "--resume", str(tmp_path / "a" / "encoder.pt"))
 
 

@@ -52,7 +52,7 @@ def test_parameter_counts_are_the_published_ones():
 def test_embedding_only_the_visible_patches_equals_embedding_all_and_then_choosing():
     vit = VisionTransformer((32, 48), **MODELS["vit_test"])
     images, ids = torch.randn(2, 3, 32, 48), torch.tensor([[5, 0, 20], [1, 7, 3]])
-    chosen = vit.embed(images)[:, 1:].gather(1, ids[..., None].expand(-1, -1, 96))
+    chosen = vit.embed(images)[:, 1:].gather(1, ids[..., None].expand(-1, -1, vit.embed_dim))
     torch.testing.assert_close(vit.embed(images, ids)[:, 1:], chosen, rtol=0, atol=rounding(chosen))
 
 
