@@ -84,7 +84,7 @@ def test_resized_positions_are_the_official_ones(golden):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(img_size=50, patch_size=8), "img_size 50x50 is not a multiple of patch_size 4"),
+    (dict(img_size=50, patch_size=8), "img_size 50x50 is not a multiple of patch_size 8"),
     (dict(img_size=64, global_pool="max"), "global_pool 'max' is unknown"),
     (dict(img_size=64, embed_dim=100, num_heads=3), "embed_dim 100 is not a multiple of num_heads 3"),
 ])
