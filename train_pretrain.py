@@ -32,9 +32,9 @@ from mff_min.mim import MaskedAutoencoder, random_masking, spread_indices
 from mff_min.optim import cosine_lr, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
 from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
-                             check_same_settings, duration,
+                             check_same_settings, describe_environment, duration,
                              find_checkpoint, load_state, open_folder, pick_dtype, read_checkpoint, run,
-                             save_checkpoint, start_world, write_atomically)
+                             save_checkpoint, start_world, write_atomically, write_json)
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
 
@@ -191,7 +191,7 @@ def pretrain(cfg, world, signals):
         if world.is_main:
             print(text, flush=True)
 
-    device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
+    began, device, dtype = time.monotonic(), world.device, pick_dtype(cfg.dtype, world.device)
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     model = build_model(cfg).to(device)
     state = find_checkpoint(cfg.output_dir, cfg.resume, say)
@@ -326,12 +326,13 @@ def pretrain(cfg, world, signals):
                                        f"saved in {folder}: --resume auto goes on from there")
 
     # ------------------------------------------------------------ evaluation
-    metrics = dict(step=schedule.stop, loss=loss_value)
+    metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
     if world.is_main:
         export = {"model": model.encoder.state_dict(), "config": asdict(cfg)}
         write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
         metrics |= evaluate(cfg, model, val_set, to_device, dtype)
         log.write(done=True, **metrics)
+        write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"
         progress.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
                      f"predicting the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"
