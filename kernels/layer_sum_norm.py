@@ -63,7 +63,6 @@ def layer_sum_norm_backward(dy, mean, rstd, xs, dxs, logits, weight, shares, aff
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    gamma = tl.load(weight + column, mask=inside, other=0.0).to(ACC)
     share = tl.zeros([LEVELS], dtype=ACC)
     dgamma = tl.zeros([BLOCK], dtype=ACC)
     dbeta = tl.zeros([BLOCK], dtype=ACC)
@@ -80,7 +79,7 @@ def layer_sum_norm_backward(dy, mean, rstd, xs, dxs, logits, weight, shares, aff
         dout = tl.load(dy + row * D + column, mask=inside, other=0.0).to(ACC)
         dgamma += dout * n
         dbeta += dout
-        g = dout * gamma
+        g = dout * tl.load(weight + column, mask=inside, other=0.0).to(ACC)     # from cache: fewer registers
         ds = (g - tl.sum(g, axis=0) / D - n * (tl.sum(g * n, axis=0) / D)) * scale
         for i in tl.static_range(M):
             w = tl.sum(tl.where(level == i, weights, 0.0), axis=0)

@@ -314,6 +314,7 @@ def test_the_package_works_without_triton(implementation):
     if implementation == "kernel":
         pytest.skip("says nothing about a kernel")
     code = ("import sys; sys.modules['triton'] = None; import kernels, torch; "
-            "ops = kernels.load('auto', 'cpu'); print(ops.name, ops.layer_sum([torch.ones(2)], torch.zeros(1)).tolist())")
+            "ops = kernels.load('auto', 'cpu'); "
+            "print(ops.name, ops.layer_sum([torch.ones(2)], torch.zeros(1)).tolist())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "torch [1.0, 1.0]\n", done.stderr

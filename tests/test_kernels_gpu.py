@@ -1,7 +1,8 @@
-"""Kernels compiled and run on a GPU: the error bound at full size, two runs bit equal, opcheck, torch.compile.
+"""Kernels run on a GPU: the error bound at full size, two runs bit equal, opcheck, torch.compile.
 
-The process that pytest starts interprets Triton, so on a machine with a GPU the first test starts pytest on this file
-once more with TRITON_INTERPRET=0, where the other tests run. Without a GPU all are skipped, and say why.
+The process that pytest starts interprets Triton, so on a machine with a GPU the first test starts pytest on
+this file once more with TRITON_INTERPRET=0, where the other tests run. Without a GPU all are skipped, and say
+why.
 """
 
 import os
@@ -27,7 +28,8 @@ CUDA = "cuda"
 def test_everything_below_passes_in_a_process_that_compiles():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, cwd=root, capture_output=True, text=True)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -97,7 +99,8 @@ def test_every_op_passes_opcheck_on_cuda(ops):
 def test_every_op_compiles_as_one_graph(ops):
     for name, arguments in calls(torch.bfloat16, full=True):
         op = getattr(ops, name)
-        torch.testing.assert_close(numerics.output_and_gradients(torch.compile(op, fullgraph=True), arguments),
+        whole = torch.compile(op, fullgraph=True)
+        torch.testing.assert_close(numerics.output_and_gradients(whole, arguments),
                                    numerics.output_and_gradients(op, arguments), rtol=2e-2, atol=2e-2)
 
 
