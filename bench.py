@@ -3,8 +3,8 @@
     python bench.py ops                 # every op: plain PyTorch, torch.compile, Triton
 
 On a GPU, ops takes under nine minutes and writes results/ops_<gpu>.json: milliseconds, bytes moved by count,
-peak memory, the error against float64, and the rate as a share of that of a plain copy measured in the same run.
-That rate is of the bytes the kernel has to move, in every column, so that a higher share is a shorter time.
+peak memory, the error against float64, and the rate as a share of a plain copy's, measured in the same run.
+The rate is of the bytes that the kernel has to move, in every column: a higher share is a shorter time.
 Without a GPU it prints the bytes by count and the times of plain PyTorch on a small batch.
 
 Shapes: B images, T tokens, D width, M levels, C H W, P patch side, K masked patches, N = P * P * C.
@@ -33,7 +33,8 @@ def level_case(op, M, T, D, dtype, B, device):
     """Arguments of one of the three sums over levels, as a model keeps them: parameters in float32."""
     xs = [torch.randn(B, T, D, device=device, dtype=dtype).requires_grad_() for _ in range(M)]
     logits = torch.zeros(M, 1, 1, 1, device=device).requires_grad_()
-    norm = [torch.ones(D, device=device).requires_grad_(), torch.zeros(D, device=device).requires_grad_(), 1e-6]
+    weight, bias = torch.ones(D, device=device), torch.zeros(D, device=device)
+    norm = weight.requires_grad_(), bias.requires_grad_(), 1e-6
     if op == "layer_sum":
         return xs, logits
     if op == "layer_sum_norm":
@@ -108,7 +109,7 @@ class ByteCount(TorchDispatchMode):
 
 
 def count_bytes(op, arguments):
-    """Bytes that the forward and the backward pass of op move, by count; arguments are tensors without memory."""
+    """Bytes that the forward and the backward pass of op move; the arguments are tensors without memory."""
     with ByteCount() as forward:
         out = op(*arguments)
     wanted = trainable(arguments)
@@ -131,8 +132,8 @@ def byte_table(batch=256):
     yield "| op | case | PyTorch GB, forward + backward | kernel GB, forward + backward | ratio |"
     yield "|---|---|---|---|---|"
     for op, words, arguments in cases():
-        if "M=" in words and "T=50 D=768 bf16" not in words:    # bytes grow with T, D and the type; ratios do not
-            continue
+        if "M=" in words and "T=50 D=768 bf16" not in words:
+            continue                                        # bytes grow with T, D and the type, ratios do not
         plain = count_bytes(getattr(kernels.TORCH, op), arguments(batch, "meta"))
         kernel = count_bytes(getattr(fused, op), arguments(batch, "meta"))
         columns = [f"{a / 1e9:.3f} + {b / 1e9:.3f}" for a, b in (plain, kernel)]
@@ -250,8 +251,8 @@ def bench_ops(output_dir, batch, minutes):
                 torch.compiler.reset()
                 forward, backward, peak = measure(function, arguments(batch, "cuda"), "cuda")
                 fused_bytes = count_bytes(getattr(fused, op), arguments(batch, "meta"))
-                counted = {"torch": plain, "triton": getattr(fused, op)}.get(column)    # Inductor's is its own
-                moved = count_bytes(counted, arguments(batch, "meta")) if counted else (None, None)
+                moved = {"torch": count_bytes(plain, arguments(batch, "meta")), "triton": fused_bytes}
+                moved = moved.get(column, (None, None))     # Inductor's are not known from outside
                 share = [100 * size / (ms / 1e3) / rate if size else 0.0
                          for size, ms in zip(fused_bytes, (forward, backward), strict=True)]
                 worst = error(function, plain, arguments(batch, "cuda"))
@@ -284,7 +285,7 @@ def main():
     subjects = parser.add_subparsers(dest="subject", required=True)
     ops = subjects.add_parser("ops", help="every op: plain PyTorch, torch.compile, Triton")
     ops.add_argument("--output-dir", default="results", help="folder of ops_<gpu>.json")
-    ops.add_argument("--batch", type=int, default=256, help="images; on a CPU only the bytes by count follow it")
+    ops.add_argument("--batch", type=int, default=256, help="images; on a CPU, those of the byte count")
     ops.add_argument("--minutes", type=float, default=8.0, help="rows that start later than this are not run")
     ops.set_defaults(run=lambda args: bench_ops(args.output_dir, args.batch, args.minutes))
     args = parser.parse_args()

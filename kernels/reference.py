@@ -127,7 +127,9 @@ def layer_sum(xs, logits):
 def layer_sum_norm(xs, logits, weight, bias, eps):
     """LayerNorm of layer_sum(xs, logits), as MFF's encoder ends: weight and bias are (D,) -> (B, T, D)."""
     checks.check_norm(weight, bias, xs[0].shape[-1])
-    return F.layer_norm(layer_sum(xs, logits), weight.shape, weight, bias, eps)
+    s = layer_sum(xs, logits)                                           # (B, T, D)
+    dtype = wide(s.dtype)                                               # parameters may be wider than levels
+    return F.layer_norm(s.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(s.dtype)
 
 
 def project_sum_norm(xs, logits, projections, weight, bias, eps):

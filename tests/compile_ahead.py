@@ -126,7 +126,7 @@ def prepare_case(dtype, mirrored, mixed, channels_last=False):
 
 
 def cases():
-    """Name and function of everything that is launched: each block size, number of warps and constant branch."""
+    """Name and function of all that is launched: each block size, number of warps and constant branch."""
     half, single, byte = torch.bfloat16, torch.float32, torch.uint8
     for M, dtype in ((1, half), (6, half), (12, half), (6, torch.float16), (12, single)):
         yield f"M={M} {dtype}", lambda M=M, dtype=dtype: sum_case(M, 768, dtype)
@@ -159,7 +159,8 @@ def resources(compiled, target):
     """Registers, spilled bytes and 16-byte memory instructions of one compiled kernel."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        registers, spills = (int(re.search(rf"\.{key}: +(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
+        registers = int(re.search(r"\.vgpr_count: +(\d+)", text)[1])
+        spills = int(re.search(r"\.vgpr_spill_count: +(\d+)", text)[1])
         return {"registers": registers, "spills": 4 * spills,
                 "wide_loads": text.count("load_dwordx4"), "wide_stores": text.count("store_dwordx4")}
     ptx = compiled.asm["ptx"]

@@ -44,7 +44,7 @@ def test_shared_memory_is_below_48_kib(rows):
 def test_streaming_kernels_move_16_bytes_at_a_time(rows):
     for row in rows:
         if row["target"] == "gfx942" and row["kernel"] not in ("layer_sum_forward", "layer_sum_backward"):
-            continue                                    # where twice as many threads share a row: 8 bytes each
+            continue                                    # twice as many threads a row: 8 bytes each
         if row["kernel"] in STREAMING:
             assert row["wide_loads"] and row["wide_stores"], row
         if row["kernel"] == "prepare_forward":
