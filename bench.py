@@ -190,8 +190,9 @@ def measure(op, arguments, device):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    both() if wanted else op(*arguments)
+    kept = both() if wanted else op(*arguments)
     torch.cuda.synchronize()
+    del kept
     return forward, backward, torch.cuda.max_memory_allocated() - before
 
 
@@ -227,45 +228,25 @@ def results(op, arguments):
 def bench_ops(output_dir, batch, minutes):
     """The rows of every op, printed as they come; on a GPU also written to output_dir."""
     if not torch.cuda.is_available():
-        print("\n".join(byte_table(batch)))
-        print(f"\nTimes of plain PyTorch on this CPU, batch 4, {torch.get_num_threads()} threads:\n")
-        print_row(HEAD)
-        for op, words, arguments in cases():
-            if "T=197" not in words and ("M=6" in words and "D=768" in words or "M=" not in words):
-                forward, backward, _ = measure(getattr(kernels.TORCH, op), arguments(4, "cpu"), "cpu")
-                print_row((op, words, "torch", forward, backward, *["not run"] * 6))
-        print("\ntorch.compile, Triton, rates, memory and errors need a GPU: not run.")
-        return
-
-    gpu, fused = torch.cuda.get_device_name(), kernels.load("triton")
-    rate, deadline, rows = copy_rate("cuda"), time.monotonic() + minutes * 60, []
+        return bench_ops_on_cpu(batch)
+    gpu, rate = torch.cuda.get_device_name(), copy_rate("cuda")
     print(f"{gpu}, PyTorch {torch.__version__}, batch {batch}; a copy moves {rate / 1e9:.0f} GB/s\n")
     print_row(HEAD)
+
+    fused, deadline, rows = kernels.load("triton"), time.monotonic() + minutes * 60, []
     for op, words, arguments in cases():
-        plain = getattr(kernels.TORCH, op)
-        columns = {"torch": plain, "compile": torch.compile(plain, fullgraph=True, dynamic=False),
-                   "triton": getattr(fused, op)}
-        for column, function in columns.items():
-            row = {"op": op, "case": words, "column": column}
-            if time.monotonic() < deadline:
-                torch.compiler.reset()
-                forward, backward, peak = measure(function, arguments(batch, "cuda"), "cuda")
-                fused_bytes = count_bytes(getattr(fused, op), arguments(batch, "meta"))
-                moved = {"torch": count_bytes(plain, arguments(batch, "meta")), "triton": fused_bytes}
-                moved = moved.get(column, (None, None))     # Inductor's are not known from outside
-                share = [100 * size / (ms / 1e3) / rate if size else 0.0
-                         for size, ms in zip(fused_bytes, (forward, backward), strict=True)]
-                worst = error(function, plain, arguments(batch, "cuda"))
-                row.update(forward_ms=forward, backward_ms=backward, forward_bytes=moved[0],
-                           backward_bytes=moved[1], forward_share=share[0], backward_share=share[1],
-                           peak_bytes=peak, error=worst)
-                sizes = ["-" if size is None else size / 1e9 for size in moved]
-                print_row((op, words, column, forward, backward, *sizes, *share, peak / 1e6, worst))
-            else:
+        plain, kernel = getattr(kernels.TORCH, op), getattr(fused, op)
+        moved = {"torch": count_bytes(plain, arguments(batch, "meta")), "compile": None,    # not known here
+                 "triton": count_bytes(kernel, arguments(batch, "meta"))}
+        compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+        for column, function in {"torch": plain, "compile": compiled, "triton": kernel}.items():
+            row = {"op": op, "case": words, "column": column, "bytes": moved[column]}
+            if time.monotonic() > deadline:
                 row["not_run"] = f"{minutes} minutes were over"
-                print_row((op, words, column, *["not run"] * 8))
+            else:
+                row.update(bench_row(function, plain, arguments, batch, moved["triton"], rate))
+            print_row(cells(row))
             rows.append(row)
-            torch.cuda.empty_cache()
 
     path = Path(output_dir) / f"ops_{gpu.replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,9 +255,45 @@ def bench_ops(output_dir, batch, minutes):
     print(f"\nwrote {path}")
 
 
-def print_row(cells):
-    """One line of the table."""
-    words = [f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells]
+def bench_ops_on_cpu(batch):
+    """The bytes by count, the times of plain PyTorch, and what is missing."""
+    print("\n".join(byte_table(batch)))
+    print(f"\nPlain PyTorch on this CPU, batch 4, {torch.get_num_threads()} threads, milliseconds:\n")
+    print_row(("op", "case", "forward", "backward"))
+    for op, words, arguments in cases():
+        if "M=" not in words or "M=6 T=50 D=768" in words:
+            forward, backward, _ = measure(getattr(kernels.TORCH, op), arguments(4, "cpu"), "cpu")
+            print_row((op, words, forward, backward))
+    print("\ntorch.compile, Triton, rates, memory and errors need a GPU: not run.")
+
+
+def bench_row(function, plain, arguments, batch, least, rate):
+    """What is measured of one column of one case; least is the bytes that have to move, rate a copy's."""
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+    try:
+        forward, backward, peak = measure(function, arguments(batch, "cuda"), "cuda")
+        worst = error(function, plain, arguments(batch, "cuda"))
+    except torch.cuda.OutOfMemoryError:
+        return {"not_run": "out of memory"}
+    shares = [size / (ms / 1e3) / rate if size else 0.0
+              for size, ms in zip(least, (forward, backward), strict=True)]
+    return {"ms": (forward, backward), "share_of_copy": shares, "peak_bytes": peak, "error": worst}
+
+
+def cells(row):
+    """The cells of a row under HEAD."""
+    name = row["op"], row["case"], row["column"]
+    sizes = [size / 1e9 for size in row["bytes"]] if row["bytes"] else ["-", "-"]
+    if "not_run" in row:
+        return *name, "not run", "not run", *sizes, *["not run"] * 4
+    shares = [100 * share for share in row["share_of_copy"]]
+    return *name, *row["ms"], *sizes, *shares, row["peak_bytes"] / 1e6, row["error"]
+
+
+def print_row(values):
+    """One line of a table."""
+    words = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
     print("| " + " | ".join(words) + " |", flush=True)
 
 

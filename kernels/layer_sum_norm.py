@@ -17,6 +17,7 @@ Shapes: M levels, R rows (tokens of all images), D width, G programs.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.library import custom_op
@@ -140,11 +141,12 @@ def multiprocessors(device):
 
 def twin_forward(xs: list[torch.Tensor], logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
                  eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    s = reference.layer_sum(xs, logits)                                 # (B, T, D)
-    rows = s.to(reference.wide(s.dtype)).flatten(0, -2)                 # (R, D)
-    var, mean = torch.var_mean(rows, dim=-1, correction=0)              # (R,), (R,)
-    y = reference.layer_sum_norm(xs, logits, weight, bias, eps)         # (B, T, D)
-    return y.contiguous(), mean, (var + eps).rsqrt()
+    dtype = result_type(xs)
+    wide = reference.wide(dtype)
+    s = reference.layer_sum([x.to(wide) for x in xs], logits.to(wide))  # (B, T, D)
+    var, mean = torch.var_mean(s.flatten(0, -2), dim=-1, correction=0)  # (R,), (R,)
+    y = F.layer_norm(s, weight.shape, weight.to(wide), bias.to(wide), eps)      # (B, T, D)
+    return y.to(dtype).contiguous(), mean, (var + eps).rsqrt()
 
 
 def twin_backward(dy: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, xs: list[torch.Tensor],
