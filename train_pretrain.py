@@ -83,7 +83,7 @@ class Config:
     workers: int = knob(0, "loader processes for each training process", least=0)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch"])
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
@@ -143,8 +143,8 @@ def make_schedule(cfg, num_samples, world_size):
 # ---------------------------------------------------------------- model
 
 
-def build_model(cfg):
-    """The encoder with its decoder, on the CPU. Raises UserError when the flags do not go together."""
+def build_model(cfg, device):
+    """The encoder with its decoder, on the device. Raises UserError when the flags do not go together."""
     size = dict(MODELS[cfg.model])
     if cfg.patch_size:
         size["patch_size"] = cfg.patch_size
@@ -160,7 +160,7 @@ def build_model(cfg):
                                     grad_checkpointing=cfg.grad_checkpointing, **size)
         return MaskedAutoencoder(encoder, out_indices, cfg.mask_ratio, cfg.norm_pix_loss, cfg.detach_shallow,
                                  cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads,
-                                 kernels.load(cfg.ops))
+                                 kernels.load(cfg.ops, device)).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -193,7 +193,7 @@ def pretrain(cfg, world, signals):
 
     began, device, dtype = time.monotonic(), world.device, pick_dtype(cfg.dtype, world.device)
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
-    model = build_model(cfg).to(device)
+    model = build_model(cfg, device)
     state = find_checkpoint(cfg.output_dir, cfg.resume, say)
     if state:
         check_same_settings(cfg, state["config"], cfg.allow_change)

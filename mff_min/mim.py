@@ -88,9 +88,12 @@ class MaskedAutoencoder(nn.Module):
         """Fused and normalised latent of the visible patches: (B, C, H, W), ids_keep (B, V) -> (B, T, D)."""
         x = self.encoder.embed(images, ids_keep)                        # (B, T, D)
         levels = self.encoder.forward_blocks(x, self.out_indices)
-        for i, proj in enumerate(self.proj_layers):
-            levels[i] = proj(levels[i].detach() if self.detach_shallow else levels[i])
-        return self.encoder.norm(self.ops.layer_sum(levels, self.proj_weights))
+        if self.detach_shallow:
+            levels[:-1] = [level.detach() for level in levels[:-1]]
+        projections = [(proj.weight, proj.bias) for proj in self.proj_layers]
+        norm = self.encoder.norm
+        return self.ops.project_sum_norm(levels, self.proj_weights, projections, norm.weight, norm.bias,
+                                         norm.eps)
 
     def decode(self, latent, ids_shuffle):
         """Predictions of masked patches: latent (B, T, D) -> (B, K, N), in ids_shuffle's order (B, L)."""

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
          "--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --picture-images 2 "
          "--device cpu").split()
-TIMES = ("img_per_s", "data_wait", "seconds")                                      # may differ between equal runs
+TIMES = ("img_per_s", "data_wait", "seconds")                           # may differ between equal runs
 
 
 @pytest.fixture(scope="session")
