@@ -330,7 +330,8 @@ def pretrain(cfg, world, signals):
     if world.is_main:
         export = {"model": model.encoder.state_dict(), "config": asdict(cfg)}
         write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
-        metrics |= evaluate(cfg, model, val_set, to_device, dtype)
+        most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
+        metrics |= evaluate(cfg, model, val_set, to_device, dtype, most)
         log.write(done=True, **metrics)
         write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"
@@ -371,7 +372,7 @@ def held_out(cfg, source, indices, num_patches):
 
 
 @torch.no_grad()
-def evaluate(cfg, model, source, to_device, dtype, most=512):
+def evaluate(cfg, model, source, to_device, dtype, most):
     """The loss on at most 512 images, each counted once, and that of predicting every patch by its mean."""
     count, totals, replaced = min(len(source), most), torch.zeros(2, dtype=torch.float64), 0
     for first in range(0, count, cfg.batch_size):
