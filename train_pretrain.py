@@ -31,7 +31,7 @@ from mff_min.data import Stream, Views, collate, make_loader, open_data
 from mff_min.mim import MaskedAutoencoder, random_masking, spread_indices
 from mff_min.optim import cosine_lr, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
+from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
                              check_same_settings, describe_environment, duration,
                              find_checkpoint, load_state, open_folder, pick_dtype, read_checkpoint, run,
                              save_checkpoint, start_world, write_atomically, write_json)
@@ -181,7 +181,7 @@ def load_initial_weights(model, path, say):
 
 def main(cfg):
     """Pre-train as cfg says; returns the final metrics: step, loss, and what evaluate returns."""
-    with start_world(cfg.device, cfg.deterministic) as world, catch_signals() as signals:
+    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
         check(cfg, world.size)
         return pretrain(cfg, world, signals)
 
@@ -268,6 +268,7 @@ def pretrain(cfg, world, signals):
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
     loss_value = state["loss"] if state else math.nan
     waited, logged_at, logged_step = 0.0, time.monotonic(), start
+    signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
@@ -300,7 +301,7 @@ def pretrain(cfg, world, signals):
         scaler.update()
         optimizer.zero_grad()
 
-        stop_signal = world.highest(signals[0] if signals else 0)
+        stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
@@ -324,6 +325,8 @@ def pretrain(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
                                        f"saved in {folder}: --resume auto goes on from there")
+
+    signals.release()
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
