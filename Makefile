@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 demo: $(VENV)/demo-installed
 	rm -rf runs/demo
 	$(BIN)/torchrun train_pretrain.py --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 \
-	    --decoder-num-heads 2 --global-batch 32 --batch-size 32 --steps 600 --lr 3e-3 --picture-images 5 \
+	    --decoder-num-heads 2 --global-batch 32 --batch-size 32 --steps 450 --lr 3e-3 --picture-images 5 \
 	    --output-dir runs/demo
 
 # What the README says of the demo: its figures and its picture, from the run that `make demo` left.

@@ -368,6 +368,12 @@ def estimate(schedule, start, seconds, device, say):
 # ---------------------------------------------------------------- evaluation and pictures
 
 
+def spaced(count, source):
+    """count indices, or all where there are fewer, spread evenly over a source, whose classes are in order."""
+    count = min(count, len(source))
+    return [i * len(source) // count for i in range(count)]
+
+
 def held_out(cfg, source, indices, num_patches):
     """A batch of fixed views: the centre crop of these images, under masks that depend on the index alone."""
     views = Views(source, "center", cfg.img_size, cfg.in_chans, num_patches, cfg.seed)
@@ -376,10 +382,10 @@ def held_out(cfg, source, indices, num_patches):
 
 @torch.no_grad()
 def evaluate(cfg, model, source, to_device, dtype, most):
-    """The loss on at most 512 images, each counted once, and that of predicting every patch by its mean."""
-    count, totals, replaced = min(len(source), most), torch.zeros(2, dtype=torch.float64), 0
-    for first in range(0, count, cfg.batch_size):
-        indices = range(first, min(first + cfg.batch_size, count))
+    """The loss on at most `most` images, each counted once, and that of predicting every patch by its mean."""
+    chosen, totals, replaced = spaced(most, source), torch.zeros(2, dtype=torch.float64), 0
+    for first in range(0, len(chosen), cfg.batch_size):
+        indices = chosen[first:first + cfg.batch_size]
         batch = held_out(cfg, source, indices, model.encoder.num_patches)
         images, noise, targets = to_device(batch)
         with autocast(images.device, dtype):
@@ -388,14 +394,14 @@ def evaluate(cfg, model, source, to_device, dtype, most):
         of_means = patch_mean_loss(targets, ids, model.encoder.patch_size, cfg.norm_pix_loss, model.ops)
         totals += torch.tensor([loss.item(), of_means.item()]) * len(indices)
         replaced += len(batch["bad"])
-    val_loss, of_means = (totals / count).tolist()
-    return dict(val_loss=val_loss, val_loss_of_means=of_means, val_images=count, val_replaced=replaced)
+    val_loss, of_means = (totals / len(chosen)).tolist()
+    return dict(val_loss=val_loss, val_loss_of_means=of_means, val_images=len(chosen), val_replaced=replaced)
 
 
 @torch.no_grad()
 def draw_reconstructions(cfg, model, source, to_device, folder, step):
     """Write reconstruction.png, and a copy of it that keeps the step in its name."""
-    indices = range(min(cfg.picture_images, len(source)))
+    indices = spaced(cfg.picture_images, source)
     images, noise, targets = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
     pred, ids, mask = model.predict(images, noise)
     mean, std = images.new_tensor(cfg.mean), images.new_tensor(cfg.std)
