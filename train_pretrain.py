@@ -369,7 +369,7 @@ def estimate(schedule, start, seconds, device, say):
 
 
 def spaced(count, source):
-    """count indices, or all where there are fewer, spread evenly over a source, whose classes are in order."""
+    """count indices, or all where there are fewer, spread over the source, whose classes are in order."""
     count = min(count, len(source))
     return [i * len(source) // count for i in range(count)]
 
@@ -382,7 +382,7 @@ def held_out(cfg, source, indices, num_patches):
 
 @torch.no_grad()
 def evaluate(cfg, model, source, to_device, dtype, most):
-    """The loss on at most `most` images, each counted once, and that of predicting every patch by its mean."""
+    """The loss on `most` images at most, each counted once, and that of predicting patches by their mean."""
     chosen, totals, replaced = spaced(most, source), torch.zeros(2, dtype=torch.float64), 0
     for first in range(0, len(chosen), cfg.batch_size):
         indices = chosen[first:first + cfg.batch_size]
