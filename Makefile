@@ -16,6 +16,7 @@ demo: $(VENV)/demo-installed
 record-demo:
 	cp runs/demo/metrics.json results/demo.json
 	cp runs/demo/reconstruction.png docs/figures/demo.png
+	$(BIN)/python tests/generated.py
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest

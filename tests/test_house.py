@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generated
 import pytest
 from sources import FILES, ROOT, SCRIPTS, comments, complaints
 
@@ -168,6 +169,11 @@ def test_a_wrong_command_is_caught(line, complaint):
     command, = commands(markdown)
     found = wrong_words(command, SCRIPTS, ["demo", "test"])
     assert len(found) == 1 and complaint in found[0] if complaint else found == []
+
+
+@pytest.mark.parametrize("name", generated.BLOCKS)
+def test_measured_figures_in_the_readme_are_those_of_the_results(name):
+    assert generated.written(name) in (ROOT / "README.md").read_text()
 
 
 # ---------------------------------------------------------------- leftovers

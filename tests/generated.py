@@ -1,0 +1,43 @@
+"""The parts of README.md that state measured figures, written from results/ and compared with them by a test.
+
+    python tests/generated.py                                           # rewrite them
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo(result):
+    """What `make demo` reached, from its run's metrics.json."""
+    environment = result["environment"]
+    where = f"{environment['threads']} threads of a CPU" if environment["device"] == "cpu" else environment["device"]
+    return (f"On {where}, PyTorch {environment['torch'].split('+')[0]}, the demo trained for "
+            f"{result['seconds'] / 60:.1f} minutes and reached a loss of {result['val_loss']:.3f} on "
+            f"{result['val_images']} held-out images, where predicting the mean of each masked patch gives "
+            f"{result['val_loss_of_means']:.3f}. The picture above is its own.")
+
+
+BLOCKS = {"demo": demo}                                                 # each from results/<name>.json
+
+
+def written(name):
+    """The block called name, as README.md has to hold it."""
+    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return f"<!-- {name}: written by tests/generated.py -->\n{BLOCKS[name](result)}\n<!-- end -->"
+
+
+def rewrite():
+    """Put every block into README.md, in the place of the one before."""
+    readme = (ROOT / "README.md").read_text()
+    for name in BLOCKS:
+        readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, name=name: written(name), readme,
+                                flags=re.S)
+        assert count == 1, f"README.md has {count} places for {name}"
+    (ROOT / "README.md").write_text(readme)
+
+
+if __name__ == "__main__":
+    rewrite()
