@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def demo(result):
     """What `make demo` reached, from its run's metrics.json."""
     environment = result["environment"]
-    where = f"{environment['threads']} threads of a CPU" if environment["device"] == "cpu" else environment["device"]
-    return (f"On {where}, PyTorch {environment['torch'].split('+')[0]}, the demo trained for "
+    on_cpu, version = environment["device"] == "cpu", environment["torch"].split("+")[0]
+    where = f"{environment['threads']} CPU threads" if on_cpu else environment["device"]
+    return (f"On {where}, with PyTorch {version}, the demo trained for "
             f"{result['seconds'] / 60:.1f} minutes and reached a loss of {result['val_loss']:.3f} on "
             f"{result['val_images']} held-out images, where predicting the mean of each masked patch gives "
             f"{result['val_loss_of_means']:.3f}. The picture above is its own.")
