@@ -1,6 +1,7 @@
 """Measure this project side by side with its peers, and print a table for each subject.
 
     python bench.py ops                 # every op: plain PyTorch, torch.compile, Triton
+    python bench.py bytes               # the bytes that they move, by count: results/ops_bytes.json
 
 On a GPU, ops takes under nine minutes and writes results/ops_<gpu>.json: milliseconds, bytes moved by count,
 peak memory, the error against float64, and the rate as a share of a plain copy's, measured in the same run.
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,6 +140,49 @@ def byte_table(batch=256):
         kernel = count_bytes(getattr(fused, op), arguments(batch, "meta"))
         columns = [f"{a / 1e9:.3f} + {b / 1e9:.3f}" for a, b in (plain, kernel)]
         yield f"| {op} | {words} | {columns[0]} | {columns[1]} | {sum(plain) / sum(kernel):.2f} |"
+
+
+def compiled_bytes(op, arguments):
+    """Bytes that torch.compile's graphs of op move, forward and backward, as Inductor itself counts them."""
+    from torch._inductor.graph import GraphLowering
+    counts, generate = [], GraphLowering.codegen
+
+    def generate_and_count(graph):
+        code = generate(graph)
+        counts.append(graph.count_bytes()[0])
+        return code
+    torch.compiler.reset()
+    with mock.patch.object(GraphLowering, "codegen", generate_and_count), \
+            torch._inductor.config.patch(force_disable_caches=True):
+        out = torch.compile(op, fullgraph=True)(*arguments)
+        if trainable(arguments):
+            torch.autograd.grad(out, trainable(arguments), torch.ones_like(out))
+    return sum(counts)
+
+
+def bench_bytes(output_dir, batch=8):
+    """Write ops_bytes.json: what PyTorch, torch.compile and the kernels move, by count; needs no GPU."""
+    rows, fused = [], kernels.triton_column()
+    for op, words, arguments in cases():
+        if op == "project_sum_norm" or "M=" in words and "T=50 D=768 bf16" not in words:
+            continue                                        # its product is torch.compile's own
+        plain, kernel = getattr(kernels.TORCH, op), getattr(fused, op)
+        rows.append({"op": op, "case": words, "pytorch": sum(count_bytes(plain, arguments(batch, "meta"))),
+                     "compiled": compiled_bytes(plain, arguments(batch, "cpu")),
+                     "kernel": sum(count_bytes(kernel, arguments(batch, "meta")))})
+        print_row(rows[-1].values())
+    path = Path(output_dir) / "ops_bytes.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"torch": torch.__version__, "batch": batch, "rows": rows}, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+def compiled_table(result):
+    """Lines of a Markdown table: what torch.compile moves for every byte that a kernel moves."""
+    yield "| op | case | torch.compile / kernel |"
+    yield "|---|---|---|"
+    for row in result["rows"]:
+        yield f"| {row['op']} | {row['case']} | {row['compiled'] / row['kernel']:.2f} |"
 
 
 # ---- time, memory, error
@@ -305,6 +350,9 @@ def main():
     ops.add_argument("--batch", type=int, default=256, help="images; on a CPU, those of the byte count")
     ops.add_argument("--minutes", type=float, default=8.0, help="rows that start later than this are not run")
     ops.set_defaults(run=lambda args: bench_ops(args.output_dir, args.batch, args.minutes))
+    counts = subjects.add_parser("bytes", help="bytes moved by count: plain PyTorch, torch.compile, Triton")
+    counts.add_argument("--output-dir", default="results", help="folder of ops_bytes.json")
+    counts.set_defaults(run=lambda args: bench_bytes(args.output_dir))
     args = parser.parse_args()
     args.run(args)
 
