@@ -42,6 +42,18 @@ def spread_indices(depth):
     return tuple(range(0, min(5 * stride, depth - 1), stride)) + (depth - 1,)
 
 
+def parse_out_indices(text, depth):
+    """The blocks that --out-indices names: "spread", "last", "all" or a list, as a tuple of ints.
+
+    Raises ValueError.
+    """
+    named = {"spread": spread_indices(depth), "last": (depth - 1,), "all": tuple(range(depth))}
+    try:
+        return named.get(text) or tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ValueError(f"--out-indices {text}: expected spread, last, all, or e.g. 0,4,11") from None
+
+
 class MaskedAutoencoder(nn.Module):
     """MAE, and MFF when out_indices holds more than one level.
 
@@ -88,9 +100,9 @@ class MaskedAutoencoder(nn.Module):
         """Fused and normalised latent of the visible patches: (B, C, H, W), ids_keep (B, V) -> (B, T, D)."""
         x = self.encoder.embed(images, ids_keep)                        # (B, T, D)
         levels = self.encoder.forward_blocks(x, self.out_indices)
-        for i, proj in enumerate(self.proj_layers):
-            levels[i] = proj(levels[i].detach() if self.detach_shallow else levels[i])
-        return self.encoder.norm(self.ops.layer_sum(levels, self.proj_weights))
+        if self.detach_shallow:
+            levels = [level.detach() for level in levels[:-1]] + levels[-1:]
+        return self.encoder.norm(fuse(levels, self.proj_layers, self.proj_weights, self.ops))
 
     def decode(self, latent, ids_shuffle):
         """Predictions of masked patches: latent (B, T, D) -> (B, K, N), in ids_shuffle's order (B, L)."""
@@ -120,6 +132,12 @@ class MaskedAutoencoder(nn.Module):
         pred, ids, _ = self.predict(images, noise)
         return self.ops.patch_loss(pred, images if targets is None else targets, ids,
                                    self.encoder.patch_size, self.norm_pix_loss)
+
+
+def fuse(levels, proj_layers, proj_weights, ops):
+    """MFF's weighted sum of M levels, each but the last projected: M tensors (B, T, D) -> (B, T, D)."""
+    projected = [proj(level) for proj, level in zip(proj_layers, levels[:-1], strict=True)]
+    return ops.layer_sum(projected + levels[-1:], proj_weights)
 
 
 def count_visible(num_patches, mask_ratio):

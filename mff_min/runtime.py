@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from mff_min.config import UserError, to_json
 
-RUN_STATE = ("model", "optimizer", "scaler", "step", "loss", "config")  # what a run's checkpoint holds
+RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,6 +59,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return (values / self.size).tolist()
+
+    def total(self, counts):
+        """The sum of each of these ints over all ranks."""
+        counts = torch.tensor(counts, dtype=torch.int64)                # on the CPU: goes through gloo
+        if self.size > 1:
+            dist.all_reduce(counts)
+        return counts.tolist()
 
     def highest(self, value):
         """The highest of all ranks' ints."""
@@ -359,6 +366,15 @@ class Progress:
         if self.is_main:
             print("\n" * self.open + text, flush=True)
             self.open = False
+
+
+def estimate(seconds, count, device, say):
+    """Say how long the run will take: `count` micro-batches of so many seconds each."""
+    total = seconds * count
+    say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
+    if device.type == "cpu" and total > 86_400:
+        say("that is over a day on this CPU: `make demo` trains a small model on small images in minutes, "
+            "and --steps ends this run early")
 
 
 def duration(seconds):

@@ -134,7 +134,7 @@ def exercise():
         vit.VisionTransformer(**size, num_classes=10, global_pool=pool)(images)
     vit.resize_pos_embed(model.encoder.pos_embed, (9, 11), (13, 8))
 
-    source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), [0], [""], "")
+    source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), {"class": [0]}, [""], "")
     Views(source, "simple", (36, 44), 3, 99, seed=0)[0, 0]
     augment.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
     shapes.render("train", range(8), 37)
