@@ -25,7 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from mff_min.augment import MODES
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, collate, make_loader, open_data
@@ -49,8 +49,8 @@ class Config:
     img_size: tuple[int, int] = opt((224, 224), "crop in pixels: SIDE or HEIGHTxWIDTH", type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the model's own", above=0)
     in_chans: int = opt(3, "channels of an image", choices=list(MODES))
-    mean: tuple[float, ...] = opt((0.485, 0.456, 0.406), "mean of each channel, in [0, 1]", type=numbers)
-    std: tuple[float, ...] = opt((0.229, 0.224, 0.225), "standard deviation of each channel", type=numbers)
+    mean: tuple[float, ...] = opt(IMAGENET_MEAN, "mean of each channel, in [0, 1]", type=numbers)
+    std: tuple[float, ...] = opt(IMAGENET_STD, "standard deviation of each channel", type=numbers)
     crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center",
                     choices=["random_resized", "simple", "center"])
     mask_ratio: float = opt(0.75, "share of the patches that is masked")

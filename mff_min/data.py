@@ -140,6 +140,32 @@ def open_data(spec, split, cache_dir, say):
     return ImageFolder(spec, split)
 
 
+def check_labels(spec, train, val):
+    """Raise UserError unless both splits are there, have the same classes, and no label is outside them."""
+    for split, source in (("train", train), ("val", val)):
+        if not source.is_split:
+            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/* and val/<class>/*")
+        labels = next(iter(source.labels.values()))
+        outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
+        if len(outside):
+            raise UserError(f"label {labels[outside[0]]} of {source.name(outside[0])} is outside the "
+                            f"{len(source.classes)} classes of the head")
+    if train.classes != val.classes:
+        raise UserError(f"the class folders differ: train has {listed(train.classes)}, val has "
+                        f"{listed(val.classes)}; only train has {listed(set(train.classes) - set(val.classes))}, "
+                        f"only val has {listed(set(val.classes) - set(train.classes))}")
+    if len(train.classes) < 2:
+        raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* for two or "
+                        f"more classes")
+
+
+def listed(names, most=5):
+    """Names as text, at most five of them: "cat, dog (2)"."""
+    names = sorted(names)
+    more = ", ..." if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} ({len(names)})" if names else "none"
+
+
 class Views(Dataset):
     """Random views of a source. An item is asked for by (epoch, index), and is a function of it and the seed.
 

@@ -67,6 +67,12 @@ class World:
             dist.all_reduce(counts)
         return counts.tolist()
 
+    def share(self, tensors):
+        """Give every rank the values that rank 0 has in these tensors."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def highest(self, value):
         """The highest of all ranks' ints."""
         if self.size == 1:
@@ -339,10 +345,10 @@ class BadSamples:
 class Progress:
     """One line about long work, with the time that is left. On a terminal it is rewritten in place."""
 
-    def __init__(self, total, done, world, every=10.0):
+    def __init__(self, total, done, world, every=10.0, text=""):
         self.total, self.first, self.is_main, self.every = total, done, world.is_main, every
         self.started = self.printed = time.monotonic()
-        self.rewrites, self.text, self.open = sys.stdout.isatty(), "", False
+        self.rewrites, self.text, self.open = sys.stdout.isatty(), text, False
 
     def show(self, done, text):
         """Print the line now; done counts in the units of total."""
