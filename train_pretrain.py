@@ -33,8 +33,9 @@ from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
 from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
-                             check_same_settings, estimate, find_checkpoint, load_state, open_folder,
-                             pick_dtype, read_checkpoint, run, save_checkpoint, start_world, write_atomically)
+                             check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
+                             open_folder, pick_dtype, read_checkpoint, run, save_checkpoint, start_world,
+                             write_atomically, write_json)
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
 
@@ -84,7 +85,7 @@ class Config:
     workers: int = knob(0, "loader processes for each training process", least=0)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch"])
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
@@ -105,8 +106,8 @@ def check(cfg, world_size):
 # ---------------------------------------------------------------- model
 
 
-def build_model(cfg):
-    """The encoder with its decoder, on the CPU. Raises UserError when the flags do not go together."""
+def build_model(cfg, device):
+    """The encoder with its decoder, on the device. Raises UserError when the flags do not go together."""
     size = dict(MODELS[cfg.model])
     if cfg.patch_size:
         size["patch_size"] = cfg.patch_size
@@ -116,7 +117,7 @@ def build_model(cfg):
                                     grad_checkpointing=cfg.grad_checkpointing, **size)
         return MaskedAutoencoder(encoder, out_indices, cfg.mask_ratio, cfg.norm_pix_loss, cfg.detach_shallow,
                                  cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads,
-                                 kernels.load(cfg.ops))
+                                 kernels.load(cfg.ops, device)).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -147,9 +148,9 @@ def pretrain(cfg, world, signals):
         if world.is_main:
             print(text, flush=True)
 
-    device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
+    began, device, dtype = time.monotonic(), world.device, pick_dtype(cfg.dtype, world.device)
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
-    model = build_model(cfg).to(device)
+    model = build_model(cfg, device)
     state = find_checkpoint(cfg.output_dir, cfg.resume, say)
     if state:
         check_same_settings(cfg, state["config"], cfg.allow_change)
@@ -284,12 +285,13 @@ def pretrain(cfg, world, signals):
                                        f"saved in {folder}: --resume auto goes on from there")
 
     # ------------------------------------------------------------ evaluation
-    metrics = dict(step=schedule.stop, loss=loss_value)
+    metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
     if world.is_main:
         export = {"model": model.encoder.state_dict(), "config": asdict(cfg)}
         write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
         metrics |= evaluate(cfg, model, val_set, to_device, dtype)
         log.write(done=True, **metrics)
+        write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"
         progress.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
                      f"predicting the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"

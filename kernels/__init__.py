@@ -1,14 +1,20 @@
-"""The ops that models take as `ops=`: one frozen table of callables, one column of it for each implementation.
+"""The ops that models take as `ops=`: a frozen table of callables, one column for each implementation.
 
     from kernels import load
     ops = load("auto")
     fused = ops.layer_sum(levels, logits)
 
 reference.py holds every op in plain PyTorch: read it first, it says what each of them computes.
+docs/kernels.md says how the others are derived, tested and measured. Triton is imported when its column is
+first asked for, not before.
 """
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from kernels import reference
 
@@ -17,17 +23,79 @@ from kernels import reference
 class Ops:
     """One implementation of every op; the signatures and the shapes are those of kernels/reference.py."""
     name: str
-    prepare: Callable                                                   # uint8 images -> normalised images
-    layer_sum: Callable                                                 # M layer outputs, M logits -> one
-    patch_loss: Callable                                                # predicted patches, images -> mean squared error
-    low_pass: Callable                                                  # images -> images without high frequencies
+    prepare: Callable                                   # uint8 images -> normalised, mirrored, mixed images
+    resized_crop: Callable                              # images, boxes -> crops of one size
+    layer_sum: Callable                                 # M layer outputs, M logits -> one
+    layer_sum_norm: Callable                            # layer_sum, then LayerNorm
+    project_sum_norm: Callable                          # M - 1 projections, layer_sum, then LayerNorm
+    patch_loss: Callable                                # predicted patches, images -> mean squared error
+    low_pass: Callable                                  # images -> images without high frequencies
 
 
-TORCH = Ops("torch", reference.prepare, reference.layer_sum, reference.patch_loss, reference.low_pass)
+TORCH = Ops(
+    name="torch",
+    prepare=reference.prepare,
+    resized_crop=reference.resized_crop,
+    layer_sum=reference.layer_sum,
+    layer_sum_norm=reference.layer_sum_norm,
+    project_sum_norm=reference.project_sum_norm,
+    patch_loss=reference.patch_loss,
+    low_pass=reference.low_pass,
+)
 
 
-def load(name):
-    """The table called name: "torch", or "auto" for the fastest that works here (the Triton column has its own issue)."""
-    if name in ("auto", "torch"):
-        return TORCH
-    raise ValueError(f"ops {name!r} is unknown: expected auto or torch")
+def load(name, device="cuda"):
+    """The column called name: "torch", "triton", or "auto": Triton where it can run, else torch.
+
+    device is that of the tensors. "triton" where it cannot run is a ValueError that says what is missing.
+    """
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"ops {name!r} is unknown: expected auto, torch or triton")
+    missing = missing_for_triton(torch.device(device))
+    if name == "triton" and missing:
+        raise ValueError(f"ops 'triton' cannot run here: {missing}")
+    return TORCH if name == "torch" or missing else triton_column()
+
+
+def missing_for_triton(device):
+    """What the Triton column lacks for tensors on device, in one phrase, or None."""
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device, not {device}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    version = triton_version()
+    if version < (3, 4):
+        return f"triton {version[0]}.{version[1]} is too old, 3.4 is the first that works"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} is too low, 8.0 is the first that works"
+    return None
+
+
+def triton_version():
+    """(major, minor) of the installed Triton."""
+    names = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")      # PyTorch's builds
+    found = [d.version for d in importlib.metadata.distributions() if d.name in names]
+    version = found[0] if found else "3.4"              # built from source: taken for a recent one
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def triton_column():
+    """The Triton kernels, and plain PyTorch where that is as good: docs/kernels.md says where and why."""
+    from kernels.layer_sum import layer_sum
+    from kernels.layer_sum_norm import layer_sum_norm
+    from kernels.patch_loss import patch_loss
+    from kernels.prepare import prepare
+    from kernels.project_sum_norm import project_sum_norm
+    return Ops(
+        name="triton",
+        prepare=prepare,
+        resized_crop=reference.resized_crop,
+        layer_sum=layer_sum,
+        layer_sum_norm=layer_sum_norm,
+        project_sum_norm=project_sum_norm,
+        patch_loss=patch_loss,
+        low_pass=reference.low_pass,
+    )

@@ -1,16 +1,20 @@
-"""Every op in plain PyTorch: the specification that the kernels are tested against, and the path taken on a CPU.
+"""Every op in plain PyTorch: the specification that kernels are tested against, and the path on a CPU.
 
-Shapes: B images, C H W, P patch side, L patches, T tokens, D width, M fused levels, K masked patches, N = P * P * C.
+Shapes: B images, C H W, P patch side, L patches, T tokens, D width, M fused levels, K masked patches,
+N = P * P * C; H' W' the sides of a result: a crop, or the frequencies kept.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 
+from kernels import checks
+
 
 def patchify(images, patch_size):
-    """Cut images into patches: (B, C, H, W) -> (B, L, N), channel fastest inside a patch, as MAE does (arXiv 2111.06377)."""
+    """Cut images into patches: (B, C, H, W) -> (B, L, N), channel fastest (MAE, arXiv 2111.06377)."""
     B, C, H, W = images.shape
     P = patch_size
     x = images.reshape(B, C, H // P, P, W // P, P)                      # (B, C, H // P, P, W // P, P)
@@ -32,15 +36,87 @@ def take_tokens(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def prepare(images, mean, std, dtype=torch.float32):
-    """Normalise uint8 images (B, C, H, W): (x / 255 - mean) / std for each channel; mean and std are (C,) in [0, 1] units."""
-    scale = (1 / (255 * std)).view(1, -1, 1, 1)                         # (1, C, 1, 1)
-    shift = (mean / std).view(1, -1, 1, 1)                              # (1, C, 1, 1)
-    return (images * scale - shift).to(dtype)
+def prepare(images, mean, std, dtype=torch.float32, flip=None, partner=None, lam=None, box=None):
+    """Normalise uint8 images (B, C, H, W): (x / 255 - mean) / std; mean and std are (C,) in [0, 1] units.
+
+    flip (B,), bool: mirror this image left to right, before anything else. partner (B,): the image of the
+    batch that each one is mixed with, in the share 1 - lam, lam (B,) (mixup, arXiv 1710.09412), and wholly
+    inside box (B, 4): top, left, bottom, right, half open (CutMix, arXiv 1905.04899).
+    """
+    checks.check_images(images, mean, std, flip, partner, lam, box)
+    scale, shift = scale_and_shift(mean, std)
+    x = images * scale[:, None, None] - shift[:, None, None]            # (B, C, H, W)
+    if flip is not None:
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    if partner is not None:
+        keep = mix_share(images, lam, box).to(x.dtype)                  # (B, 1, H, W) or (B, 1, 1, 1)
+        x = keep * x + (1 - keep) * x[partner]
+    return x.to(dtype)
+
+
+def scale_and_shift(mean, std):
+    """The two numbers of each channel for which x * scale - shift is (x / 255 - mean) / std."""
+    return 1 / (255 * std), mean / std
+
+
+def mix_share(images, lam, box):
+    """What each pixel keeps of its own image: lam, but 0 inside the box; (B, 1, H, W) or (B, 1, 1, 1)."""
+    B, C, H, W = images.shape
+    keep = torch.ones(B, 1, 1, 1, device=images.device) if lam is None else lam.view(B, 1, 1, 1)
+    if box is None:
+        return keep
+    top, left, bottom, right = box.view(B, 4, 1, 1, 1).unbind(dim=1)    # each (B, 1, 1, 1)
+    y = torch.arange(H, device=images.device)[:, None]                  # (H, 1)
+    x = torch.arange(W, device=images.device)                           # (W,)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)      # (B, 1, H, W)
+    return keep.masked_fill(inside, 0)
+
+
+def resized_crop(images, boxes, size, flip=None):
+    """Crop each image, resize the crop to size (H', W'), mirror it where flip is true: -> (B, C, H', W').
+
+    Bicubic and antialiased. boxes (B, 4): top, left, height, width of each crop, whole pixels; flip (B,),
+    bool. A resize is one product with a matrix for each axis, so a batch of different crops is two batched
+    products. Float images give what F.interpolate gives; uint8 images are rounded and clipped after each product, as Pillow does,
+    columns first. (Pillow 13 takes rows first where the height shrinks much more than the width.)
+    """
+    checks.check_crops(images, boxes, flip)
+    B, C, H, W = images.shape
+    top, left, height, width = boxes.unbind(dim=1)                      # each (B,)
+    rows = resize_matrix(top, height, H, size[0])                       # (B, H', H)
+    columns = resize_matrix(left, width, W, size[1])                    # (B, W', W)
+    if flip is not None:
+        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+
+    x = images.flatten(1, 2).to(rows.dtype) @ columns.mT                # (B, C * H, W')
+    if images.dtype != torch.uint8:
+        return rows[:, None] @ x.unflatten(1, (C, H))                   # (B, C, H', W')
+    x = (x + 0.5).floor().clamp(0, 255)
+    x = rows[:, None] @ x.unflatten(1, (C, H))                          # (B, C, H', W')
+    return (x + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+def resize_matrix(start, length, size_in, size_out):
+    """The matrix that resizes pixels start to start + length of a line: (B,), (B,) -> (B, size_out, size_in).
+
+    Keys' cubic with a = -0.5, widened by the scale when the crop is larger than the result: Pillow's and
+    ATen's antialias.
+    """
+    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    scale = length / size_out                                           # (B, 1, 1)
+    pixel = torch.arange(size_in, device=start.device) + 0.5 - start    # (B, 1, size_in), in the crop
+    centre = torch.arange(size_out, device=start.device)[:, None] + 0.5  # (size_out, 1)
+    x = ((pixel - centre * scale) / scale.clamp(min=1)).abs()           # (B, size_out, size_in)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    weight = weight * ((pixel > 0) & (pixel < length))                  # a crop sees nothing outside itself
+    return (weight / weight.sum(dim=-1, keepdim=True)).float()
 
 
 def layer_sum(xs, logits):
-    """Softmax-weighted sum of M layer outputs (MFF, arXiv 2308.00261): M tensors (B, T, D), logits of M numbers -> (B, T, D)."""
+    """Softmax-weighted sum of M layer outputs (MFF, arXiv 2308.00261): M of (B, T, D), M logits -> one."""
+    checks.check_levels(xs, logits)
     weights = logits.flatten().softmax(dim=0)                           # (M,)
     out = weights[0] * xs[0]
     for weight, x in zip(weights[1:], xs[1:], strict=True):
@@ -48,16 +124,62 @@ def layer_sum(xs, logits):
     return out
 
 
-def patch_loss(pred, images, ids, patch_size, norm_pix):
+def layer_sum_norm(xs, logits, weight, bias, eps):
+    """LayerNorm of layer_sum(xs, logits), as MFF's encoder ends: weight and bias are (D,) -> (B, T, D)."""
+    checks.check_norm(weight, bias, xs[0].shape[-1])
+    s = layer_sum(xs, logits)                                           # (B, T, D)
+    dtype = wide(s.dtype)                                               # parameters may be wider than levels
+    return F.layer_norm(s.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).to(s.dtype)
+
+
+def project_sum_norm(xs, logits, projections, weight, bias, eps):
+    """MFF's fusion (arXiv 2308.00261, sec. 3.2): project all but the last level, sum, LayerNorm -> (B, T, D).
+
+    projections are M - 1 pairs: a weight (D, D) and a bias (D,), as in nn.Linear; the last level is not
+    projected.
+    """
+    checks.check_projections(xs, projections)
+    projected = [F.linear(x, *projection) for x, projection in zip(xs[:-1], projections, strict=True)]
+    return layer_sum_norm([*projected, xs[-1]], logits, weight, bias, eps)
+
+
+def merge_projections(xs, logits, projections):
+    """Two levels and two logits with the same layer_sum as M levels of which M - 1 are projected first.
+
+    Nothing stands between a projection and the sum, so the softmax weights go into the projections, and M - 1
+    products become one, of the levels side by side. Its weights are the softmax among the M - 1 alone; their
+    share of the whole is the weight that the logit logsumexp(logits[:-1]) has beside logits[-1].
+    """
+    if len(xs) == 1:
+        return xs, logits
+    logits = logits.flatten()
+    weights = logits[:-1].softmax(dim=0)                                # (M - 1,)
+    merged = [w * p for w, (p, _) in zip(weights, projections, strict=True)]
+    merged = torch.cat(merged, dim=1)                                   # (D, (M - 1) * D)
+    bias = sum(w * b for w, (_, b) in zip(weights, projections, strict=True))   # (D,)
+    product = F.linear(torch.cat(xs[:-1], dim=-1), merged, bias)        # (B, T, D)
+    return [product, xs[-1]], torch.stack([logits[:-1].logsumexp(dim=0), logits[-1]])
+
+
+def patch_loss(pred, images, ids, patch_size, norm_pix, mean=None, std=None):
     """Mean squared error of predicted patches, a scalar in fp32 (MAE, arXiv 2111.06377, sec. 3 and table 1d).
 
-    pred (B, K, N) predicts the patches of images (B, C, H, W) that ids (B, K) names; with norm_pix each target patch is
-    normalised by its own mean and variance.
+    pred (B, K, N) predicts the patches of images (B, C, H, W) that ids (B, K) names; with norm_pix each
+    target patch is normalised by its own mean and variance. uint8 images need mean and std (C,), in [0, 1]
+    units, as in prepare.
     """
-    target = take_tokens(patchify(images, patch_size), ids).float()     # (B, K, N)
-    if norm_pix:
-        target = normalise_patches(target)
-    return F.mse_loss(pred.float(), target)
+    checks.check_patches(pred, images, ids, patch_size, mean, std)
+    target = target_patches(images, ids, patch_size, norm_pix, mean, std, wide(pred.dtype))     # (B, K, N)
+    return F.mse_loss(pred.to(target.dtype), target)
+
+
+def target_patches(images, ids, patch_size, norm_pix, mean, std, dtype):
+    """What patch_loss compares with, a constant: the patches that ids names, normalised -> (B, K, N)."""
+    target = take_tokens(patchify(images.detach(), patch_size), ids).to(dtype)      # (B, K, N)
+    if mean is not None:
+        scale, shift = scale_and_shift(mean, std)                       # (C,), (C,)
+        target = (target.unflatten(-1, (-1, len(mean))) * scale - shift).flatten(-2).to(dtype)
+    return normalise_patches(target) if norm_pix else target
 
 
 def patch_statistics(patches):
@@ -74,19 +196,61 @@ def normalise_patches(patches):
 
 
 def low_pass(images, radius):
-    """Keep the frequencies inside a disk (PixMIM, arXiv 2303.02416): images (B, C, H, W) in [0, 1] -> the same shape, >= 0.
+    """Keep the frequencies inside a disk (PixMIM, arXiv 2303.02416): (B, C, H, W) in [0, 1] -> same, >= 0.
 
-    radius is in frequency bins. As published, the disk is centred half a bin off the zero frequency when a side is even,
-    so the result is slightly complex, and its absolute value is taken: docs/parity.md, PixMIM.
+    radius is in frequency bins. As published, the disk is centred half a bin off the zero frequency when a
+    side is even, so the result is slightly complex, and its absolute value is taken: docs/parity.md, PixMIM.
     """
+    exact = torch.get_float32_matmul_precision() == "highest"           # TF32 products would be off by 1e-3
+    if images.is_cuda and exact:
+        return low_pass_products(images, radius)
+    return low_pass_fft(images, radius)
+
+
+def low_pass_fft(images, radius):
+    """low_pass by the fast Fourier transform of every frequency: the quicker form on a CPU."""
     kept = low_pass_disk(images.shape[-2], images.shape[-1], radius, images.device)
     return torch.fft.ifft2(torch.fft.fft2(images.float()) * kept).abs()
+
+
+def low_pass_products(images, radius):
+    """low_pass by products with the kept rows of two Fourier matrices: the full spectrum never exists."""
+    H, W = images.shape[-2:]
+    disk, rows, columns = low_pass_matrices(H, W, radius, images.device)
+    real = torch.view_as_real(columns.mT).flatten(1)                    # (W, 2 * W'): images are real
+    with torch.autocast(images.device.type, enabled=False):             # targets stay in fp32
+        x = torch.view_as_complex((images.float() @ real).unflatten(-1, (-1, 2)))       # (B, C, H, W')
+        spectrum = (rows @ x) * disk                                    # (B, C, H', W')
+        filtered = (rows.mH @ spectrum @ columns.conj()).abs()          # (B, C, H, W)
+    return filtered / (H * W)
+
+
+@functools.lru_cache(maxsize=8)
+def low_pass_matrices(height, width, radius, device):
+    """The kept part of the disk, (H', W'), and the Fourier rows it needs: (H', H) and (W', W)."""
+    disk = low_pass_disk(height, width, radius, device)                 # (H, W)
+    in_rows, in_columns = disk.any(dim=1), disk.any(dim=0)              # (H,), (W,)
+    rows, columns = fourier_matrix(height, device)[in_rows], fourier_matrix(width, device)[in_columns]
+    return disk[in_rows][:, in_columns], rows, columns
+
+
+def fourier_matrix(size, device):
+    """exp(-2 pi i j k / size) for frequency j and position k: (size, size)."""
+    k = torch.arange(size, device=device)
+    angle = (k[:, None] * k % size).double() * (-2 * math.pi / size)    # reduced first: exact for any size
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 @functools.lru_cache(maxsize=8)
 def low_pass_disk(height, width, radius, device):
     """1 where a frequency is kept, else 0: (H, W) in the order of torch.fft.fft2."""
-    rows = torch.arange(height, device=device)[:, None] - (height - 1) / 2      # centre at (H - 1) / 2: parity.md, PixMIM
+    # Centre at (H - 1) / 2, half a bin off when H is even: parity.md, PixMIM.
+    rows = torch.arange(height, device=device)[:, None] - (height - 1) / 2
     columns = torch.arange(width, device=device)[None, :] - (width - 1) / 2
-    disk = (rows ** 2 + columns ** 2 <= radius ** 2).float()            # (H, W), zero frequency at (H // 2, W // 2)
-    return torch.fft.ifftshift(disk)                                    # shifted once here, so that images never are
+    disk = (rows ** 2 + columns ** 2 <= radius ** 2).float()            # (H, W), zero frequency at its centre
+    return torch.fft.ifftshift(disk)                                    # shifted here: images never are
+
+
+def wide(dtype):
+    """The type that sums are taken in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

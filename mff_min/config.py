@@ -12,7 +12,6 @@ A field annotated bool becomes --flag and --no-flag; one annotated `X | None` is
 import argparse
 import dataclasses
 import difflib
-import json
 import sys
 
 
@@ -82,11 +81,6 @@ def parse(config_class, argv=None):
             metavar = None if choices else field.name.upper()
             parser.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
     return config_class(**vars(parser.parse_args(argv)))
-
-
-def to_json(cfg):
-    """The configuration as plain JSON text, field by field."""
-    return json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
 
 
 def side_or_sides(text):

@@ -101,8 +101,8 @@ class MaskedAutoencoder(nn.Module):
         x = self.encoder.embed(images, ids_keep)                        # (B, T, D)
         levels = self.encoder.forward_blocks(x, self.out_indices)
         if self.detach_shallow:
-            levels = [level.detach() for level in levels[:-1]] + levels[-1:]
-        return self.encoder.norm(fuse(levels, self.proj_layers, self.proj_weights, self.ops))
+            levels[:-1] = [level.detach() for level in levels[:-1]]
+        return fuse(levels, self.proj_layers, self.proj_weights, self.encoder.norm, self.ops)
 
     def decode(self, latent, ids_shuffle):
         """Predictions of masked patches: latent (B, T, D) -> (B, K, N), in ids_shuffle's order (B, L)."""
@@ -134,10 +134,10 @@ class MaskedAutoencoder(nn.Module):
                                    self.encoder.patch_size, self.norm_pix_loss)
 
 
-def fuse(levels, proj_layers, proj_weights, ops):
-    """MFF's weighted sum of M levels, each but the last projected: M tensors (B, T, D) -> (B, T, D)."""
-    projected = [proj(level) for proj, level in zip(proj_layers, levels[:-1], strict=True)]
-    return ops.layer_sum(projected + levels[-1:], proj_weights)
+def fuse(levels, proj_layers, proj_weights, norm, ops):
+    """MFF's weighted sum of M levels, each but the last projected, then normed: M of (B, T, D) -> (B, T, D)."""
+    projections = [(proj.weight, proj.bias) for proj in proj_layers]
+    return ops.project_sum_norm(levels, proj_weights, projections, norm.weight, norm.bias, norm.eps)
 
 
 def count_visible(num_patches, mask_ratio):

@@ -21,7 +21,7 @@ import PIL
 import torch
 import torch.distributed as dist
 
-from mff_min.config import UserError, to_json
+from mff_min.config import UserError
 
 RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,6 +154,11 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, value):
+    """Write plain values as JSON, atomically."""
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
 def save_checkpoint(folder, state):
     """Write last.pt; the one before becomes previous.pt, so that there is always a whole one."""
     last = Path(folder) / "last.pt"
@@ -267,8 +272,8 @@ def open_folder(cfg, world):
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("*.tmp.*"):                     # of a process killed while writing
                 leftover.unlink()
-            (folder / "config.json").write_text(to_json(cfg))
-            (folder / "env.json").write_text(json.dumps(describe_environment(world), indent=1) + "\n")
+            write_json(folder / "config.json", dataclasses.asdict(cfg))
+            write_json(folder / "env.json", describe_environment(world))
         except OSError as error:
             raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
     return folder

@@ -21,7 +21,7 @@ from kernels.reference import patchify, take_tokens
 # ViT-S is DeiT's (arXiv 2012.12877), ViT-B and L are ViT's, ViT-H with 14-pixel patches is MAE's. vit_test is
 # for tests and for the demo: twelve thin blocks, so that the paper's fusion indices mean the same there.
 MODELS = {
-    "vit_test": dict(patch_size=8, embed_dim=64, depth=12, num_heads=2),
+    "vit_test": dict(patch_size=4, embed_dim=64, depth=12, num_heads=2),
     "vit_t": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
     "vit_s": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
     "vit_b": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),

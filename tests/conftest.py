@@ -1,7 +1,14 @@
+"""Set-up for all tests: one thread, kernels in Triton's interpreter, and the golden arrays.
+
+Triton decides between interpreter and compiler when it is imported, once a process, and other packages import
+it. So the variable is set first of all, and tests that compile start a process of their own with
+TRITON_INTERPRET=0.
+"""
+
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")                           # for small models threads are a loss
-os.environ.setdefault("TRITON_INTERPRET", "1")                          # before triton's import: timm does
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")                           # small models: threads do not help
 
 import sys
 from pathlib import Path
@@ -16,12 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture
 def golden():
-    """golden(name) reads tests/golden/<name>.npz as a dict of tensors, and of arrays where they hold text."""
+    """golden(name) reads tests/golden/<name>.npz: a dict of tensors, and of arrays where they hold text."""
+    def tensor(array):
+        return torch.tensor(array) if array.dtype.kind in "fiu" else array
+
     def read(name):
         with np.load(ROOT / "tests" / "golden" / f"{name}.npz", allow_pickle=False) as file:
-            arrays = dict(file)
-        return {key: torch.tensor(value) if value.dtype.kind in "fiu" else value
-                for key, value in arrays.items()}
+            return {key: tensor(file[key]) for key in file}
     return read
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import TORCH, reference
+from kernels import TORCH, reference, triton_column
 from mff_min.mim import MaskedAutoencoder, count_visible, random_masking, spread_indices
 from mff_min.optim import param_groups
 from mff_min.vit import VisionTransformer
@@ -41,8 +41,14 @@ GOLDEN = [("mae_pixels", from_mae), ("mae_norm_pix", from_mae),
           ("mff", from_mmpretrain), ("mff_single_layer", from_mmpretrain)]
 
 
+@pytest.fixture(params=[TORCH, triton_column()], ids=["torch", "triton"])
+def ops(request):
+    """Each column of Ops; on CPU tensors the Triton column runs its registered CPU twins."""
+    return request.param
+
+
 @pytest.fixture(params=GOLDEN, ids=[name for name, _ in GOLDEN])
-def published(request, golden):
+def published(request, golden, ops):
     """(the golden arrays with our parameter names, a model that holds the published weights)."""
     file, rename = request.param
     arrays = golden(file)
@@ -53,7 +59,7 @@ def published(request, golden):
     cfg = arrays["cfg"]
     arrays.setdefault("state/proj_weights", torch.ones(1, 1, 1, 1))     # of one level: MAE has no weights
     out_indices = arrays.get("cfg_fuse_layers", cfg[3:4] - 1).tolist()
-    model = build(cfg, out_indices, norm_pix_loss=file != "mae_pixels")
+    model = build(cfg, out_indices, norm_pix_loss=file != "mae_pixels", ops=ops)
     model.load_state_dict({key.removeprefix("state/"): value for key, value in arrays.items()
                            if key.startswith("state/")}, strict=True)
     return arrays, model
@@ -236,7 +242,3 @@ def test_impossible_mask_ratios_are_named(ratio, message):
 
 def test_published_number_of_visible_patches():
     assert count_visible(196, 0.75) == 49 and count_visible(256, 0.75) == 64
-
-
-def test_torch_column_is_the_reference():
-    assert TORCH.layer_sum is reference.layer_sum and TORCH.patch_loss is reference.patch_loss

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
-from kernels import TORCH
+from kernels import TORCH, reference
 from mff_min import augment, mim, picture, shapes, targets, vit
 from mff_min.data import ImageArray, Views
 
@@ -112,7 +112,7 @@ class Witness:
 
 # No two letters share a size. D, h, d and T have one in the encoder and one in the decoder, which is E wide.
 TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100], M=[7],
-             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37])
+             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], H_=[9, 10], W_=[11, 10])
 
 
 def exercise():
@@ -122,9 +122,18 @@ def exercise():
                                   decoder_depth=1, decoder_num_heads=2)
     images, noise = torch.rand(6, 3, 36, 44), torch.rand(6, 99)
     mean, std = torch.full((3,), 0.4), torch.ones(3)
-    filtered = targets.low_pass_target(TORCH.prepare(images * 255, mean, std), mean, std, 5.25, TORCH)
+    pixels, flip = (images * 255).to(torch.uint8), torch.arange(6) % 2 == 0
+    box = torch.tensor([[2, 3, 20, 30]] * 6)
+    TORCH.prepare(pixels, mean, std, flip=flip, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
+    TORCH.resized_crop(pixels, box, (9, 11), flip)
+    TORCH.resized_crop(images, box, (9, 11))
+    filtered = targets.low_pass_target(TORCH.prepare(pixels, mean, std), mean, std, 5.25, TORCH)
+    reference.low_pass_products(images, 5.25)
     model(images, noise, filtered)
     pred, ids, mask = model.predict(images, noise)
+    TORCH.patch_loss(pred, pixels, ids, 4, True, mean, std)
+    levels, pairs = [torch.rand(6, 25, 60)] * 7, [(torch.rand(60, 60), torch.rand(60))] * 6
+    reference.merge_projections(levels, torch.rand(7), pairs)
     model.fusion_weights()
     for norm_pix in (False, True):
         targets.patch_mean_loss(images, ids, 4, norm_pix, TORCH)
