@@ -16,7 +16,6 @@ depends on --batch-size, and from rank 0's running statistics comes the evaluati
 """
 
 import contextlib
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -27,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
-from mff_min.chart import Panel, Series, chart
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, check_labels, make_loader, open_data
-from mff_min.mim import fuse
+from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
+                            table_of_layers)
 from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained
 from mff_min.probe import (LinearProbe, accuracy, count_hits, knn_scores, logistic_scores, pixel_features,
@@ -39,7 +38,8 @@ from mff_min.probe import (LinearProbe, accuracy, count_hits, knn_scores, logist
 from mff_min.rng import ORDER, permutation
 from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
                              check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
-                             open_folder, pick_dtype, run, save_checkpoint, start_world, write_atomically)
+                             open_folder, pick_dtype, run, save_checkpoint, start_world, write_atomically,
+                             write_json)
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config
@@ -51,30 +51,30 @@ class Config:
     checkpoint: str = opt("", "the encoder: a run folder, its encoder.pt, or a timm-named state dict")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, an image folder")
-    img_size: tuple[int, int] | None = opt(None, "crop: SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
+    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the checkpoint's", above=0)
-    in_chans: int | None = opt(None, "channels of an image; not given: the checkpoint's", choices=list(MODES))
-    mean: tuple[float, ...] | None = opt(None, "mean of each channel; not given: the checkpoint's", type=numbers)
-    std: tuple[float, ...] | None = opt(None, "deviation of each channel, likewise", type=numbers)
-    pool: str = opt("token", "feature: the class token, or avg, the mean of patch tokens; after the final norm",
+    in_chans: int | None = opt(None, "channels; not given: the checkpoint's", choices=list(MODES))
+    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    pool: str = opt("token", "after the final norm: the class token, or avg, the mean of the patch tokens",
                     choices=["token", "avg"])
     epochs: float | None = opt(None, "epochs of the schedule; not given: 90, or what --steps makes", above=0)
     steps: int | None = opt(None, "end after this many; without --epochs the schedule does too", above=0)
-    batch_size: int = opt(512, "images of one micro-batch in one process, which are normalised together", least=2)
+    batch_size: int = opt(512, "images of one micro-batch in one process, normalised together", least=2)
     global_batch: int = opt(16384, "images of a step, over all processes and micro-batches", above=0)
     blr: float = opt(0.1, "base learning rate; lr = blr * global_batch / 256", above=0)
     lr: float | None = opt(None, "learning rate, instead of blr", above=0)
     min_lr: float = opt(0.0, "learning rate at the end", least=0)
     warmup_epochs: float | None = opt(None, "of linear warm-up; not given: min(10, epochs / 5)", least=0)
     weight_decay: float = opt(0.0, "LARS's weight decay", least=0)
-    cache: int = opt(0, "compute the features of this many views once, and probe those; 0: a view an epoch", least=0)
-    cache_lrs: tuple[float, ...] | None = opt(None, "base learning rates that --cache tries, instead of --blr",
+    cache: int = opt(0, "probe the features of this many views of each image, computed once", least=0)
+    cache_lrs: tuple[float, ...] | None = opt(None, "base learning rates that --cache tries together",
                                               type=numbers)
     knn: int = opt(0, "classify by this many nearest neighbours instead; 0: do not", least=0)
     knn_temperature: float = opt(0.07, "their weight is exp(cosine similarity / temperature)", above=0)
     layers: str = opt("", "probe blocks instead: all, or a list such as 0,5,11")
-    layer_images: int = opt(10_000, "training images for --layers, and as many of validation at most", above=1)
+    layer_images: int = opt(10_000, "images of each split for --layers, at most", above=1)
     seed: int = opt(0, "of the head's weights, the order and the crops", least=0)
     dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
@@ -86,7 +86,7 @@ class Config:
     workers: int = knob(0, "loader processes for each training process", least=0)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch"])
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the encoder")
     log_every: int = knob(20, "steps between lines of the log", above=0)
@@ -132,6 +132,10 @@ def probe(cfg, world, signals):
     std = cfg.std or pretrained.config.get("std", IMAGENET_STD)
     check_channels(encoder.in_chans, mean, std)
     layers = parse_layers(cfg.layers, len(encoder.blocks))
+    try:
+        ops = kernels.load(cfg.ops, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     state = find_checkpoint(cfg.output_dir, cfg.resume, say)
     if state:
         check_same_settings(cfg, state["config"], cfg.allow_change)
@@ -148,7 +152,7 @@ def probe(cfg, world, signals):
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(90, 10))
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
-    ops, mean, std = kernels.load(cfg.ops), torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     forward = torch.compile(encoder.forward_features) if cfg.compile else encoder.forward_features
     folder = open_folder(cfg, world)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
@@ -170,7 +174,7 @@ def probe(cfg, world, signals):
             return pool_tokens(forward(images), cfg.pool).float()
 
     def collect(source, crop, keys, measure, text):
-        """({name: features (n, D)} as measure(images) returns them, labels (n,), -1 where replaced) on the CPU."""
+        """({name: features (n, D)} by measure(images), labels (n,), -1 if unreadable), on the CPU."""
         found, labels, progress = [], [], Progress(len(keys), 0, world, text=f"features of {text}")
         batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
         for i, batch in enumerate(load(source, crop, batches)):
@@ -184,6 +188,17 @@ def probe(cfg, world, signals):
         bad_samples.report()
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(labels)
 
+    def collect_pooled(source, crop, keys, text):
+        """(features (n, D) as the probe gets them, labels (n,), -1 if unreadable), on the CPU."""
+        found, labels = collect(source, crop, keys, lambda images: {"pooled": extract(images)}, text)
+        return found["pooled"], labels
+
+    def record(metrics):
+        """Write metrics.json: what was measured, with the flags and on what machine."""
+        if world.is_main:
+            about = dict(config=asdict(cfg), environment=describe_environment(world))
+            write_json(folder / "metrics.json", metrics | about)
+
     say(f"{pretrained.path}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, frozen; "
         f"feature: {'class token' if cfg.pool == 'token' else 'mean of the patch tokens'}; {len(train_set)} "
         f"images of {cfg.data}, {len(train_set.classes)} classes")
@@ -192,13 +207,13 @@ def probe(cfg, world, signals):
             encoders = {"trained": (encoder, build_fusion(pretrained, encoder)),
                         "random": build_untrained(encoder, build_fusion(pretrained, encoder), cfg.seed)}
             metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
-            if world.is_main:
-                draw_layers(metrics, folder)
+            picture = chart_of_layers(metrics["rows"])
+            write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
         elif cfg.knn:
-            metrics = classify_by_neighbours(cfg, train_set, val_set, extract, collect, device, say)
+            metrics = classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say)
         else:
-            metrics = probe_cached(cfg, schedule, stream, train_set, val_set, extract, collect, device, say)
-        write_result(cfg, world, folder, metrics)
+            metrics = probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say)
+        record(metrics)
         return metrics
 
     # ------------------------------------------------------------ optimizer
@@ -223,7 +238,7 @@ def probe(cfg, world, signals):
                                      "step": step, "loss": loss, "config": asdict(cfg)})
 
     def evaluate():
-        """Accuracy on the validation images, each of which one rank counts once; unreadable ones are wrong."""
+        """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""
         world.share(head.buffers())
         share = [(0, i) for i in range(world.rank, len(val_set), world.size)]
         batches = [share[first:first + cfg.batch_size] for first in range(0, len(share), cfg.batch_size)]
@@ -239,9 +254,9 @@ def probe(cfg, world, signals):
         return accuracy(*world.total(counts.tolist()))
 
     # ------------------------------------------------------------ loop
-    say(f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} micro-batches, "
-        f"{schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, {schedule.warmup_epochs:.3g} epochs "
-        f"of warm-up")
+    say(f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} "
+        f"micro-batches, {schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
+        f"{schedule.warmup_epochs:.3g} epochs of warm-up")
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
     waited, logged_at, logged_step = 0.0, time.monotonic(), start
@@ -301,47 +316,37 @@ def probe(cfg, world, signals):
     metrics = dict(step=schedule.stop, loss=loss_value, **evaluate())
     log.write(done=True, **metrics)
     progress.say(f"done: {shown(metrics)}")
-    write_result(cfg, world, folder, metrics)
+    record(metrics)
     return metrics
 
 
 def shown(metrics):
-    """Accuracies as a line of text, with what they stand on."""
+    """Accuracies as a line of text, with one standard error each."""
     return (f"acc1 {metrics['acc1']:.2f} +- {metrics['acc1_error']:.2f} %, acc5 {metrics['acc5']:.2f} +- "
-            f"{metrics['acc5_error']:.2f} % of {metrics['val_images']} validation images (one standard error)")
-
-
-def write_result(cfg, world, folder, metrics):
-    """Write result.json: the metrics, with the flags and the environment that they come from."""
-    if world.is_main:
-        result = dict(metrics=metrics, config=asdict(cfg), environment=describe_environment(world))
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+            f"{metrics['acc5_error']:.2f} % of {metrics['val_images']} validation images")
 
 
 # ---------------------------------------------------------------- other ways to probe
 
 
-def probe_cached(cfg, schedule, stream, train_set, val_set, extract, collect, device, say):
+def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say):
     """Metrics of the best of several learning rates, trained together on the features of a few fixed views.
 
     Epoch e sees view e mod VIEWS of every image, in the protocol's order. With as many views as epochs this
     is the protocol itself; with fewer it is an approximation, since crops come again. An image that cannot be
     read is left out.
     """
-    def measure(images):
-        return {"": extract(images)}
-
     keys = [[(view, i) for i in range(len(train_set))] for view in range(cfg.cache)]
-    views = [collect(train_set, "single_draw", keys[view], measure, f"view {view + 1} of {cfg.cache}")
+    views = [collect_pooled(train_set, "single_draw", keys[view], f"view {view + 1} of {cfg.cache}")
              for view in range(cfg.cache)]
-    features, labels = torch.stack([found[""] for found, _ in views]), torch.stack([seen for _, seen in views])
-    val, val_labels = collect(val_set, "evaluation", [(0, i) for i in range(len(val_set))], measure, "val")
+    features = torch.stack([features for features, _ in views])         # (VIEWS, n, D)
+    labels = torch.stack([labels for _, labels in views])               # (VIEWS, n)
+    val, val_labels = collect_pooled(val_set, "evaluation", [(0, i) for i in range(len(val_set))], "val")
+    if cfg.cache < schedule.epochs:
+        say(f"{cfg.cache} views for {schedule.epochs:.3g} epochs: an approximation of the protocol, which "
+            f"draws a new view in every epoch")
 
-    blrs = cfg.cache_lrs or [cfg.blr]
-    lrs = [blr * cfg.global_batch / 256 for blr in blrs] if cfg.cache_lrs else [schedule.lr]
-    say(f"{cfg.cache} views for {schedule.epochs:.3g} epochs: an approximation where there are fewer views than "
-        f"epochs" if cfg.cache < schedule.epochs else f"{cfg.cache} views: each epoch sees its own, as published")
+    lrs = [blr * cfg.global_batch / 256 for blr in cfg.cache_lrs] if cfg.cache_lrs else [schedule.lr]
     heads = []
     for _ in lrs:
         torch.manual_seed(cfg.seed)                                     # the same weights to start from
@@ -351,19 +356,20 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, extract, collect, de
     for step in range(schedule.stop):
         for _ in range(schedule.accumulation):
             epochs, images = torch.tensor(next(micro_batches)).T
-            x, y = features[epochs % cfg.cache, images].to(device), labels[epochs % cfg.cache, images].to(device)
+            chosen = epochs % cfg.cache, images
+            x, y = features[chosen].to(device), labels[chosen].to(device)
             for head in heads:
                 (F.cross_entropy(head(x), y, ignore_index=-1) / schedule.accumulation).backward()
-        for optimizer, lr in zip(optimizers, lrs, strict=True):
-            epoch = schedule.epoch(step)
-            set_lr(optimizer, cosine_lr(epoch, lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs))
+        for optimizer, peak in zip(optimizers, lrs, strict=True):
+            lr = cosine_lr(schedule.epoch(step), peak, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
+            set_lr(optimizer, lr)
             optimizer.step()
             optimizer.zero_grad()
 
     tried = []
     for head, lr in zip(heads, lrs, strict=True):
         with torch.no_grad():
-            counts = count_hits(head.eval()(val[""].to(device)), val_labels.to(device))
+            counts = count_hits(head.eval()(val.to(device)), val_labels.to(device))
         tried.append(dict(lr=lr, blr=lr * 256 / cfg.global_batch, **accuracy(*counts)))
         say(f"blr {tried[-1]['blr']:g}: {shown(tried[-1])}")
     best = max(tried, key=lambda metrics: metrics["acc1"])
@@ -371,37 +377,16 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, extract, collect, de
     return dict(step=schedule.stop, views=cfg.cache, tried=tried, **best)
 
 
-def classify_by_neighbours(cfg, train_set, val_set, extract, collect, device, say):
+def classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say):
     """Metrics of a weighted nearest-neighbour classifier on features of the evaluation crop."""
     (train, labels), (val, val_labels) = (
-        collect(source, "evaluation", [(0, i) for i in range(len(source))],
-                lambda images: {"": F.normalize(extract(images), dim=1)}, text)
+        collect_pooled(source, "evaluation", [(0, i) for i in range(len(source))], text)
         for source, text in ((train_set, "train"), (val_set, "val")))
-    bank, labels = train[""][labels >= 0].to(device), labels[labels >= 0].to(device)
-    votes = knn_scores(bank, labels, len(train_set.classes), val[""].to(device), cfg.knn, cfg.knn_temperature)
+    train, labels = train[labels >= 0].to(device), labels[labels >= 0].to(device)
+    votes = knn_scores(train, labels, len(train_set.classes), val.to(device), cfg.knn, cfg.knn_temperature)
     metrics = accuracy(*count_hits(votes, val_labels.to(device)))
-    say(f"{cfg.knn} nearest neighbours of {len(bank)}, temperature {cfg.knn_temperature:g}: {shown(metrics)}")
+    say(f"{cfg.knn} neighbours of {len(train)}, temperature {cfg.knn_temperature:g}: {shown(metrics)}")
     return dict(k=cfg.knn, temperature=cfg.knn_temperature, **metrics)
-
-
-def parse_layers(text, depth):
-    """The blocks that --layers names, ascending. Raises UserError."""
-    if text in ("", "all"):
-        return list(range(depth))
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) < depth for part in parts):
-        raise UserError(f"--layers {text}: expected all, or numbers of blocks from 0 to {depth - 1}")
-    return sorted({int(part) for part in parts})
-
-
-def features_of_layers(encoder, fusion, layers, images, pool, ops):
-    """{"block 0": features (B, D), ...} of unmasked images, and "fused", what MFF's decoder would receive."""
-    levels = encoder.forward_blocks(encoder.embed(images), range(len(encoder.blocks)))
-    found = {f"block {i}": pool_tokens(levels[i], pool).float() for i in layers}
-    if fusion:
-        fused = fuse([levels[i] for i in fusion.out_indices], fusion.proj_layers, fusion.proj_weights, ops)
-        found["fused"] = pool_tokens(encoder.norm(fused), pool).float()
-    return found
 
 
 def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say):
@@ -419,7 +404,8 @@ def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device
 
     subsets = []
     for source, text in ((train_set, "train"), (val_set, "val")):
-        chosen = permutation(len(source), cfg.seed, ORDER, 0)[:cfg.layer_images]    # class folders are in order
+        # Chosen at random, because class folders come one after the other.
+        chosen = permutation(len(source), cfg.seed, ORDER, 0)[:cfg.layer_images]
         features, main = collect(source, "evaluation", [(0, int(i)) for i in chosen], measure, text)
         kept = main >= 0 if source is train_set else main >= -1         # an unreadable one is a wrong answer
         labels = {name: torch.as_tensor(values[chosen]).long().where(main >= 0, -1)[kept]
@@ -437,60 +423,10 @@ def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device
         rows.append(dict(label=name, kind="chance", layer="chance", acc1=100 / num_classes, acc1_error=0.0))
     say(f"{len(rows)} logistic regressions in {time.monotonic() - started:.0f} s on {len(main)} validation "
         f"images\n{table_of_layers(rows)}")
-    margins = {name: margin(rows, name, say) for name in train_labels}
-    return dict(pool=cfg.pool, train_images=len(next(iter(train_labels.values()))), rows=rows, margins=margins)
-
-
-def margin(rows, label, say):
-    """How far the best trained layer is ahead of the best baseline, in points and in standard errors."""
-    best = {kind: max((row for row in rows if row["label"] == label and row["kind"] == kind),
-                      key=lambda row: row["acc1"]) for kind in ("trained", "random", "pixels")}
-    found = {}
-    for kind in ("random", "pixels"):
-        points = best["trained"]["acc1"] - best[kind]["acc1"]
-        error = math.hypot(best["trained"]["acc1_error"], best[kind]["acc1_error"])
-        found[kind] = dict(points=points, standard_errors=points / error if error else math.inf)
-    say(f"{label}: {best['trained']['layer']} has {best['trained']['acc1']:.1f} %, "
-        f"{found['random']['points']:+.1f} points ({found['random']['standard_errors']:+.1f} standard errors) "
-        f"over {best['random']['layer']} of random weights, "
-        f"{found['pixels']['points']:+.1f} ({found['pixels']['standard_errors']:+.1f}) over pixels")
-    return found
-
-
-def table_of_layers(rows):
-    """Top-1 accuracy in percent as text: a line a layer, and for each label trained and random weights."""
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    cells = {(row["label"], row["kind"], row["layer"]): f"{row['acc1']:5.1f} +- {row['acc1_error']:.1f}"
-             for row in rows}
-    lines = [" " * 10 + "".join(f"{label + ', trained':>20}{'random weights':>20}" for label in labels)]
-    for layer in dict.fromkeys(row["layer"] for row in rows if row["kind"] == "trained"):
-        lines.append(f"{layer:10}" + "".join(f"{cells[label, kind, layer]:>20}" for label in labels
-                                             for kind in ("trained", "random")))
-    for kind in ("pixels", "chance"):
-        lines.append(f"{kind:10}" + "".join(f"{cells[label, kind, kind]:>20}{'':20}" for label in labels))
-    return "\n".join(lines)
-
-
-def draw_layers(metrics, folder):
-    """Write layers.png: a panel for each label, with both baselines."""
-    rows, panels = metrics["rows"], []
-    layers = list(dict.fromkeys(row["layer"] for row in rows if row["kind"] == "trained"))
-    for label in dict.fromkeys(row["label"] for row in rows):
-        of = {kind: [row for row in rows if row["label"] == label and row["kind"] == kind]
-              for kind in ("trained", "random", "pixels", "chance")}
-        series = [Series(name, list(enumerate(row["acc1"] for row in of[kind])),
-                         [row["acc1_error"] for row in of[kind]], colour, dash)
-                  for kind, name, colour, dash in (("trained", "trained encoder", "blue", 0),
-                                                   ("random", "random weights", "orange", 0))]
-        for kind, colour, dash in (("pixels", "grey", 6), ("chance", "grey", 2)):
-            level, = of[kind]
-            ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
-            series.append(Series(kind, ends, [level["acc1_error"]] * 2, colour, dash))
-        names = [layer.removeprefix("block ") for layer in layers]
-        panels.append(Panel(f"label: {label}", "block", "accuracy of a linear probe, %", names, series))
-    images = next(row["val_images"] for row in rows if row["kind"] == "trained")
-    picture = chart(panels, f"What each layer tells, on {images} validation images (bars: one standard error)")
-    write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
+    margins = {name: margin(rows, name) for name in train_labels}
+    for name, found in margins.items():
+        say(margin_line(name, found))
+    return dict(pool=cfg.pool, train_images=len(labels), rows=rows, margins=margins)
 
 
 if __name__ == "__main__":

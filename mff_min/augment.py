@@ -65,7 +65,7 @@ def center(image, size, rng=None, margin=1.0):
 
 
 def evaluation(image, size, rng=None):
-    """The crop that accuracies are measured on: shorter side to 256 where the crop is 224, then its middle."""
+    """The crop that accuracies are measured on: shorter side to 256 for a crop of 224, then the middle."""
     return center(image, size, margin=256 / 224)
 
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER, GRID = (40, 40, 40), (255, 255, 255), (226, 226, 226)
 COLOURS = {"blue": (31, 97, 168), "orange": (214, 110, 18), "grey": (120, 120, 120)}
-SCALE = 2                                                               # drawn larger than needed: for sharp print
+SCALE = 2                                                               # drawn at twice the size, to be sharp
 
 
 @dataclass(frozen=True)

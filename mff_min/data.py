@@ -1,10 +1,11 @@
 """Image sources, the order in which they are seen, and the loader.
 
 A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)`,
-`source.classes`, and in `source.labels` the labels of all images by what they are about: {"class": (n,)}, and
-of the embedded images {"shape": (n,), "texture": (n,)}, of which `label` gives the first. Which sample is seen when, how it is cropped and which of its patches are masked are pure
-functions of (seed, epoch, index), so nothing depends on the number of workers or ranks, and a run resumes
-anywhere.
+`source.classes`, and `source.labels`, the labels of all images by what they are about: {"class": (n,)}, or
+{"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of them, which classes names.
+
+Which sample is seen when, how it is cropped and which of its patches are masked are pure functions of (seed,
+epoch, index), so nothing depends on the number of workers or ranks, and a run resumes anywhere.
 
 Shapes: n or B images, C H W, L patches.
 """
@@ -144,19 +145,19 @@ def check_labels(spec, train, val):
     """Raise UserError unless both splits are there, have the same classes, and no label is outside them."""
     for split, source in (("train", train), ("val", val)):
         if not source.is_split:
-            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/* and val/<class>/*")
+            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/*, val/<class>/*")
         labels = next(iter(source.labels.values()))
         outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
         if len(outside):
             raise UserError(f"label {labels[outside[0]]} of {source.name(outside[0])} is outside the "
                             f"{len(source.classes)} classes of the head")
     if train.classes != val.classes:
+        missing, extra = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
         raise UserError(f"the class folders differ: train has {listed(train.classes)}, val has "
-                        f"{listed(val.classes)}; only train has {listed(set(train.classes) - set(val.classes))}, "
-                        f"only val has {listed(set(val.classes) - set(train.classes))}")
+                        f"{listed(val.classes)}; only train: {listed(missing)}; only val: {listed(extra)}")
     if len(train.classes) < 2:
-        raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* for two or "
-                        f"more classes")
+        raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* of two or "
+                        f"more")
 
 
 def listed(names, most=5):
@@ -231,7 +232,7 @@ class Stream:
 
 
 def collate(items):
-    """A batch: image (B, C, H, W) uint8, label and whether it is the one asked for (B,), noise (B, L), bad."""
+    """A batch: image (B, C, H, W) uint8, label (B,), replaced (B,) where bad names it, noise (B, L), bad."""
     return dict(image=torch.stack([item["image"] for item in items]),
                 label=torch.tensor([item["label"] for item in items]),
                 replaced=torch.tensor([len(item["bad"]) > 0 for item in items]),

@@ -135,7 +135,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def fuse(levels, proj_layers, proj_weights, norm, ops):
-    """MFF's weighted sum of M levels, each but the last projected, then normed: M of (B, T, D) -> (B, T, D)."""
+    """MFF's weighted sum of M levels, all but the last projected, then normed: M (B, T, D) -> (B, T, D)."""
     projections = [(proj.weight, proj.bias) for proj in proj_layers]
     return ops.project_sum_norm(levels, proj_weights, projections, norm.weight, norm.bias, norm.eps)
 

@@ -48,8 +48,8 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
-        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coefficient=trust_coefficient)
-        super().__init__(params, defaults)
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      trust_coefficient=trust_coefficient))
 
     @torch.no_grad()
     def step(self):
@@ -61,7 +61,7 @@ class LARS(torch.optim.Optimizer):
                 if param.ndim > 1:
                     update = update + group["weight_decay"] * param
                     ratio = group["trust_coefficient"] * param.norm() / update.norm()
-                    # Of a zero parameter the ratio is 0, of a zero gradient infinite or nan: neither is meant.
+                    # A zero parameter would never leave 0, and a zero gradient gives no finite ratio.
                     update = update * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
                 state = self.state[param]
                 if not state:

@@ -17,8 +17,8 @@ class Pretrained:
     """The parts of a checkpoint that outlive pre-training."""
     path: Path
     encoder: dict                                                       # parameters by timm's names
-    fusion: dict                                                        # proj_layers.* and proj_weights, if there
-    config: dict                                                        # the run's flags; empty if not stored
+    fusion: dict                                                        # proj_layers.*, proj_weights; or none
+    config: dict                                                        # the run's flags; empty if unknown
 
 
 def read_pretrained(path):
@@ -30,8 +30,7 @@ def read_pretrained(path):
     if path.is_dir():
         files = [path / name for name in ("last.pt", "encoder.pt") if (path / name).exists()]
         if not files:
-            raise UserError(f"{path} has neither last.pt nor encoder.pt: expected the folder of a pre-training "
-                            f"run")
+            raise UserError(f"{path} has neither last.pt nor encoder.pt: expected the folder of a run")
         path = files[0]
     saved = read_checkpoint(path)
     state = saved.get("model", saved)

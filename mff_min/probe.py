@@ -27,7 +27,7 @@ class LinearProbe(nn.Module):
 
 
 def pool_tokens(x, pool):
-    """One feature an image, (B, T, D) -> (B, D): the class token ("token") or the mean of the others ("avg")."""
+    """One feature an image, (B, T, D) -> (B, D): the class token ("token") or the others' mean ("avg")."""
     return x[:, 0] if pool == "token" else x[:, 1:].mean(dim=1)
 
 
@@ -38,14 +38,14 @@ def pixel_features(images, most=64):
 
 
 def count_hits(scores, labels):
-    """[images, how many have their label in the top 1, and in the top 5]: ints; scores (B, G), labels (B,)."""
+    """[images, those with their label in the top 1, in the top 5]: ints, of scores (B, G) and labels (B,)."""
     top5 = scores.topk(min(5, scores.shape[1])).indices                 # (B, 5), of few classes fewer
     hits = top5 == labels[:, None]
     return [len(labels), int(hits[:, 0].sum()), int(hits.any(dim=1).sum())]
 
 
 def accuracy(images, top1, top5):
-    """acc1 and acc5 in percent, each with its binomial standard error, and the number of images behind them."""
+    """acc1 and acc5 in percent, each with its binomial standard error, and the number of images."""
     found = dict(val_images=images)
     for name, hits in (("acc1", top1), ("acc5", top5)):
         p = hits / images

@@ -26,11 +26,6 @@ SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 
 TIMES = ("img_per_s", "data_wait", "seconds")                           # may differ between equal runs
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def pretrain(tmp_path, cache):
     """pretrain(*flags, to="a") runs the stage in this process, into the folder `to`; returns its metrics."""
