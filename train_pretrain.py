@@ -32,7 +32,7 @@ from mff_min.data import Stream, Views, collate, make_loader, open_data
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
+from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
                              check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
                              open_folder, pick_dtype, read_checkpoint, run, save_checkpoint, start_world,
                              write_atomically, write_json)
@@ -138,7 +138,7 @@ def load_initial_weights(model, path, say):
 
 def main(cfg):
     """Pre-train as cfg says; returns the final metrics: step, loss, and what evaluate returns."""
-    with start_world(cfg.device, cfg.deterministic) as world, catch_signals() as signals:
+    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
         check(cfg, world.size)
         return pretrain(cfg, world, signals)
 
@@ -226,6 +226,7 @@ def pretrain(cfg, world, signals):
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
     loss_value = state["loss"] if state else math.nan
     waited, logged_at, logged_step = 0.0, time.monotonic(), start
+    signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
@@ -259,7 +260,7 @@ def pretrain(cfg, world, signals):
         scaler.update()
         optimizer.zero_grad()
 
-        stop_signal = world.highest(signals[0] if signals else 0)
+        stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
@@ -284,12 +285,15 @@ def pretrain(cfg, world, signals):
             raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
                                        f"saved in {folder}: --resume auto goes on from there")
 
+    signals.release()
+
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
     if world.is_main:
         export = {"model": model.encoder.state_dict(), "config": asdict(cfg)}
         write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
-        metrics |= evaluate(cfg, model, val_set, to_device, dtype)
+        most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
+        metrics |= evaluate(cfg, model, val_set, to_device, dtype, most)
         log.write(done=True, **metrics)
         write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"
@@ -321,7 +325,7 @@ def held_out(cfg, source, indices, num_patches):
 
 
 @torch.no_grad()
-def evaluate(cfg, model, source, to_device, dtype, most=512):
+def evaluate(cfg, model, source, to_device, dtype, most):
     """The loss on at most 512 images, each counted once, and that of predicting every patch by its mean."""
     count, totals, replaced = min(len(source), most), torch.zeros(2, dtype=torch.float64), 0
     for first in range(0, count, cfg.batch_size):

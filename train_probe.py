@@ -36,7 +36,7 @@ from mff_min.pretrained import build_encoder, build_fusion, build_untrained, rea
 from mff_min.probe import (LinearProbe, accuracy, count_hits, knn_scores, logistic_scores, pixel_features,
                            pool_tokens)
 from mff_min.rng import ORDER, permutation
-from mff_min.runtime import (BadSamples, Fault, Log, Progress, Stopped, autocast, catch_signals,
+from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
                              check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
                              open_folder, pick_dtype, run, save_checkpoint, start_world, write_atomically,
                              write_json)
@@ -115,7 +115,7 @@ def check(cfg, world_size):
 
 def main(cfg):
     """Probe as cfg says; returns the metrics, acc1 and acc5 among them, or those of every layer."""
-    with start_world(cfg.device, cfg.deterministic) as world, catch_signals() as signals:
+    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
         check(cfg, world.size)
         return probe(cfg, world, signals)
 
@@ -178,8 +178,6 @@ def probe(cfg, world, signals):
         found, labels, progress = [], [], Progress(len(keys), 0, world, text=f"features of {text}")
         batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
         for i, batch in enumerate(load(source, crop, batches)):
-            if signals:
-                raise Stopped(signals[0], "features are not kept: the same command starts again")
             bad_samples.add(batch["bad"])
             with torch.no_grad(), autocast(device, dtype):
                 found.append({name: features.cpu() for name, features in measure(prepare(batch)).items()})
@@ -260,6 +258,7 @@ def probe(cfg, world, signals):
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
     waited, logged_at, logged_step = 0.0, time.monotonic(), start
+    signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
@@ -286,7 +285,7 @@ def probe(cfg, world, signals):
         done = step + 1
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
         passed = schedule.epoch(done) // cfg.eval_every > schedule.epoch(step) // cfg.eval_every
-        stop_signal = world.highest(signals[0] if signals else 0)
+        stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
@@ -311,6 +310,7 @@ def probe(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
                                        f"saved in {folder}: --resume auto goes on from there")
+    signals.release()
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value, **evaluate())

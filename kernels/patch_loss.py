@@ -45,7 +45,7 @@ def patch_loss_forward(losses, diff, pred, images, ids, mean, std, K, columns, L
     y = top + n // (P * C)
     x = left + n // C % P
     at = row // K * stride_b + c * stride_c + y * stride_h + x * stride_w
-    t = tl.load(images + at, mask=inside, other=0).to(ACC)      # (BLOCK,)
+    t = tl.load(images + at, mask=inside, other=0).to(ACC)              # (BLOCK,)
     if mean is not None:
         m = tl.load(mean + c, mask=inside, other=0.0).to(ACC)
         s = tl.load(std + c, mask=inside, other=1.0).to(ACC)
@@ -72,6 +72,7 @@ def launch_forward(pred: torch.Tensor, images: torch.Tensor, ids: torch.Tensor, 
                    norm_pix: bool, mean: torch.Tensor | None,
                    std: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     pred, ids = pred.contiguous(), ids.contiguous()
+    mean, std = (t if t is None else t.contiguous() for t in (mean, std))
     (B, K, N), (C, H, W), P = pred.shape, images.shape[1:], patch_size
     diff = torch.empty_like(pred)                                       # (B, K, N)
     losses = pred.new_empty(B * K, dtype=reference.wide(pred.dtype))    # (B * K,)

@@ -77,8 +77,9 @@ def resized_crop(images, boxes, size, flip=None):
 
     Bicubic and antialiased. boxes (B, 4): top, left, height, width of each crop, whole pixels; flip (B,),
     bool. A resize is one product with a matrix for each axis, so a batch of different crops is two batched
-    products. Float images give what F.interpolate gives; uint8 images are rounded and clipped after each product, as Pillow does,
-    columns first. (Pillow 13 takes rows first where the height shrinks much more than the width.)
+    products. Float images give what F.interpolate gives; uint8 images are rounded and clipped after each
+    product, as Pillow does, columns first. (Pillow 13 takes rows first where the height shrinks much more
+    than the width.)
     """
     checks.check_crops(images, boxes, flip)
     B, C, H, W = images.shape

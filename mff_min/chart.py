@@ -75,17 +75,19 @@ def draw_panel(pen, panel, left, top, width, height, step, highest):
 
     for line in panel.series:
         colour, points = COLOURS[line.colour], [place(x, y) for x, y in line.points]
-        pen.line(points, colour, 2, line.dash)
+        if len(points) > 1:
+            pen.line(points, colour, 2, line.dash)
         for (x, y), (px, py), error in zip(line.points, points, line.errors, strict=True):
             pen.line([place(x, y - error), place(x, y + error)], colour)
-            if len(points) != 2 or not line.dash:                       # a level across the panel has no dots
+            if not line.dash:                                           # a dashed line is a level: no dots
                 pen.dot(px, py, colour)
 
 
 def draw_legend(pen, series, left, y, width):
-    """Names of the series beside a piece of each line, in one row."""
-    for i, line in enumerate(series):
-        x = left + i * width / len(series)
+    """Names of the series beside a piece of each line, in one row; series of one name are one entry."""
+    named = {line.name: line for line in series}
+    for i, line in enumerate(named.values()):
+        x = left + i * width / len(named)
         pen.line([(x, y + 8), (x + 34, y + 8)], COLOURS[line.colour], 2, line.dash)
         pen.text(x + 42, y, line.name)
 

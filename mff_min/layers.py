@@ -42,9 +42,10 @@ def margin(rows, label):
     found = dict(layer=best["trained"]["layer"], acc1=best["trained"]["acc1"])
     for kind in ("random", "pixels"):
         points = best["trained"]["acc1"] - best[kind]["acc1"]
-        error = math.hypot(best["trained"]["acc1_error"], best[kind]["acc1_error"])
-        found[kind] = dict(layer=best[kind]["layer"], points=points,
-                           standard_errors=points / error if error else math.inf)
+        # Where both are all right or all wrong there is no error: at least one image's worth is taken.
+        error = max(math.hypot(best["trained"]["acc1_error"], best[kind]["acc1_error"]),
+                    100 / best["trained"]["val_images"])
+        found[kind] = dict(layer=best[kind]["layer"], points=points, standard_errors=points / error)
     return found
 
 
@@ -59,8 +60,7 @@ def margin_line(label, found):
 def table_of_layers(rows):
     """Top-1 accuracy in percent as text: a line a layer, and for each label trained and random weights."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    cells = {(row["label"], row["kind"], row["layer"]):
-             f"{row['acc1']:.1f} +- {row['acc1_error']:.1f}" if row["acc1_error"] else f"{row['acc1']:.1f}       "
+    cells = {(row["label"], row["kind"], row["layer"]): f"{row['acc1']:.1f} +- {row['acc1_error']:.1f}"
              for row in rows}
     lines = [" " * 10 + "".join(f"{label + ', trained':>20}{'random weights':>20}" for label in labels)]
     for layer in dict.fromkeys(row["layer"] for row in rows if row["kind"] == "trained"):
@@ -68,7 +68,7 @@ def table_of_layers(rows):
                                              for kind in ("trained", "random")))
     for kind in ("pixels", "chance"):
         lines.append(f"{kind:10}" + "".join(f"{cells[label, kind, kind]:>20}{'':20}" for label in labels))
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def chart_of_layers(rows):
@@ -78,15 +78,18 @@ def chart_of_layers(rows):
     for label in dict.fromkeys(row["label"] for row in rows):
         of = {kind: [row for row in rows if row["label"] == label and row["kind"] == kind]
               for kind in ("trained", "random", "pixels", "chance")}
-        series = [Series(name, list(enumerate(row["acc1"] for row in of[kind])),
-                         [row["acc1_error"] for row in of[kind]], colour, dash)
-                  for kind, name, colour, dash in (("trained", "trained encoder", "blue", 0),
-                                                   ("random", "random weights", "orange", 0))]
-        for kind, colour, dash in (("pixels", "grey", 6), ("chance", "grey", 2)):
+        series = []
+        for kind, name, colour in (("trained", "trained", "blue"), ("random", "random weights", "orange")):
+            blocks = [row for row in of[kind] if row["layer"] != "fused"]
+            for part in (blocks, of[kind][len(blocks):]):               # no line leads to the fused feature
+                points = [(layers.index(row["layer"]), row["acc1"]) for row in part]
+                series.append(Series(name, points, [row["acc1_error"] for row in part], colour))
+        for kind, dash in (("pixels", 6), ("chance", 2)):
             level, = of[kind]
             ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
-            series.append(Series(kind, ends, [level["acc1_error"]] * 2, colour, dash))
+            series.append(Series(kind, ends, [level["acc1_error"]] * 2, "grey", dash))
         names = [layer.removeprefix("block ") for layer in layers]
-        panels.append(Panel(f"label: {label}", "block", "accuracy of a linear probe, %", names, series))
+        panels.append(Panel(f"label: {label}", "block", "accuracy, %", names, series))
     images = next(row["val_images"] for row in rows if row["kind"] == "trained")
-    return chart(panels, f"What each layer tells, on {images} validation images (bars: one standard error)")
+    return chart(panels, f"What each layer tells: linear probes of frozen features, {images} validation images, bars of one "
+                         f"standard error")

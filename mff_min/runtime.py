@@ -397,21 +397,33 @@ def duration(seconds):
 
 # ---------------------------------------------------------------- the way in and out
 
-@contextlib.contextmanager
-def catch_signals():
-    """A list that fills with the numbers of the stop signals received; a second SIGINT interrupts at once."""
-    received = []
+class StopSignals:
+    """Between start and release, SIGTERM, SIGINT and SIGUSR1 are only noted, for the loop to end its step.
 
-    def note(number, frame):
-        if number == signal.SIGINT and received:
+    Before and after there is nothing to save: they end the process at once, as a second SIGINT always does.
+    """
+
+    def __init__(self):
+        self.number, self.old = 0, {}                                   # the first signal received; 0 is none
+
+    def note(self, number, frame):
+        if number == signal.SIGINT and self.number:
             raise KeyboardInterrupt
-        received.append(number)
-    old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        self.number = self.number or number
+
+    def start(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.old[number] = signal.signal(number, self.note)
+
+    def release(self):
+        while self.old:
+            signal.signal(*self.old.popitem())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
 
 
 def run(main, cfg):
@@ -425,6 +437,8 @@ def run(main, cfg):
         leave(f"error: {error}", 3)
     except Stopped as error:
         leave(f"stopped: {error}", 128 + error.number)
+    except KeyboardInterrupt:
+        leave("stopped: interrupted; --resume auto goes on from the last checkpoint, if there is one", 130)
 
 
 def leave(text, code):

@@ -128,18 +128,16 @@ def prepare_case(dtype, mirrored, mixed, channels_last=False):
 def cases():
     """Name and function of all that is launched: each block size, number of warps and constant branch."""
     half, single, byte = torch.bfloat16, torch.float32, torch.uint8
-    for M, dtype in ((1, half), (6, half), (12, half), (6, torch.float16), (12, single)):
+    for M, dtype in ((6, half), (12, half), (6, single)):
         yield f"M={M} {dtype}", lambda M=M, dtype=dtype: sum_case(M, 768, dtype)
-    for M, D, dtype in ((2, 768, half), (6, 768, half), (6, 192, half), (6, 384, half), (6, 1280, half),
-                        (12, 1024, half), (6, 2560, half), (12, 1024, single)):
+    for M, D, dtype in ((2, 192, half), (2, 384, half), (6, 768, half), (12, 1024, half), (2, 1280, half),
+                        (2, 2560, half), (6, 768, single)):
         yield f"M={M} D={D} {dtype}", lambda M=M, D=D, dtype=dtype: norm_case(M, D, dtype)
     for dtype, images, P, norm_pix in ((half, byte, 16, True), (half, single, 16, False),
-                                       (single, single, 16, True), (half, byte, 14, True),
-                                       (half, byte, 32, True)):
+                                       (single, byte, 14, True), (half, byte, 32, True)):
         yield (f"{dtype} of {images} P={P} norm_pix={norm_pix}",
                lambda a=dtype, b=images, c=P, d=norm_pix: loss_case(a, b, c, d))
-    for dtype, *rest in ((half, False, False), (half, True, True), (single, True, True),
-                         (half, True, True, True)):
+    for dtype, *rest in ((half, False, False), (single, True, True), (half, True, True, True)):
         yield f"{dtype} mirrored, mixed, channels last: {rest}", lambda a=dtype, b=rest: prepare_case(a, *b)
 
 

@@ -66,22 +66,22 @@ def guard_bfloat16(monkeypatch):
 
 # ---- gradients
 
-@pytest.mark.parametrize("M, shape", [(1, (1, 2, 3)), (3, (1, 2, 3)), (12, (1, 1, 2))])
-def test_gradients_of_the_sums_are_those_of_finite_differences(M, shape):
-    xs, logits, weight, bias = numerics.layers(M, shape, torch.float64, parameter_dtype=torch.float64)
+@pytest.mark.parametrize("M", [1, 3])
+def test_gradients_of_the_sums_are_those_of_finite_differences(M):
+    xs, logits, weight, bias = numerics.layers(M, (1, 2, 2), torch.float64, parameter_dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda logits, *xs: TRITON.layer_sum(xs, logits), (logits, *xs))
     arguments = (logits, weight, bias, *xs)
     assert torch.autograd.gradcheck(lambda *a: TRITON.layer_sum_norm(a[3:], *a[:3], 1e-6), arguments)
 
 
 def test_gradients_of_the_projected_sum_are_those_of_finite_differences():
-    xs, logits, weight, bias = numerics.layers(3, (1, 2, 3), torch.float64, parameter_dtype=torch.float64)
-    (a, b), (c, d) = numerics.linear_layers(3, 3, parameter_dtype=torch.float64)
+    xs, logits, weight, bias = numerics.layers(2, (1, 1, 3), torch.float64, parameter_dtype=torch.float64)
+    (a, b), = numerics.linear_layers(2, 3, parameter_dtype=torch.float64)
 
-    def op(a, b, c, d, logits, weight, bias, *xs):
-        return TRITON.project_sum_norm(xs, logits, [(a, b), (c, d)], weight, bias, 1e-6)
+    def op(a, b, logits, weight, bias, *xs):
+        return TRITON.project_sum_norm(xs, logits, [(a, b)], weight, bias, 1e-6)
 
-    assert torch.autograd.gradcheck(op, (a, b, c, d, logits, weight, bias, *xs))
+    assert torch.autograd.gradcheck(op, (a, b, logits, weight, bias, *xs))
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

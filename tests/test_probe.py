@@ -319,7 +319,7 @@ def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_p
     output = capsys.readouterr().out
     for text in ("shape, trained", "texture, trained", "random weights", "\nfused ", "\npixels ", "over pixels"):
         assert text in output
-    assert re.search(r"\nchance +10\.0 +12\.5\n", output)
+    assert re.search(r"\nchance +10\.0 \+- 0\.0 +12\.5 \+- 0\.0\n", output)
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert found["rows"] == metrics["rows"] and set(found["margins"]) == {"shape", "texture"}
     with Image.open(tmp_path / "a" / "layers.png") as picture:

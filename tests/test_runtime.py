@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
 
 from mff_min.config import UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
-from mff_min.runtime import Log, Progress, World, duration, pick_dtype, read_log, start_world
+from mff_min.runtime import Log, Progress, StopSignals, World, duration, pick_dtype, read_log, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -99,6 +100,31 @@ def test_a_slow_step_repeats_the_line_so_that_it_is_not_taken_for_dead(capsys):
 def test_durations_read_as_a_clock():
     assert [duration(s) for s in (0, 59.9, 3661)] == ["0:00:00", "0:00:59", "1:01:01"]
     assert [duration(s) for s in (86_400, 200_000)] == ["1 day 0:00:00", "2 days 7:33:20"]
+
+
+def test_stop_signals_are_noted_between_start_and_release_alone():
+    class Reached(Exception):
+        pass
+
+    def default(number, frame):
+        raise Reached
+    before = signal.signal(signal.SIGUSR1, default)
+    with StopSignals() as signals:
+        with pytest.raises(Reached):
+            signal.raise_signal(signal.SIGUSR1)
+        signals.start()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.number == signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):                          # the second one leaves at once
+            signal.raise_signal(signal.SIGINT)
+        signals.release()
+        with pytest.raises(Reached):
+            signal.raise_signal(signal.SIGUSR1)
+        signals.start()
+    with pytest.raises(Reached):
+        signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_process_alone_is_rank_0_of_1_and_averages_itself(monkeypatch):
