@@ -91,5 +91,5 @@ def chart_of_layers(rows):
         names = [layer.removeprefix("block ") for layer in layers]
         panels.append(Panel(f"label: {label}", "block", "accuracy, %", names, series))
     images = next(row["val_images"] for row in rows if row["kind"] == "trained")
-    return chart(panels, f"What each layer tells: linear probes of frozen features, {images} validation images, bars of one "
-                         f"standard error")
+    return chart(panels, f"Linear probes of frozen features: accuracy on {images} validation images, bars of "
+                         f"one standard error")
