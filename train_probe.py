@@ -202,8 +202,8 @@ def probe(cfg, world, signals):
         f"images of {cfg.data}, {len(train_set.classes)} classes")
     if cfg.layers or cfg.knn or cfg.cache:
         if cfg.layers:
-            encoders = {"trained": (encoder, build_fusion(pretrained, encoder)),
-                        "random": build_untrained(encoder, build_fusion(pretrained, encoder), cfg.seed)}
+            fusion = build_fusion(pretrained, encoder)
+            encoders = {"trained": (encoder, fusion), "random": build_untrained(encoder, fusion, cfg.seed)}
             metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
             picture = chart_of_layers(metrics["rows"])
             write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
@@ -231,6 +231,8 @@ def probe(cfg, world, signals):
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
+        if not all(parameter.isfinite().all() for parameter in head.parameters()):
+            raise Fault(f"weights are not finite at step {step} and are not saved: a lower --blr may help")
         if world.is_main:
             save_checkpoint(folder, {"model": head.state_dict(), "optimizer": optimizer.state_dict(),
                                      "step": step, "loss": loss, "config": asdict(cfg)})
@@ -301,15 +303,15 @@ def probe(cfg, world, signals):
                           f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}  "
                           f"{img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
             waited, logged_at, logged_step = 0.0, time.monotonic(), done
-        if passed and not ends:
-            metrics = evaluate()
-            log.write(step=done, epoch=schedule.epoch(done), **metrics)
-            progress.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
         if saves:
             save(done, loss_value)
         if stop_signal and not ends:
             raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
                                        f"saved in {folder}: --resume auto goes on from there")
+        if passed and not ends:
+            metrics = evaluate()
+            log.write(step=done, epoch=schedule.epoch(done), **metrics)
+            progress.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
     signals.release()
 
     # ------------------------------------------------------------ evaluation

@@ -25,18 +25,18 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: series over a common x whose ticks have these names."""
+    """One pair of axes. The ticks are at x = 0, 1, 2 ...; the series of all panels bear the same names."""
     title: str
     x_label: str
     y_label: str
-    ticks: list                                                         # names of x = 0, 1, 2 ...
+    ticks: list                                                         # their names
     series: list
 
 
 def chart(panels, title, width=480, height=330):
     """A picture of the panels side by side, with one legend below them; y runs over all panels alike."""
     image = Image.new("RGB", (width * len(panels) * SCALE, (height + 62) * SCALE), PAPER)
-    pen = Pen(ImageDraw.Draw(image))
+    pen = Pen(image)
     pen.text(14, 10, title, size=15)
     top = max(y + error for panel in panels for line in panel.series
               for (_, y), error in zip(line.points, line.errors, strict=True))
@@ -84,7 +84,7 @@ def draw_panel(pen, panel, left, top, width, height, step, highest):
 
 
 def draw_legend(pen, series, left, y, width):
-    """Names of the series beside a piece of each line, in one row; series of one name are one entry."""
+    """Names of the series beside a piece of each line, in one row; several of one name are one entry."""
     named = {line.name: line for line in series}
     for i, line in enumerate(named.values()):
         x = left + i * width / len(named)
@@ -93,10 +93,10 @@ def draw_legend(pen, series, left, y, width):
 
 
 class Pen:
-    """ImageDraw in pixels of the finished picture, at SCALE times the resolution."""
+    """Draws on an image in units of 1 / SCALE pixels."""
 
-    def __init__(self, draw):
-        self.draw = draw
+    def __init__(self, image):
+        self.image, self.draw = image, ImageDraw.Draw(image)
 
     def text(self, x, y, text, size=12, anchor="la"):
         font = ImageFont.load_default(size * SCALE)
@@ -109,7 +109,7 @@ class Pen:
         label = Image.new("RGB", (length, height), PAPER)
         ImageDraw.Draw(label).text((length / 2, height / 2), text, INK, font=font, anchor="mm")
         label = label.rotate(90, expand=True)
-        self.draw._image.paste(label, (round(x * SCALE - height / 2), round(y * SCALE - length / 2)))
+        self.image.paste(label, (round(x * SCALE - height / 2), round(y * SCALE - length / 2)))
 
     def dot(self, x, y, colour, radius=3.0):
         box = [(x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE]
