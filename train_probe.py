@@ -13,6 +13,8 @@ What is measured, and how, follows from one flag:
 Published for vit_b after 800 epochs of ImageNet: MAE 65.1, PixMIM 67.5, MFF_MAE 67.0. The probe normalises
 each micro-batch of --batch-size images by its own statistics, on each rank alone, as published: so the result
 depends on --batch-size, and from rank 0's running statistics comes the evaluation's normalisation.
+
+Shapes: B images of a micro-batch, n images of a split, D width.
 """
 
 import contextlib

@@ -87,7 +87,7 @@ def chart_of_layers(rows):
         for kind, dash in (("pixels", 6), ("chance", 2)):
             level, = of[kind]
             ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
-            series.append(Series(kind, ends, [level["acc1_error"]] * 2, "grey", dash))
+            series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
         names = [layer.removeprefix("block ") for layer in layers]
         panels.append(Panel(f"label: {label}", "block", "accuracy, %", names, series))
     images = next(row["val_images"] for row in rows if row["kind"] == "trained")
