@@ -23,7 +23,7 @@ probe: $(VENV)/demo-installed
 	    --output-dir runs/demo-probe
 
 record-probe:
-	mkdir -p results
+	mkdir -p results docs/figures
 	cp runs/demo-probe/metrics.json results/probe_shapes_cpu.json
 	cp runs/demo-probe/layers.png docs/figures/probe_layers.png
 
