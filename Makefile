@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo test lint clean
+.PHONY: demo record-demo probe record-probe test lint clean
 
 demo: $(VENV)/demo-installed
 	rm -rf runs/demo
@@ -17,6 +17,17 @@ record-demo:
 	cp runs/demo/metrics.json results/demo.json
 	cp runs/demo/reconstruction.png docs/figures/demo.png
 	$(BIN)/python tests/generated.py
+
+# Which layers of the demo's encoder tell what; `make demo` comes first where it did not run yet.
+probe: $(VENV)/demo-installed
+	test -e runs/demo/encoder.pt || $(MAKE) demo
+	$(BIN)/torchrun train_probe.py --checkpoint runs/demo --layers all --layer-images 4000 --pool avg \
+	    --output-dir runs/demo-probe
+
+record-probe:
+	mkdir -p results docs/figures
+	cp runs/demo-probe/metrics.json results/probe_shapes_cpu.json
+	cp runs/demo-probe/layers.png docs/figures/probe_layers.png
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest

@@ -25,16 +25,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from mff_min.augment import CROPS, MODES
-from mff_min.config import UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
+from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
+                            side_or_sides)
 from mff_min.data import Stream, Views, collate, make_loader, open_data
-from mff_min.mim import MaskedAutoencoder, random_masking, spread_indices
-from mff_min.optim import cosine_lr, param_groups, set_lr
+from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
+from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
 from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
-                             check_same_settings, describe_environment, duration,
-                             find_checkpoint, load_state, open_folder, pick_dtype, read_checkpoint, run,
-                             save_checkpoint, start_world, write_atomically, write_json)
+                             check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
+                             open_folder, pick_dtype, read_checkpoint, run, save_checkpoint, start_world,
+                             write_atomically, write_json)
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
 
@@ -49,9 +50,10 @@ class Config:
     img_size: tuple[int, int] = opt((224, 224), "crop in pixels: SIDE or HEIGHTxWIDTH", type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the model's own", above=0)
     in_chans: int = opt(3, "channels of an image", choices=list(MODES))
-    mean: tuple[float, ...] = opt((0.485, 0.456, 0.406), "mean of each channel, in [0, 1]", type=numbers)
-    std: tuple[float, ...] = opt((0.229, 0.224, 0.225), "standard deviation of each channel", type=numbers)
-    crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center", choices=list(CROPS))
+    mean: tuple[float, ...] = opt(IMAGENET_MEAN, "mean of each channel, in [0, 1]", type=numbers)
+    std: tuple[float, ...] = opt(IMAGENET_STD, "standard deviation of each channel", type=numbers)
+    crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center",
+                    choices=["random_resized", "simple", "center"])
     mask_ratio: float = opt(0.75, "share of the patches that is masked")
     out_indices: str = opt("spread", "fused blocks: spread (0,2,4,6,8,11 of twelve), last (MAE), all, a list")
     detach_shallow: bool = opt(False, "no gradient to shallow blocks through the fusion (MFF, A.8)")
@@ -94,50 +96,11 @@ class Config:
     cache_dir: str = knob("runs/cache", "where the embedded images are kept")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What follows from the flags, the number of images and the number of processes."""
-    num_samples: int
-    global_batch: int
-    accumulation: int                                                   # micro-batches of a process's step
-    stop: int                                                           # the step at which the run ends
-    epochs: float                                                       # where lr reaches min_lr
-    warmup_epochs: float
-    lr: float
-
-    def epoch(self, step):
-        return step * self.global_batch / self.num_samples
-
-
 def check(cfg, world_size):
     """Raise UserError for values that cannot be meant, before anything is done."""
     check_ranges(cfg)
-    for name in ("mean", "std"):
-        count = len(getattr(cfg, name))
-        if count != cfg.in_chans:
-            raise UserError(f"--{name} has {count} numbers: expected {cfg.in_chans}, as many as --in-chans")
-    if min(cfg.std) <= 0:
-        raise UserError(f"--std {min(cfg.std)}: expected more than 0")
-    together = cfg.batch_size * world_size
-    if cfg.global_batch % together:
-        nearest = max(round(cfg.global_batch / together), 1) * together
-        raise UserError(f"--global-batch {cfg.global_batch} is not a multiple of --batch-size "
-                        f"{cfg.batch_size} times {world_size} processes; the nearest that is: {nearest}")
-
-
-def make_schedule(cfg, num_samples, world_size):
-    """The Schedule. Raises UserError when the warm-up is not shorter than the run."""
-    epochs = cfg.epochs
-    if epochs is None:
-        epochs = cfg.steps * cfg.global_batch / num_samples if cfg.steps else 800
-    warmup_epochs = min(40, epochs / 5) if cfg.warmup_epochs is None else cfg.warmup_epochs
-    if warmup_epochs >= epochs:
-        raise UserError(f"--warmup-epochs {warmup_epochs:g}: expected less than the run's {epochs:g} epochs")
-    # Rounded before it is rounded up, because epochs may come from steps.
-    steps = math.ceil(round(epochs * num_samples / cfg.global_batch, 6))
-    lr = cfg.blr * cfg.global_batch / 256 if cfg.lr is None else cfg.lr
-    return Schedule(num_samples, cfg.global_batch, cfg.global_batch // (cfg.batch_size * world_size),
-                    min(steps, cfg.steps or steps), epochs, warmup_epochs, lr)
+    check_channels(cfg.in_chans, cfg.mean, cfg.std)
+    check_batches(cfg.global_batch, cfg.batch_size, world_size)
 
 
 # ---------------------------------------------------------------- model
@@ -148,14 +111,8 @@ def build_model(cfg, device):
     size = dict(MODELS[cfg.model])
     if cfg.patch_size:
         size["patch_size"] = cfg.patch_size
-    depth = size["depth"]
-    named = {"spread": spread_indices(depth), "last": (depth - 1,), "all": tuple(range(depth))}
     try:
-        out_indices = named.get(cfg.out_indices) or tuple(map(int, cfg.out_indices.split(",")))
-    except ValueError:
-        message = f"--out-indices {cfg.out_indices}: expected spread, last, all, or e.g. 0,4,11"
-        raise UserError(message) from None
-    try:
+        out_indices = parse_out_indices(cfg.out_indices, size["depth"])
         encoder = VisionTransformer(cfg.img_size, in_chans=cfg.in_chans,
                                     grad_checkpointing=cfg.grad_checkpointing, **size)
         return MaskedAutoencoder(encoder, out_indices, cfg.mask_ratio, cfg.norm_pix_loss, cfg.detach_shallow,
@@ -205,7 +162,8 @@ def pretrain(cfg, world, signals):
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
-    schedule = make_schedule(cfg, len(train_set), world.size)
+    schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
+                             cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
     if len(train_set) < cfg.global_batch:
         say(f"warning: {len(train_set)} images are fewer than the global batch of {cfg.global_batch}: a step "
             f"sees some of them more than once, each time with another crop and mask")
@@ -287,7 +245,8 @@ def pretrain(cfg, world, signals):
             loss += micro_loss.detach()
             progress.tick(step * cfg.global_batch + (micro + 1) * cfg.batch_size * world.size)
             if (step - start) * schedule.accumulation + micro == 1:     # the second one: the first warms up
-                estimate(schedule, start, time.monotonic() - asked, device, progress.say)
+                count = schedule.accumulation * (schedule.stop - start)
+                estimate(time.monotonic() - asked, count, device, progress.say)
 
         done, grad_norm = step + 1, None
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
@@ -354,15 +313,6 @@ def announce(cfg, schedule, model, start, say):
         f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} "
         f"micro-batches, {schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
         f"{schedule.warmup_epochs:.3g} epochs of warm-up")
-
-
-def estimate(schedule, start, seconds, device, say):
-    """Say how long the run will take, given the seconds of one micro-batch."""
-    total = seconds * schedule.accumulation * (schedule.stop - start)
-    say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
-    if device.type == "cpu" and total > 86_400:
-        say("that is over a day on this CPU: `make demo` trains a small model on small images in minutes, "
-            "and --steps ends this run early")
 
 
 # ---------------------------------------------------------------- evaluation and pictures

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of pixels in [0, 1]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # in_chans to Pillow's mode
 
 
@@ -22,6 +23,21 @@ def random_resized(image, size, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
     MAE, A.1; the crop is Inception's (arXiv 1409.4842).
     """
     top, left, height, width = random_resized_box(image.height, image.width, rng, scale, ratio)
+    image = image.crop((left, top, left + width, top + height)).resize(size[::-1], BICUBIC)
+    return flip(image, rng)
+
+
+def single_draw(image, size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random part of the image, resized, and flipped half of the time: MAE's crop for linear probing.
+
+    It draws one box and cuts it to what fits, as BYOL does (arXiv 2006.07733), where random_resized tries
+    again.
+    """
+    area = image.height * image.width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))      # width / height
+    width = min(max(round(math.sqrt(area * aspect)), 1), image.width)
+    height = min(max(round(math.sqrt(area / aspect)), 1), image.height)
+    top, left = rng.integer(0, image.height - height + 1), rng.integer(0, image.width - width + 1)
     image = image.crop((left, top, left + width, top + height)).resize(size[::-1], BICUBIC)
     return flip(image, rng)
 
@@ -40,15 +56,21 @@ def simple(image, size, rng, padding=4):
     return flip(Image.fromarray(image[top:top + height, left:left + width]), rng)
 
 
-def center(image, size, rng=None):
-    """The middle of the image at the largest scale that fits, nothing random: for pictures and evaluation."""
-    image = resize_to_cover(image, size, BICUBIC)
+def center(image, size, rng=None, margin=1.0):
+    """The middle of the image at the scale at which `margin` times the crop just fits; nothing random."""
     height, width = size
+    image = resize_to_cover(image, (round(height * margin), round(width * margin)), BICUBIC)
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-CROPS = {"random_resized": random_resized, "simple": simple, "center": center}
+def evaluation(image, size, rng=None):
+    """The crop that accuracies are measured on: shorter side to 256 for a crop of 224, then the middle."""
+    return center(image, size, margin=256 / 224)
+
+
+CROPS = {"random_resized": random_resized, "single_draw": single_draw, "simple": simple, "center": center,
+         "evaluation": evaluation}
 
 
 def random_resized_box(height, width, rng, scale, ratio):

@@ -46,6 +46,24 @@ def check_ranges(cfg):
             raise UserError(f"{flag}: expected more than {above}")
 
 
+def check_channels(in_chans, mean, std):
+    """Raise UserError unless mean and std have a number for each channel, and no std is 0."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != in_chans:
+            raise UserError(f"--{name} has {len(values)} numbers: expected {in_chans}, as many as --in-chans")
+    if min(std) <= 0:
+        raise UserError(f"--std {min(std)}: expected more than 0")
+
+
+def check_batches(global_batch, batch_size, world_size):
+    """Raise UserError unless the global batch is a whole number of micro-batches on every process."""
+    together = batch_size * world_size
+    if global_batch % together:
+        nearest = max(round(global_batch / together), 1) * together
+        raise UserError(f"--global-batch {global_batch} is not a multiple of --batch-size {batch_size} times "
+                        f"{world_size} processes; the nearest that is: {nearest}")
+
+
 def parse(config_class, argv=None):
     """The configuration that the command line asks for. Bad flags end the process: one line, exit code 2."""
     parser = _Parser(description=(sys.modules[config_class.__module__].__doc__ or "").strip(),

@@ -1,9 +1,11 @@
 """Image sources, the order in which they are seen, and the loader.
 
-A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)` and
-`source.classes`. Which sample is seen when, how it is cropped and which of its patches are masked are pure
-functions of (seed, epoch, index), so nothing depends on the number of workers or ranks, and a run resumes
-anywhere.
+A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)`,
+`source.classes`, and `source.labels`, the labels of all images by what they are about: {"class": (n,)}, or
+{"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of them, which classes names.
+
+Which sample is seen when, how it is cropped and which of its patches are masked are pure functions of (seed,
+epoch, index), so nothing depends on the number of workers or ranks, and a run resumes anywhere.
 
 Shapes: n or B images, C H W, L patches.
 """
@@ -55,7 +57,7 @@ class ImageFolder:
         below = [path.relative_to(self.root).parts for path in self.paths]
         tops = [parts[0] if len(parts) > 1 else "" for parts in below]
         self.classes = sorted(set(tops))
-        self.labels = [bisect.bisect_left(self.classes, top) for top in tops]
+        self.labels = {"class": np.array([bisect.bisect_left(self.classes, top) for top in tops])}
 
     def __len__(self):
         return len(self.paths)
@@ -67,14 +69,14 @@ class ImageFolder:
         return image
 
     def label(self, i):
-        return self.labels[i]
+        return int(self.labels["class"][i])
 
     def name(self, i):
         return str(self.paths[i])
 
 
 class ImageArray:
-    """Images in one uint8 array (n, H, W, 3), with labels (n,)."""
+    """Images in one uint8 array (n, H, W, 3), with labels {name: (n,)}; classes names those of the first."""
 
     def __init__(self, images, labels, classes, kind):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
@@ -86,7 +88,7 @@ class ImageArray:
         return Image.fromarray(self.images[i])
 
     def label(self, i):
-        return int(self.labels[i])
+        return int(next(iter(self.labels.values()))[i])
 
     def name(self, i):
         return f"{self.kind} {i}"
@@ -113,7 +115,7 @@ def read_cifar(folder, split, fine_labels):
         records.append(np.fromfile(path, np.uint8).reshape(-1, record))
     records = np.concatenate(records)
     images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels, names = records[:, label_bytes - 1], [str(i) for i in range(classes)]
+    labels, names = {"class": records[:, label_bytes - 1]}, [str(i) for i in range(classes)]
     return ImageArray(np.ascontiguousarray(images), labels, names, f"CIFAR-{classes} {split}")
 
 
@@ -132,17 +134,44 @@ def open_data(spec, split, cache_dir, say):
             arrays = load_shapes(cache_dir, split, count if split == "train" else count // 5, progress=say)
         except OSError as error:
             raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
-        return ImageArray(arrays["images"], arrays["shape"], list(SHAPES), f"shapes {split}")
+        labels = {"shape": arrays["shape"], "texture": arrays["texture"]}
+        return ImageArray(arrays["images"], labels, list(SHAPES), f"shapes {split}")
     if kind in ("cifar10", "cifar100"):
         return read_cifar(argument, split, fine_labels=kind == "cifar100")
     return ImageFolder(spec, split)
 
 
+def check_labels(spec, train, val):
+    """Raise UserError unless both splits are there, have the same classes, and no label is outside them."""
+    for split, source in (("train", train), ("val", val)):
+        if not source.is_split:
+            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/*, val/<class>/*")
+        labels = next(iter(source.labels.values()))
+        outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
+        if len(outside):
+            raise UserError(f"label {labels[outside[0]]} of {source.name(outside[0])} is outside the "
+                            f"{len(source.classes)} classes of the head")
+    if train.classes != val.classes:
+        missing, extra = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
+        raise UserError(f"the class folders differ: train has {listed(train.classes)}, val has "
+                        f"{listed(val.classes)}; only train: {listed(missing)}; only val: {listed(extra)}")
+    if len(train.classes) < 2:
+        raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* of two or "
+                        f"more")
+
+
+def listed(names, most=5):
+    """Names as text, at most five of them: "cat, dog (2)"."""
+    names = sorted(names)
+    more = ", ..." if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} ({len(names)})" if names else "none"
+
+
 class Views(Dataset):
     """Random views of a source. An item is asked for by (epoch, index), and is a function of it and the seed.
 
-    It holds image (C, H, W) uint8, noise (L,) for random_masking, and bad, the (name, reason) of every file
-    that could not be read; such a file is replaced by another one chosen by (seed, epoch, index).
+    It holds image (C, H, W) uint8, its label, noise (L,) for random_masking, and bad, the (name, reason) of
+    every file that could not be read; such a file is replaced by another one chosen by (seed, epoch, index).
     """
 
     def __init__(self, source, crop, size, in_chans, num_patches, seed):
@@ -151,19 +180,19 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, bad = self.read(epoch, index)
+        image, label, bad = self.read(epoch, index)
         crop = CROPS[self.crop](image, self.size, rng.Rng(self.seed, rng.CROP, epoch, index))
         noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_patches)
         pixels = torch.tensor(np.asarray(crop)).reshape(*self.size, -1)     # (H, W, C)
         pixels = pixels.permute(2, 0, 1)                                # (C, H, W)
-        return dict(image=pixels, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
+        return dict(image=pixels, label=label, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
 
     def read(self, epoch, index):
-        """(Pillow image, bad): the image at index, or another one and the (name, reason) of what was bad."""
+        """(Pillow image, label, bad): of the image at index, or of another one and what was bad before it."""
         bad, replacements = [], rng.Rng(self.seed, rng.REPLACE, epoch, index)
         for _ in range(20):
             try:
-                return to_mode(self.source.open(index), self.in_chans), bad
+                return to_mode(self.source.open(index), self.in_chans), self.source.label(index), bad
             except DECODE_ERRORS as error:
                 unknown = isinstance(error, UnidentifiedImageError)
                 reason = "not an image" if unknown else f"{type(error).__name__}: {error}"
@@ -203,8 +232,10 @@ class Stream:
 
 
 def collate(items):
-    """A batch: image (B, C, H, W) uint8, noise (B, L), bad as one list."""
+    """A batch: image (B, C, H, W) uint8, label (B,), replaced (B,) where bad names it, noise (B, L), bad."""
     return dict(image=torch.stack([item["image"] for item in items]),
+                label=torch.tensor([item["label"] for item in items]),
+                replaced=torch.tensor([len(item["bad"]) > 0 for item in items]),
                 noise=torch.stack([item["noise"] for item in items]),
                 bad=[entry for item in items for entry in item["bad"]])
 

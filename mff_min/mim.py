@@ -42,6 +42,18 @@ def spread_indices(depth):
     return tuple(range(0, min(5 * stride, depth - 1), stride)) + (depth - 1,)
 
 
+def parse_out_indices(text, depth):
+    """The blocks that --out-indices names: "spread", "last", "all" or a list, as a tuple of ints.
+
+    Raises ValueError.
+    """
+    named = {"spread": spread_indices(depth), "last": (depth - 1,), "all": tuple(range(depth))}
+    try:
+        return named.get(text) or tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ValueError(f"--out-indices {text}: expected spread, last, all, or e.g. 0,4,11") from None
+
+
 class MaskedAutoencoder(nn.Module):
     """MAE, and MFF when out_indices holds more than one level.
 
@@ -90,10 +102,7 @@ class MaskedAutoencoder(nn.Module):
         levels = self.encoder.forward_blocks(x, self.out_indices)
         if self.detach_shallow:
             levels[:-1] = [level.detach() for level in levels[:-1]]
-        projections = [(proj.weight, proj.bias) for proj in self.proj_layers]
-        norm = self.encoder.norm
-        return self.ops.project_sum_norm(levels, self.proj_weights, projections, norm.weight, norm.bias,
-                                         norm.eps)
+        return fuse(levels, self.proj_layers, self.proj_weights, self.encoder.norm, self.ops)
 
     def decode(self, latent, ids_shuffle):
         """Predictions of masked patches: latent (B, T, D) -> (B, K, N), in ids_shuffle's order (B, L)."""
@@ -123,6 +132,12 @@ class MaskedAutoencoder(nn.Module):
         pred, ids, _ = self.predict(images, noise)
         return self.ops.patch_loss(pred, images if targets is None else targets, ids,
                                    self.encoder.patch_size, self.norm_pix_loss)
+
+
+def fuse(levels, proj_layers, proj_weights, norm, ops):
+    """MFF's weighted sum of M levels, all but the last projected, then normed: M (B, T, D) -> (B, T, D)."""
+    projections = [(proj.weight, proj.bias) for proj in proj_layers]
+    return ops.project_sum_norm(levels, proj_weights, projections, norm.weight, norm.bias, norm.eps)
 
 
 def count_visible(num_patches, mask_ratio):

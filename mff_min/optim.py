@@ -1,6 +1,11 @@
-"""Parameter groups, layer-wise decay and the learning-rate schedule."""
+"""Parameter groups, layer-wise decay, LARS, and the schedule of a run."""
 
 import math
+from dataclasses import dataclass
+
+import torch
+
+from mff_min.config import UserError
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=0, undecayed=()):
@@ -32,6 +37,71 @@ def layer_id(name, depth):
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return depth + 1
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps are scaled by the size of each parameter (arXiv 1708.03888).
+
+    As in MoCo v3 and the official MAE code, 1-D parameters (biases) are neither scaled nor decayed, and the
+    learning rate stands outside the momentum. trust_coefficient is the length of a gradient relative to its
+    parameter.
+    """
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      trust_coefficient=trust_coefficient))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                update = param.grad
+                if param.ndim > 1:
+                    update = update + group["weight_decay"] * param
+                    ratio = group["trust_coefficient"] * param.norm() / update.norm()
+                    # A zero parameter would never leave 0, and a zero gradient gives no finite ratio.
+                    update = update * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                momentum = state["momentum"].mul_(group["momentum"]).add_(update)
+                param.sub_(group["lr"] * momentum)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What follows from the flags, the number of images and the number of processes."""
+    num_samples: int
+    global_batch: int
+    accumulation: int                                                   # micro-batches of a process's step
+    stop: int                                                           # the step at which the run ends
+    epochs: float                                                       # where lr reaches min_lr
+    warmup_epochs: float
+    lr: float
+
+    def epoch(self, step):
+        return step * self.global_batch / self.num_samples
+
+
+def make_schedule(num_samples, global_batch, together, epochs, steps, warmup_epochs, blr, lr, published):
+    """The Schedule of a stage whose recipe has `published` = (epochs, epochs of warm-up).
+
+    together is the number of images that all processes compute at once; epochs, steps, warmup_epochs and lr
+    are None where they are not given. Raises UserError when the warm-up is not shorter than the run.
+    """
+    if epochs is None:
+        epochs = steps * global_batch / num_samples if steps else published[0]
+    if warmup_epochs is None:
+        warmup_epochs = min(published[1], epochs / 5)
+    if warmup_epochs >= epochs:
+        raise UserError(f"--warmup-epochs {warmup_epochs:g}: expected less than the run's {epochs:g} epochs")
+    # Rounded before it is rounded up, because epochs may come from steps.
+    whole = math.ceil(round(epochs * num_samples / global_batch, 6))
+    lr = blr * global_batch / 256 if lr is None else lr
+    return Schedule(num_samples, global_batch, global_batch // together, min(whole, steps or whole), epochs,
+                    warmup_epochs, lr)
 
 
 def cosine_lr(epoch, lr, min_lr, warmup_epochs, epochs):

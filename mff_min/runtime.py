@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from mff_min.config import UserError
 
-RUN_STATE = ("model", "optimizer", "scaler", "step", "loss", "config")  # what a run's checkpoint holds
+RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,6 +59,19 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return (values / self.size).tolist()
+
+    def total(self, counts):
+        """The sum of each of these ints over all ranks."""
+        counts = torch.tensor(counts, dtype=torch.int64)                # on the CPU: goes through gloo
+        if self.size > 1:
+            dist.all_reduce(counts)
+        return counts.tolist()
+
+    def share(self, tensors):
+        """Give every rank the values that rank 0 has in these tensors."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def highest(self, value):
         """The highest of all ranks' ints."""
@@ -337,10 +350,10 @@ class BadSamples:
 class Progress:
     """One line about long work, with the time that is left. On a terminal it is rewritten in place."""
 
-    def __init__(self, total, done, world, every=10.0):
+    def __init__(self, total, done, world, every=10.0, text=""):
         self.total, self.first, self.is_main, self.every = total, done, world.is_main, every
         self.started = self.printed = time.monotonic()
-        self.rewrites, self.text, self.open = sys.stdout.isatty(), "", False
+        self.rewrites, self.text, self.open = sys.stdout.isatty(), text, False
 
     def show(self, done, text):
         """Print the line now; done counts in the units of total."""
@@ -364,6 +377,15 @@ class Progress:
         if self.is_main:
             print("\n" * self.open + text, flush=True)
             self.open = False
+
+
+def estimate(seconds, count, device, say):
+    """Say how long the run will take: `count` micro-batches of so many seconds each."""
+    total = seconds * count
+    say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
+    if device.type == "cpu" and total > 86_400:
+        say("that is over a day on this CPU: `make demo` trains a small model on small images in minutes, "
+            "and --steps ends this run early")
 
 
 def duration(seconds):

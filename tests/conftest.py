@@ -33,6 +33,12 @@ def golden():
     return read
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where the embedded images are kept, for all tests of stages."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)

@@ -1,9 +1,10 @@
-"""The schedule, the layer-wise decay and the weight-decay groups against the official code's tables."""
+"""LARS, the schedule, the layer-wise decay and the weight-decay groups against the official code's tables."""
 
 import pytest
+import torch
 
 from mff_min.mim import MaskedAutoencoder
-from mff_min.optim import cosine_lr, param_groups, set_lr
+from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.vit import MODELS, VisionTransformer
 
 
@@ -40,6 +41,41 @@ def test_pretraining_decays_matrices_tokens_and_fusion_logits_but_no_bias_or_nor
         assert decay[name] == 0
     assert "encoder.pos_embed" not in decay and "decoder_pos_embed" not in decay      # frozen
     assert len(decay) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_six_steps_of_lars_are_the_official_ones(golden):
+    """facebookresearch/mae's, of four parameters: one is 1-D, one all zero, and one has a zero gradient."""
+    arrays = golden("lars")
+    weight_decay, momentum, trust = arrays["cfg/wd_momentum_trust"].tolist()
+    params = [torch.nn.Parameter(arrays[f"in/p{i}"].clone()) for i in range(4)]
+    optimizer = LARS(params, 0.0, weight_decay, momentum, trust)
+    for step, lr in enumerate(arrays["cfg/lr"].tolist()):
+        for i, param in enumerate(params):
+            param.grad = arrays[f"in/grad{step}_p{i}"].clone()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        for i, param in enumerate(params):
+            want = arrays[f"out/step{step}_p{i}"]
+            torch.testing.assert_close(param.detach(), want, rtol=1e-6, atol=1e-6 * want.abs().max().item())
+
+
+def test_lars_is_plain_momentum_where_the_ratio_has_no_meaning():
+    zero, bias = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = LARS([zero, bias], lr=0.5, weight_decay=0.1)
+    for param in (zero, bias):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(zero, torch.full((2, 2), -0.5)) and torch.equal(bias, torch.full((2,), 0.5))
+
+
+def test_a_schedule_that_is_not_given_is_the_published_one_or_what_the_steps_make():
+    probe = make_schedule(1_281_167, 16384, 512 * 8, None, None, None, 0.1, None, published=(90, 10))
+    assert (probe.epochs, probe.warmup_epochs, probe.accumulation) == (90, 10, 4)
+    assert probe.lr == pytest.approx(6.4) and probe.stop == 7038        # ceil(90 * 1281167 / 16384)
+    short = make_schedule(1000, 100, 50, None, 20, None, 0.1, 3.0, published=(90, 10))
+    assert (short.epochs, short.warmup_epochs, short.stop, short.lr) == (2, 0.4, 20, 3.0)
+    cut = make_schedule(1000, 100, 50, 90, 20, None, 0.1, None, published=(90, 10))
+    assert (cut.epochs, cut.warmup_epochs, cut.stop) == (90, 10, 20)
 
 
 def test_set_lr_scales_each_group():

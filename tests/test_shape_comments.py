@@ -15,7 +15,7 @@ from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
-from mff_min import augment, mim, picture, shapes, targets, vit
+from mff_min import augment, mim, picture, probe, shapes, targets, vit
 from mff_min.data import ImageArray, Views
 
 
@@ -112,7 +112,7 @@ class Witness:
 
 # No two letters share a size. D, h, d and T have one in the encoder and one in the decoder, which is E wide.
 TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100], M=[7],
-             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], H_=[9, 10], W_=[11, 10])
+             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], G=[13], H_=[9, 10], W_=[11, 10])
 
 
 def exercise():
@@ -143,7 +143,12 @@ def exercise():
         vit.VisionTransformer(**size, num_classes=10, global_pool=pool)(images)
     vit.resize_pos_embed(model.encoder.pos_embed, (9, 11), (13, 8))
 
-    source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), [0], [""], "")
+    features, labels = torch.rand(6, 60), torch.arange(6)
+    scores = probe.logistic_scores(torch.rand(8, 60), torch.arange(8), 13, features)
+    probe.count_hits(scores, labels)
+    probe.knn_scores(torch.rand(8, 60), torch.arange(8), 13, features, 3, 0.07)
+
+    source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), {"class": [0]}, [""], "")
     Views(source, "simple", (36, 44), 3, 99, seed=0)[0, 0]
     augment.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
     shapes.render("train", range(8), 37)

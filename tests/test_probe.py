@@ -1,0 +1,461 @@
+"""Linear probing: the head, frozen weights, honest counts, cached features, layers, and bad input."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_data import noise_image
+from test_stages import same_bits
+
+import train_pretrain
+import train_probe
+from kernels import TORCH
+from mff_min.augment import evaluation, single_draw
+from mff_min.chart import Panel, Series, chart, nice_axis
+from mff_min.config import UserError, parse
+from mff_min.layers import features_of_layers
+from mff_min.mim import MaskedAutoencoder
+from mff_min.optim import LARS
+from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
+from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
+from mff_min.rng import Rng
+from mff_min.runtime import Fault, read_log, run
+from mff_min.vit import MODELS
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
+         "--device cpu").split()
+TIMES = ("img_per_s", "data_wait")
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, cache):
+    """The folder of a small MFF pre-training run."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    flags = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
+             "--data shapes:100 --global-batch 16 --batch-size 16 --steps 2 --device cpu").split()
+    flags += ["--output-dir", str(folder), "--cache-dir", str(cache)]
+    train_pretrain.main(parse(train_pretrain.Config, flags))
+    return folder
+
+
+@pytest.fixture
+def probe(tmp_path, cache, pretrained):
+    """probe(*flags, to="a") runs the stage in this process, into the folder `to`; returns its metrics."""
+    def call(*flags, to="a"):
+        folders = ["--output-dir", str(tmp_path / to), "--cache-dir", str(cache)]
+        flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags]
+        return train_probe.main(parse(train_probe.Config, flags))
+    return call
+
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def log_of(folder):
+    """The log without what may differ between equal runs."""
+    return [{key: value for key, value in line.items() if key not in TIMES}
+            for line in read_log(folder / "log.jsonl")]
+
+
+def assert_same_run(a, b):
+    states = state_of(a), state_of(b)
+    for key in ("model", "optimizer", "step", "loss"):
+        assert same_bits(states[0][key], states[1][key]), key
+    assert log_of(a) == log_of(b)
+
+
+# ---------------------------------------------------------------- the head and its numbers
+
+
+def test_the_head_normalises_without_parameters_and_starts_small():
+    head = LinearProbe(64, 10)
+    assert {name: tuple(p.shape) for name, p in head.named_parameters()} == {
+        "head.weight": (10, 64), "head.bias": (10,)}
+    assert head.norm.eps == 1e-6 and head.norm.momentum == 0.1 and head.norm.running_mean.shape == (64,)
+    assert not head.head.bias.any() and head.head.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert head(torch.rand(4, 64)).shape == (4, 10)
+
+
+def test_one_step_is_the_one_computed_by_hand():
+    head, x, y = LinearProbe(3, 2).double(), torch.rand(4, 3).double(), torch.tensor([0, 1, 1, 0])
+    weight = head.head.weight.detach().numpy().copy()
+    optimizer = LARS(head.parameters(), lr=2.0)
+    F.cross_entropy(head(x), y).backward()
+    optimizer.step()
+
+    x = x.numpy()
+    x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+    logits = x @ weight.T
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    error = (p - np.eye(2)[y]) / 4
+    gradient = error.T @ x
+    step = 0.001 * np.linalg.norm(weight) / np.linalg.norm(gradient) * gradient
+    np.testing.assert_allclose(head.head.weight.detach().numpy(), weight - 2 * step, rtol=1e-12)
+    np.testing.assert_allclose(head.head.bias.detach().numpy(), -2 * error.sum(0), rtol=1e-12, atol=1e-15)
+
+
+def test_hits_and_standard_errors_are_those_of_a_binomial():
+    scores = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6]]).repeat(4, 1)
+    assert count_hits(scores, torch.tensor([0, 3, 1, -1])) == [4, 1, 2]     # -1, unreadable, is wrong
+    assert count_hits(scores[:, :2], torch.tensor([0, 1, 1, 0])) == [4, 2, 4]
+    error = pytest.approx(100 * math.sqrt(0.25 * 0.75 / 400))
+    want = dict(val_images=400, acc1=25.0, acc1_error=error, acc5=100.0, acc5_error=0.0)
+    assert accuracy(400, 100, 400) == want
+
+
+def test_logistic_regression_finds_its_optimum_whatever_the_scale_of_a_feature():
+    x, y = torch.randn(200, 5) * torch.tensor([1, 10, 0.1, 1, 1]), torch.randint(0, 3, (200,))
+    got, scaled = logistic_scores(x, y, 3, x), x * torch.tensor([7, 1, 100, 1, 1])
+    torch.testing.assert_close(got, logistic_scores(scaled, y, 3, scaled), rtol=1e-2, atol=1e-2)
+    standard = (x - x.mean(0)) / x.std(0)
+    weight = torch.linalg.lstsq(torch.cat([standard, torch.ones(200, 1)], 1), got).solution[:-1]
+    error = (got.softmax(1) - F.one_hot(y, 3)) / 200
+    assert (standard.T @ error + 1e-3 * weight).abs().max() < 1e-4      # the gradient at an optimum is 0
+    assert error.sum(0).abs().max() < 1e-4
+
+
+def test_logistic_regression_separates_what_can_be_separated():
+    y = torch.arange(60) % 3
+    x = F.one_hot(y, 3) + 0.05 * torch.randn(60, 3)
+    assert count_hits(logistic_scores(x[:30], y[:30], 3, x[30:]), y[30:])[1] == 30
+
+
+def test_neighbours_vote_by_their_cosine():
+    train = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [-1.0, 0.0]])
+    votes = knn_scores(train, torch.tensor([0, 1, 1, 2]), 3, torch.tensor([[5.0, 0.0]]), k=2, temperature=0.5)
+    want = torch.tensor([[1.0, math.exp((math.cos(math.pi / 4) - 1) / 0.5), 0.0]])
+    torch.testing.assert_close(votes, want)
+
+
+# ---------------------------------------------------------------- crops
+
+
+def test_single_draw_draws_one_box_and_cuts_it_to_the_image():
+    image = noise_image(40, 90)
+    got = single_draw(image, (24, 32), Rng(1, 2))
+    area, log_aspect, up, left, mirrored = Rng(1, 2).random(5)
+    area = 40 * 90 * (0.08 + 0.92 * area)
+    aspect = math.exp(math.log(3 / 4) + log_aspect * (math.log(4 / 3) - math.log(3 / 4)))
+    w, h = min(round(math.sqrt(area * aspect)), 90), min(round(math.sqrt(area / aspect)), 40)
+    y, x = int(up * (40 - h + 1)), int(left * (90 - w + 1))
+    want = image.crop((x, y, x + w, y + h)).resize((32, 24), Image.Resampling.BICUBIC)
+    want = want.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored < 0.5 else want
+    assert np.array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_the_evaluation_crop_is_the_middle_224_of_256():
+    image = noise_image(300, 500)
+    want = image.resize((round(500 * 256 / 300), 256), Image.Resampling.BICUBIC)
+    left = round((want.width - 224) / 2)
+    want = want.crop((left, 16, left + 224, 240))
+    assert np.array_equal(np.asarray(evaluation(image, (224, 224))), np.asarray(want))
+
+
+# ---------------------------------------------------------------- where the encoder comes from
+
+
+def test_a_run_an_export_and_a_bare_encoder_are_the_same_encoder(pretrained, tmp_path):
+    bare = torch.load(pretrained / "encoder.pt", weights_only=True)["model"]
+    torch.save(bare, tmp_path / "bare.pt")
+    flags = dict(model="vit_test", img_size=(16, 16), patch_size=None, in_chans=None)
+    encoders = [build_encoder(read_pretrained(pretrained), None, None, None, None),
+                build_encoder(read_pretrained(pretrained / "encoder.pt"), None, None, None, None),
+                build_encoder(read_pretrained(tmp_path / "bare.pt"), **flags)]
+    for encoder in encoders:
+        assert same_bits(dict(encoder.state_dict()), dict(bare))
+        assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    with pytest.raises(UserError, match="bare.pt does not say which model it holds: give --model"):
+        build_encoder(read_pretrained(tmp_path / "bare.pt"), None, None, None, None)
+
+
+def test_layers_are_those_of_the_encoder_and_the_fused_feature_is_the_models(pretrained):
+    saved = read_pretrained(pretrained)
+    encoder = build_encoder(saved, None, None, None, None)
+    fusion, images = build_fusion(saved, encoder), torch.rand(2, 3, 16, 16)
+    model = MaskedAutoencoder(encoder, (0, 2, 4, 6, 8, 11), decoder_embed_dim=16, decoder_depth=1,
+                              decoder_num_heads=2)
+    model.load_state_dict(state_of(pretrained)["model"])
+    for pool, of in (("token", lambda x: x[:, 0]), ("avg", lambda x: x[:, 1:].mean(1))):
+        found = features_of_layers(encoder, fusion, [3, 11], images, pool, TORCH)
+        assert list(found) == ["block 3", "block 11", "fused"]
+        torch.testing.assert_close(found["fused"], of(model.encode(images, None)))
+        third, = encoder.forward_blocks(encoder.embed(images), [3])
+        torch.testing.assert_close(found["block 3"], of(third))
+
+
+def test_an_encoder_without_fusion_has_none(pretrained):
+    assert build_fusion(read_pretrained(pretrained / "encoder.pt"), None) is None
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_frozen_means_frozen(probe, pretrained, monkeypatch):
+    encoders, build = [], train_probe.build_encoder
+
+    def remember(*arguments):
+        encoders.append(build(*arguments))
+        return encoders[-1]
+    monkeypatch.setattr(train_probe, "build_encoder", remember)
+    probe("--steps", "3")
+    want = torch.load(pretrained / "encoder.pt", weights_only=True)["model"]
+    assert same_bits(dict(encoders[0].state_dict()), dict(want))
+    assert all(p.grad is None and not p.requires_grad for p in encoders[0].parameters())
+
+
+def test_a_run_learns_evaluates_and_explains_itself(probe, tmp_path):
+    metrics = probe("--epochs", "3", "--eval-every", "1")
+    log = log_of(tmp_path / "a")
+    evaluated = [line["step"] for line in log if "acc1" in line]
+    assert evaluated == [7, 13, 19] and log[-1]["done"] and metrics["step"] == 19       # 6.25 an epoch
+    assert metrics["val_images"] == 20 and log[-1]["acc1"] == metrics["acc1"]
+    assert {"acc1", "acc1_error", "acc5", "acc5_error"} < set(log[-1])
+    assert log[0]["loss"] == pytest.approx(math.log(10), rel=0.02)      # ten classes, small weights
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert found["acc5"] == metrics["acc5"] and found["config"]["pool"] == "token" and found["environment"]
+
+
+def test_what_can_be_separated_is(probe, tmp_path):
+    for split, count in (("train", 12), ("val", 5)):
+        for name, value in (("black", 0), ("white", 255)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((20, 20, 3), abs(value - i), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    flags = ["--data", str(tmp_path / "data")]
+    # LARS turns a weight by about lr / 1000 of its length in a step, and biases by plain gradients: batches
+    # that hold all images are balanced, so that a high rate is safe.
+    steps = ["--steps", "40", "--lr", "3", "--global-batch", "24", "--batch-size", "24"]
+    assert probe(*flags, *steps)["acc1"] == 100
+    assert probe(*flags, *steps, "--cache", "1", to="cached")["acc1"] == 100
+    assert probe(*flags, "--knn", "3", to="knn")["acc1"] == 100
+    layers = probe(*flags, "--layers", "5", to="layers")
+    assert {row["label"] for row in layers["rows"]} == {"class"}
+    assert next(row for row in layers["rows"] if row["kind"] == "trained")["acc1"] == 100
+
+
+def test_an_unreadable_validation_image_counts_as_wrong(probe, tmp_path):
+    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.full((20, 20, 3), 255 * (name == "a"), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    (tmp_path / "data" / "val" / "a" / "3.png").write_bytes(b"\x89PNG torn")
+    flags = ["--data", str(tmp_path / "data"), "--steps", "20"]
+    for way in ([], ["--cache", "1"], ["--knn", "1"]):
+        metrics = probe(*flags, *way, "--max-bad", "0.1", to="-".join(["run", *way]))
+        assert metrics["val_images"] == 16 and metrics["acc1"] == 100 * 15 / 16
+    with pytest.raises(Fault, match="more than --max-bad 0.01"):
+        probe(*flags, to="strict")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_equals_no_interruption(probe, tmp_path, monkeypatch, workers):
+    flags = ["--steps", "10", "--eval-every", "0.5", "--workers", workers]
+    probe(*flags, to="whole")
+    make_loader = train_probe.make_loader
+
+    class Killed(BaseException):
+        pass
+
+    for n in (0, 9, 7):                                                 # micro-batches; two make a step
+        def deadly(views, batches, *rest, n=n):
+            for i, batch in enumerate(make_loader(views, batches, *rest)):
+                if i == n and views.crop == "single_draw":
+                    raise Killed
+                yield batch
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train_probe, "make_loader", deadly)
+            probe(*flags, "--resume", "auto", to="parts")
+    probe(*flags, "--resume", "auto", to="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_cached_and_direct_features_of_a_view_are_the_same(probe, monkeypatch):
+    seen, forward = [], LinearProbe.forward
+
+    def remember(self, features):
+        if self.training:
+            seen.append(features.clone())
+        return forward(self, features)
+    monkeypatch.setattr(LinearProbe, "forward", remember)
+    probe("--steps", "4")
+    direct, _ = seen[:], seen.clear()
+    probe("--steps", "4", "--cache", "1", to="cached")
+    assert len(direct) == len(seen) == 8                                # 64 of 100 images: within one epoch
+    for a, b in zip(direct, seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)          # other batches: sums in another order
+
+
+def test_with_a_view_an_epoch_the_cache_is_the_protocol_and_learning_rates_do_not_mix(probe):
+    want = probe("--epochs", "2", "--steps", "12")
+    got = probe("--epochs", "2", "--steps", "12", "--cache", "2", "--cache-lrs", "0.01,1,0.1", to="cached")
+    assert [tried["blr"] for tried in got["tried"]] == pytest.approx([0.01, 1, 0.1])
+    for key in ("acc1", "acc5", "val_images"):
+        assert got["tried"][1][key] == want[key]
+    assert got["acc1"] == max(tried["acc1"] for tried in got["tried"])
+
+
+def test_fewer_views_than_epochs_are_called_an_approximation(probe, capsys):
+    probe("--epochs", "2", "--steps", "1", "--cache", "1")
+    assert "1 views for 2 epochs: an approximation of the protocol" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_path, capsys, pool):
+    metrics = probe("--layers", "0,11", "--pool", pool)
+    rows = {(row["label"], row["kind"], row["layer"]) for row in metrics["rows"]}
+    assert rows == {(label, kind, layer) for label in ("shape", "texture") for kind, layers in (
+        ("trained", ("block 0", "block 11", "fused")), ("random", ("block 0", "block 11", "fused")),
+        ("pixels", ("pixels",)), ("chance", ("chance",))) for layer in layers}
+    output = capsys.readouterr().out
+    for text in ("shape, trained", "texture, trained", "random weights", "\nfused ", "\npixels "):
+        assert text in output
+    assert re.search(r"\nchance +10\.0 \+- 0\.0 +12\.5 \+- 0\.0\n", output)
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert found["rows"] == metrics["rows"] and set(found["margins"]) == {"shape", "texture"}
+    with Image.open(tmp_path / "a" / "layers.png") as picture:
+        assert picture.size == (2 * 2 * 480, 2 * (330 + 62))
+
+
+def test_neighbours_print_their_number_and_temperature(probe, capsys):
+    metrics = probe("--knn", "5", "--knn-temperature", "0.1")
+    assert metrics["k"] == 5 and metrics["temperature"] == 0.1 and metrics["val_images"] == 20
+    assert "5 neighbours of 100, temperature 0.1: acc1" in capsys.readouterr().out
+
+
+def on_two_ranks(*flags):
+    """What the stage says under torchrun with two processes on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run([*launcher, "train_probe.py", *flags], cwd=ROOT, text=True, timeout=240,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_every_validation_image_is_counted_once_on_two_ranks(pretrained, tmp_path, cache):
+    """103 images do not divide by two; the head is trained on one rank, and both evaluate it."""
+    flags = ["--checkpoint", str(pretrained), *SMALL, "--data", "shapes:515", "--steps", "6",
+             "--cache-dir", str(cache), "--output-dir", str(tmp_path / "a")]
+    want = train_probe.main(parse(train_probe.Config, flags))
+    assert want["val_images"] == 103
+    assert "steps 6 to 6" in on_two_ranks(*flags, "--resume", "auto")
+    got = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert got["environment"]["world_size"] == 2
+    assert {key: got[key] for key in want} == want
+
+
+def test_two_ranks_train_the_weights_of_one_with_accumulation(pretrained, tmp_path, cache):
+    """Micro-batches are the same, so is their normalisation; the running statistics are rank 0's alone."""
+    flags = ["--checkpoint", str(pretrained), *SMALL, "--steps", "4", "--cache-dir", str(cache)]
+    flags += ["--output-dir"]
+    train_probe.main(parse(train_probe.Config, [*flags, str(tmp_path / "one")]))
+    on_two_ranks(*flags, str(tmp_path / "two"))
+    one, two = (state_of(tmp_path / to)["model"] for to in ("one", "two"))
+    torch.testing.assert_close(two["head.weight"], one["head.weight"], rtol=1e-5, atol=1e-7)
+    assert (one["norm.num_batches_tracked"], two["norm.num_batches_tracked"]) == (8, 4)
+
+
+# ---------------------------------------------------------------- charts
+
+
+def test_axes_end_on_a_round_number():
+    assert nice_axis(23.4) == (5, 25) and nice_axis(100) == (20, 100) and nice_axis(61) == (20, 80)
+
+
+def test_a_chart_shows_each_line_in_its_colour():
+    lines = [Series("a", [(0, 10.0), (1, 20.0)], [1.0, 1.0], "blue"),
+             Series("b", [(0, 5.0), (1, 5.0)], [0.0, 0.0], "orange", dash=4)]
+    picture = np.asarray(chart([Panel("p", "x", "y", ["0", "1"], lines)], "title"))
+    for colour in ((31, 97, 168), (214, 110, 18)):
+        assert (picture == colour).all(-1).sum() > 200
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory):
+    """A folder of inputs that are each wrong in one way."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, classes in (("differ/train", "abc"), ("differ/val", "abd"), ("empty/train", "ab"),
+                          ("flat", ".")):
+        for label in classes:
+            (folder / name / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / name / label / "0.png")
+    (folder / "empty" / "val").mkdir()
+    (folder / "cifar").mkdir()
+    for i in range(1, 6):
+        (folder / "cifar" / f"data_batch_{i}.bin").write_bytes(bytes([i]) + bytes(3072))
+    (folder / "cifar" / "test_batch.bin").write_bytes(bytes([200]) + bytes(3072))
+    torch.save({"model": {"head.weight": torch.zeros(2)}}, folder / "headless.pt")
+    (folder / "norun").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--checkpoint BAD/headless.pt", "holds no encoder: expected timm's names"),
+    ("--checkpoint BAD/norun", "has neither last.pt nor encoder.pt"),
+    ("--checkpoint /nowhere", "checkpoint /nowhere does not exist"),
+    ("--checkpoint LICENSE", "checkpoint LICENSE cannot be read"),
+    ("--checkpoint=", "--checkpoint is not given"),
+    ("--data BAD/differ", "train has a, b, c (3), val has a, b, d (3); only train: c (1); only val: d (1)"),
+    ("--data BAD/empty", "holds no images"),
+    ("--data BAD/flat", "has no train folder"),
+    ("--data cifar10:BAD/cifar", "label 200 of CIFAR-10 val 0 is outside the 10 classes of the head"),
+    ("--layers 13", "--layers 13: expected all, or numbers of blocks from 0 to 11"),
+    ("--layers some", "--layers some: expected all"),
+    ("--model vit_t", "is of another model: cls_token has shape (1, 1, 64), here (1, 1, 192)"),
+    ("--img-size 32", "pos_embed has shape"),
+    ("--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
+    ("--in-chans 1 --mean 0.5 --std 0.5", "patch_embed.proj.weight has shape"),
+    ("--mean 0.5", "--mean has 1 numbers: expected 3"),
+    ("--batch-size 1 --global-batch 1", "--batch-size 1: expected 2 or more"),
+    ("--global-batch 17", "17 is not a multiple of --batch-size 8"),
+    ("--knn 5 --layers all", "--knn and --layers are two ways to probe"),
+    ("--cache-lrs 1,2", "--cache-lrs: expected numbers above 0, and --cache with them"),
+    ("--cache 1 --cache-lrs 0,1", "--cache-lrs: expected numbers above 0"),
+    ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
+    ("--pool max", "invalid choice: 'max'"),
+])
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, bad, capfd, monkeypatch, flags,
+                                                 message):
+    monkeypatch.chdir(ROOT)
+    folders = ["--output-dir", str(tmp_path / "a"), "--cache-dir", str(cache)]
+    flags = ["--checkpoint", str(pretrained), *SMALL, "--steps", "2", *folders,
+             *flags.replace("BAD", str(bad)).split()]
+    with pytest.raises(SystemExit) as stop:
+        run(train_probe.main, parse(train_probe.Config, flags))
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1
+    assert errors[0].startswith("error: ") and message in errors[0]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_probe_is_no_encoder_and_a_state_with_unknown_names_is_refused(probe, pretrained, tmp_path):
+    probe("--steps", "1")
+    with pytest.raises(UserError, match="holds no encoder: .* it holds norm.running_mean"):
+        probe("--checkpoint", str(tmp_path / "a"), "--steps", "1", to="b")
+    state = torch.load(pretrained / "encoder.pt", weights_only=True)
+    state["model"]["head.weight"] = torch.zeros(10, MODELS["vit_test"]["embed_dim"])
+    torch.save(state, tmp_path / "timm.pt")
+    with pytest.raises(UserError, match="timm.pt is of another model: head.weight is unknown here"):
+        probe("--checkpoint", str(tmp_path / "timm.pt"), "--steps", "1", to="c")
+
+
+def test_a_resumed_probe_keeps_the_settings_it_began_with(probe):
+    probe("--steps", "1")
+    with pytest.raises(UserError, match=r"other settings \(pool: token -> avg; batch_size: 8 -> 16\)"):
+        probe("--steps", "1", "--pool", "avg", "--batch-size", "16", "--resume", "auto")

@@ -1,0 +1,437 @@
+"""Measure a frozen encoder by a linear probe (MFF, arXiv 2308.00261, table 2, which follows MAE, A.1).
+
+    torchrun train_probe.py --checkpoint runs/pretrain                  on the embedded images
+    torchrun --nproc-per-node=8 train_probe.py --checkpoint runs/mff --data IMAGENET --workers 12
+
+What is measured, and how, follows from one flag:
+
+    the paper's protocol        (the defaults: 90 epochs of LARS, batch 16384, a new crop in every epoch)
+    its approximation, quickly  --cache 4 --cache-lrs 0.05,0.1,0.2
+    nearest neighbours          --knn 20
+    every block, both labels    --layers all
+
+Published for vit_b after 800 epochs of ImageNet: MAE 65.1, PixMIM 67.5, MFF_MAE 67.0. The probe normalises
+each micro-batch of --batch-size images by its own statistics, on each rank alone, as published: so the result
+depends on --batch-size, and from rank 0's running statistics comes the evaluation's normalisation.
+
+Shapes: B images of a micro-batch, n images of a split, D width.
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import kernels
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
+from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
+                            side_or_sides)
+from mff_min.data import Stream, Views, check_labels, make_loader, open_data
+from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
+                            table_of_layers)
+from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained
+from mff_min.probe import (LinearProbe, accuracy, count_hits, knn_scores, logistic_scores, pixel_features,
+                           pool_tokens)
+from mff_min.rng import ORDER, permutation
+from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
+                             check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
+                             open_folder, pick_dtype, run, save_checkpoint, start_world, write_atomically,
+                             write_json)
+from mff_min.vit import MODELS
+
+# ---------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Config:
+    # what changes the result
+    checkpoint: str = opt("", "the encoder: a run folder, its encoder.pt, or a timm-named state dict")
+    model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
+    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, an image folder")
+    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
+                                           type=side_or_sides)
+    patch_size: int | None = opt(None, "side of a patch in pixels; not given: the checkpoint's", above=0)
+    in_chans: int | None = opt(None, "channels; not given: the checkpoint's", choices=list(MODES))
+    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    pool: str = opt("token", "after the final norm: the class token, or avg, the mean of the patch tokens",
+                    choices=["token", "avg"])
+    epochs: float | None = opt(None, "epochs of the schedule; not given: 90, or what --steps makes", above=0)
+    steps: int | None = opt(None, "end after this many; without --epochs the schedule does too", above=0)
+    batch_size: int = opt(512, "images of one micro-batch in one process, normalised together", least=2)
+    global_batch: int = opt(16384, "images of a step, over all processes and micro-batches", above=0)
+    blr: float = opt(0.1, "base learning rate; lr = blr * global_batch / 256", above=0)
+    lr: float | None = opt(None, "learning rate, instead of blr", above=0)
+    min_lr: float = opt(0.0, "learning rate at the end", least=0)
+    warmup_epochs: float | None = opt(None, "of linear warm-up; not given: min(10, epochs / 5)", least=0)
+    weight_decay: float = opt(0.0, "LARS's weight decay", least=0)
+    cache: int = opt(0, "probe the features of this many views of each image, computed once", least=0)
+    cache_lrs: tuple[float, ...] | None = opt(None, "base learning rates that --cache tries together",
+                                              type=numbers)
+    knn: int = opt(0, "classify by this many nearest neighbours instead; 0: do not", least=0)
+    knn_temperature: float = opt(0.07, "their weight is exp(cosine similarity / temperature)", above=0)
+    layers: str = opt("", "probe blocks instead: all, or a list such as 0,5,11")
+    layer_images: int = opt(10_000, "images of each split for --layers, at most", above=1)
+    seed: int = opt(0, "of the head's weights, the order and the crops", least=0)
+    dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
+                     choices=["auto", "float32", "bfloat16", "float16"])
+
+    # what does not
+    output_dir: str = knob("runs/probe", "the run's folder")
+    resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
+    allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
+    workers: int = knob(0, "loader processes for each training process", least=0)
+    max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
+    deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
+    compile: bool = knob(False, "torch.compile the encoder")
+    log_every: int = knob(20, "steps between lines of the log", above=0)
+    save_every: int = knob(500, "steps between checkpoints", above=0)
+    eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
+    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+
+
+def check(cfg, world_size):
+    """Raise UserError for values that cannot be meant, before anything is done."""
+    check_ranges(cfg)
+    check_batches(cfg.global_batch, cfg.batch_size, world_size)
+    if not cfg.checkpoint:
+        raise UserError("--checkpoint is not given: expected a run folder, an encoder.pt or a state dict")
+    asked = [flag for flag in ("cache", "knn", "layers") if getattr(cfg, flag)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two ways to probe: expected one of them")
+    if asked and world_size > 1:
+        raise UserError(f"--{asked[0]} runs in one process: expected no --nproc-per-node")
+    if cfg.cache_lrs and not (cfg.cache and min(cfg.cache_lrs) > 0):
+        raise UserError("--cache-lrs: expected numbers above 0, and --cache with them")
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main(cfg):
+    """Probe as cfg says; returns the metrics, acc1 and acc5 among them, or those of every layer."""
+    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
+        check(cfg, world.size)
+        return probe(cfg, world, signals)
+
+
+def probe(cfg, world, signals):
+    def say(text):
+        if world.is_main:
+            print(text, flush=True)
+
+    device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
+    pretrained = read_pretrained(cfg.checkpoint)
+    encoder = build_encoder(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).to(device)
+    mean = cfg.mean or pretrained.config.get("mean", IMAGENET_MEAN)
+    std = cfg.std or pretrained.config.get("std", IMAGENET_STD)
+    check_channels(encoder.in_chans, mean, std)
+    layers = parse_layers(cfg.layers, len(encoder.blocks))
+    try:
+        ops = kernels.load(cfg.ops, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    state = find_checkpoint(cfg.output_dir, cfg.resume, say)
+    if state:
+        check_same_settings(cfg, state["config"], cfg.allow_change)
+    start = state["step"] if state else 0
+    if len(set(world.gather(start))) > 1:
+        raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
+                        f"must be one folder that all hosts see")
+
+    # ------------------------------------------------------------ data
+    train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
+    val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
+    check_labels(cfg.data, train_set, val_set)
+    schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
+                             cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(90, 10))
+    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
+                    world.rank, world.size)
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    forward = torch.compile(encoder.forward_features) if cfg.compile else encoder.forward_features
+    folder = open_folder(cfg, world)
+    bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
+
+    def load(source, crop, batches):
+        """A loader of views of a source, in batches of (epoch, index)."""
+        size = [patches * encoder.patch_size for patches in encoder.grid]
+        views = Views(source, crop, size, encoder.in_chans, 0, cfg.seed)
+        return make_loader(views, batches, cfg.workers, device.type == "cuda")
+
+    def prepare(batch):
+        """Normalised images on the device."""
+        return ops.prepare(batch["image"].to(device, non_blocking=True), mean, std)
+
+    @torch.no_grad()
+    def extract(images):
+        """The encoder's features of unmasked images, (B, D)."""
+        with autocast(device, dtype):
+            return pool_tokens(forward(images), cfg.pool).float()
+
+    def collect(source, crop, keys, measure, text):
+        """({name: features (n, D)} by measure(images), labels (n,), -1 if unreadable), on the CPU."""
+        found, labels, progress = [], [], Progress(len(keys), 0, world, text=f"features of {text}")
+        batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
+        for i, batch in enumerate(load(source, crop, batches)):
+            bad_samples.add(batch["bad"])
+            with torch.no_grad(), autocast(device, dtype):
+                found.append({name: features.cpu() for name, features in measure(prepare(batch)).items()})
+            labels.append(batch["label"].masked_fill(batch["replaced"], -1))
+            progress.tick(min((i + 1) * cfg.batch_size, len(keys)))
+        bad_samples.report()
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(labels)
+
+    def collect_pooled(source, crop, keys, text):
+        """(features (n, D) as the probe gets them, labels (n,), -1 if unreadable), on the CPU."""
+        found, labels = collect(source, crop, keys, lambda images: {"pooled": extract(images)}, text)
+        return found["pooled"], labels
+
+    def record(metrics):
+        """Write metrics.json: what was measured, with the flags and on what machine."""
+        if world.is_main:
+            about = dict(config=asdict(cfg), environment=describe_environment(world))
+            write_json(folder / "metrics.json", metrics | about)
+
+    say(f"{pretrained.path}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, frozen; "
+        f"feature: {'class token' if cfg.pool == 'token' else 'mean of the patch tokens'}; {len(train_set)} "
+        f"images of {cfg.data}, {len(train_set.classes)} classes")
+    if cfg.layers or cfg.knn or cfg.cache:
+        if cfg.layers:
+            fusion = build_fusion(pretrained, encoder)
+            encoders = {"trained": (encoder, fusion), "random": build_untrained(encoder, fusion, cfg.seed)}
+            metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
+            picture = chart_of_layers(metrics["rows"])
+            write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
+        elif cfg.knn:
+            metrics = classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say)
+        else:
+            metrics = probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say)
+        record(metrics)
+        return metrics
+
+    # ------------------------------------------------------------ optimizer
+    if len(train_set) < cfg.global_batch:
+        say(f"warning: {len(train_set)} images are fewer than the global batch of {cfg.global_batch}: a step "
+            f"sees some of them more than once, each time with another crop")
+    torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
+    head = LinearProbe(encoder.embed_dim, len(train_set.classes)).to(device)
+    optimizer = LARS(param_groups(head, cfg.weight_decay))
+    if state:
+        load_state(head, state["model"], f"the checkpoint in {cfg.output_dir}")
+        optimizer.load_state_dict(state["optimizer"])
+    # Ranks keep their own running statistics, and evaluation uses those of rank 0.
+    trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
+    log = Log(folder, world, start)
+    progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
+
+    def save(step, loss):
+        """Write last.pt: all that the run needs to go on from this step."""
+        if not all(parameter.isfinite().all() for parameter in head.parameters()):
+            raise Fault(f"weights are not finite at step {step} and are not saved: a lower --blr may help")
+        if world.is_main:
+            save_checkpoint(folder, {"model": head.state_dict(), "optimizer": optimizer.state_dict(),
+                                     "step": step, "loss": loss, "config": asdict(cfg)})
+
+    def evaluate():
+        """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""
+        world.share(head.buffers())
+        share = [(0, i) for i in range(world.rank, len(val_set), world.size)]
+        batches = [share[first:first + cfg.batch_size] for first in range(0, len(share), cfg.batch_size)]
+        counts = torch.zeros(3, dtype=torch.int64)
+        head.eval()
+        for batch in load(val_set, "evaluation", batches):
+            labels = batch["label"].masked_fill(batch["replaced"], -1).to(device)
+            bad_samples.add(batch["bad"])
+            with torch.no_grad():
+                counts += torch.tensor(count_hits(head(extract(prepare(batch))), labels))
+        head.train()
+        bad_samples.report()
+        return accuracy(*world.total(counts.tolist()))
+
+    # ------------------------------------------------------------ loop
+    say(f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} "
+        f"micro-batches, {schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
+        f"{schedule.warmup_epochs:.3g} epochs of warm-up")
+    batches = iter(load(train_set, "single_draw", stream))
+    loss_value = state["loss"] if state else math.nan
+    waited, logged_at, logged_step = 0.0, time.monotonic(), start
+    signals.start()
+    for step in range(start, schedule.stop):
+        lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
+        set_lr(optimizer, lr)
+
+        loss = torch.zeros((), device=device)
+        for micro in range(schedule.accumulation):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            bad_samples.add(batch["bad"])
+            features, labels = extract(prepare(batch)), batch["label"].to(device)
+            more = micro + 1 < schedule.accumulation
+            with trained.no_sync() if more and world.size > 1 else contextlib.nullcontext():
+                micro_loss = F.cross_entropy(trained(features), labels) / schedule.accumulation
+                micro_loss.backward()                                   # ranks add up gradients once a step
+            loss += micro_loss.detach()
+            progress.tick(step * cfg.global_batch + (micro + 1) * cfg.batch_size * world.size)
+            if (step - start) * schedule.accumulation + micro == 1:     # the second one: the first warms up
+                count = schedule.accumulation * (schedule.stop - start)
+                estimate(time.monotonic() - asked, count, device, progress.say)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
+        passed = schedule.epoch(done) // cfg.eval_every > schedule.epoch(step) // cfg.eval_every
+        stop_signal = world.highest(signals.number)
+        saves = done % cfg.save_every == 0 or ends or stop_signal
+        if logs or saves:
+            loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
+            if not math.isfinite(loss_value):
+                raise Fault(f"loss is {loss_value} at step {done}: a lower --blr may help")
+            bad_samples.report()
+        if logs:
+            seconds = time.monotonic() - logged_at
+            img_per_s, data_wait = (done - logged_step) * cfg.global_batch / seconds, waited / seconds
+            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr, img_per_s=img_per_s,
+                      data_wait=data_wait)
+            progress.show(done * cfg.global_batch,
+                          f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}  "
+                          f"{img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
+            waited, logged_at, logged_step = 0.0, time.monotonic(), done
+        if saves:
+            save(done, loss_value)
+        if stop_signal and not ends:
+            raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
+                                       f"saved in {folder}: --resume auto goes on from there")
+        if passed and not ends:
+            metrics = evaluate()
+            log.write(step=done, epoch=schedule.epoch(done), **metrics)
+            progress.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+    signals.release()
+
+    # ------------------------------------------------------------ evaluation
+    metrics = dict(step=schedule.stop, loss=loss_value, **evaluate())
+    log.write(done=True, **metrics)
+    progress.say(f"done: {shown(metrics)}")
+    record(metrics)
+    return metrics
+
+
+def shown(metrics):
+    """Accuracies as a line of text, with one standard error each."""
+    return (f"acc1 {metrics['acc1']:.2f} +- {metrics['acc1_error']:.2f} %, acc5 {metrics['acc5']:.2f} +- "
+            f"{metrics['acc5_error']:.2f} % of {metrics['val_images']} validation images")
+
+
+# ---------------------------------------------------------------- other ways to probe
+
+
+def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say):
+    """Metrics of the best of several learning rates, trained together on the features of a few fixed views.
+
+    Epoch e sees view e mod VIEWS of every image, in the protocol's order. With as many views as epochs this
+    is the protocol itself; with fewer it is an approximation, since crops come again. An image that cannot be
+    read is left out.
+    """
+    keys = [[(view, i) for i in range(len(train_set))] for view in range(cfg.cache)]
+    views = [collect_pooled(train_set, "single_draw", keys[view], f"view {view + 1} of {cfg.cache}")
+             for view in range(cfg.cache)]
+    features = torch.stack([features for features, _ in views])         # (VIEWS, n, D)
+    labels = torch.stack([labels for _, labels in views])               # (VIEWS, n)
+    val, val_labels = collect_pooled(val_set, "evaluation", [(0, i) for i in range(len(val_set))], "val")
+    if cfg.cache < schedule.epochs:
+        say(f"{cfg.cache} views for {schedule.epochs:.3g} epochs: an approximation of the protocol, which "
+            f"draws a new view in every epoch")
+
+    lrs = [blr * cfg.global_batch / 256 for blr in cfg.cache_lrs] if cfg.cache_lrs else [schedule.lr]
+    heads = []
+    for _ in lrs:
+        torch.manual_seed(cfg.seed)                                     # the same weights to start from
+        heads.append(LinearProbe(features.shape[-1], len(train_set.classes)).to(device))
+    optimizers = [LARS(param_groups(head, cfg.weight_decay)) for head in heads]
+    micro_batches = iter(stream)
+    for step in range(schedule.stop):
+        for _ in range(schedule.accumulation):
+            epochs, images = torch.tensor(next(micro_batches)).T
+            chosen = epochs % cfg.cache, images
+            x, y = features[chosen].to(device), labels[chosen].to(device)
+            for head in heads:
+                (F.cross_entropy(head(x), y, ignore_index=-1) / schedule.accumulation).backward()
+        for optimizer, peak in zip(optimizers, lrs, strict=True):
+            lr = cosine_lr(schedule.epoch(step), peak, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
+            set_lr(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    tried = []
+    for head, lr in zip(heads, lrs, strict=True):
+        with torch.no_grad():
+            counts = count_hits(head.eval()(val.to(device)), val_labels.to(device))
+        tried.append(dict(lr=lr, blr=lr * 256 / cfg.global_batch, **accuracy(*counts)))
+        say(f"blr {tried[-1]['blr']:g}: {shown(tried[-1])}")
+    best = max(tried, key=lambda metrics: metrics["acc1"])
+    say(f"best of {len(tried)}, chosen on these very images: blr {best['blr']:g}")
+    return dict(step=schedule.stop, views=cfg.cache, tried=tried, **best)
+
+
+def classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say):
+    """Metrics of a weighted nearest-neighbour classifier on features of the evaluation crop."""
+    (train, labels), (val, val_labels) = (
+        collect_pooled(source, "evaluation", [(0, i) for i in range(len(source))], text)
+        for source, text in ((train_set, "train"), (val_set, "val")))
+    train, labels = train[labels >= 0].to(device), labels[labels >= 0].to(device)
+    votes = knn_scores(train, labels, len(train_set.classes), val.to(device), cfg.knn, cfg.knn_temperature)
+    metrics = accuracy(*count_hits(votes, val_labels.to(device)))
+    say(f"{cfg.knn} neighbours of {len(train)}, temperature {cfg.knn_temperature:g}: {shown(metrics)}")
+    return dict(k=cfg.knn, temperature=cfg.knn_temperature, **metrics)
+
+
+def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say):
+    """How well each layer tells each label: {"rows": [...], ...}, and a table of it for the terminal.
+
+    The features are unmasked, of the evaluation crop, pooled as --pool says, and the blocks' before the final
+    norm; the probe is logistic regression. Its baselines: the same layers with random weights, and pixels.
+    """
+    def measure(images):
+        found = {("pixels", "pixels"): pixel_features(images)}
+        for kind, (encoder, fusion) in encoders.items():
+            for layer, x in features_of_layers(encoder, fusion, layers, images, cfg.pool, ops).items():
+                found[kind, layer] = x
+        return found
+
+    subsets = []
+    for source, text in ((train_set, "train"), (val_set, "val")):
+        # Chosen at random, because class folders come one after the other.
+        chosen = permutation(len(source), cfg.seed, ORDER, 0)[:cfg.layer_images]
+        features, main = collect(source, "evaluation", [(0, int(i)) for i in chosen], measure, text)
+        kept = main >= 0 if source is train_set else main >= -1         # an unreadable one is a wrong answer
+        labels = {name: torch.as_tensor(values[chosen]).long().where(main >= 0, -1)[kept]
+                  for name, values in source.labels.items()}
+        subsets.append(({key: x[kept].to(device) for key, x in features.items()}, labels))
+    (train, train_labels), (val, val_labels) = subsets
+
+    rows, started = [], time.monotonic()
+    for name, labels in train_labels.items():
+        num_classes = int(labels.max()) + 1
+        for kind, layer in train:
+            scores = logistic_scores(train[kind, layer], labels.to(device), num_classes, val[kind, layer])
+            counts = count_hits(scores, val_labels[name].to(device))
+            rows.append(dict(label=name, kind=kind, layer=layer, **accuracy(*counts)))
+        rows.append(dict(label=name, kind="chance", layer="chance", acc1=100 / num_classes, acc1_error=0.0))
+    say(f"{len(rows)} logistic regressions in {time.monotonic() - started:.0f} s on {len(main)} validation "
+        f"images\n{table_of_layers(rows)}")
+    margins = {name: margin(rows, name) for name in train_labels}
+    for name, found in margins.items():
+        say(margin_line(name, found))
+    return dict(pool=cfg.pool, train_images=len(labels), rows=rows, margins=margins)
+
+
+if __name__ == "__main__":
+    run(main, parse(Config))
