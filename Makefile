@@ -14,6 +14,7 @@ demo: $(VENV)/demo-installed
 
 # What the README says of the demo: its figures and its picture, from the run that `make demo` left.
 record-demo:
+	mkdir -p results docs/figures
 	cp runs/demo/metrics.json results/demo.json
 	cp runs/demo/reconstruction.png docs/figures/demo.png
 	$(BIN)/python tests/generated.py

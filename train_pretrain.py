@@ -44,7 +44,7 @@ from mff_min.vit import MODELS, VisionTransformer
 
 @dataclass(frozen=True)
 class Config:
-    # what changes the result
+    # these change the result
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, an image folder")
     img_size: tuple[int, int] = opt((224, 224), "crop in pixels: SIDE or HEIGHTxWIDTH", type=side_or_sides)
@@ -77,7 +77,7 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # what does not
+    # these change only how it is reached
     output_dir: str = knob("runs/pretrain", "the run's folder")
     resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
     allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
@@ -137,7 +137,7 @@ def load_initial_weights(model, path, say):
 
 
 def main(cfg):
-    """Pre-train as cfg says; returns the final metrics: step, loss, and what evaluate returns."""
+    """Pre-train as cfg says; returns the final metrics: step, loss, and on rank 0 what evaluate returns."""
     with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
         check(cfg, world.size)
         return pretrain(cfg, world, signals)
@@ -190,6 +190,8 @@ def pretrain(cfg, world, signals):
             optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:                                     # --allow-change may merge groups
             raise UserError(f"the resumed optimizer does not fit: {error}") from None
+        for group, wanted in zip(optimizer.param_groups, param_groups(model, cfg.weight_decay), strict=True):
+            group["weight_decay"] = wanted["weight_decay"]              # --allow-change weight_decay
         scaler.load_state_dict(state["scaler"])
     elif cfg.init_from:
         load_initial_weights(model, cfg.init_from, say)
@@ -202,17 +204,24 @@ def pretrain(cfg, world, signals):
     progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
-    way_on = ("--resume auto goes on from the last checkpoint; --clip-grad, a lower --lr or --dtype float32 "
-              "may help")
+    loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
+    resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
+                   "--clip-grad, a lower --lr or --dtype float32 may help")
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise Fault(f"weights are not finite at step {step} and are not saved; {way_on}")
+            raise Fault(f"weights are not finite at step {step} and are not saved; {resume_hint}")
         if world.is_main:
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                      "scaler": scaler.state_dict(), "step": step, "loss": loss,
                                      "config": asdict(cfg)})
+
+    def stop(number, step, loss):
+        """Save and end the run, because signal `number` asked for it."""
+        save(step, loss)
+        raise Stopped(number, f"signal {number} at step {step} of {schedule.stop}, which is saved in "
+                              f"{folder}: --resume auto goes on from there")
 
     def draw(step):
         """Write a picture of what the model predicts for a few held-out images."""
@@ -224,7 +233,6 @@ def pretrain(cfg, world, signals):
     if start == 0:
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    loss_value = state["loss"] if state else math.nan
     waited, logged_at, logged_step = 0.0, time.monotonic(), start
     signals.start()
     for step in range(start, schedule.stop):
@@ -246,7 +254,12 @@ def pretrain(cfg, world, signals):
             progress.tick(step * cfg.global_batch + (micro + 1) * cfg.batch_size * world.size)
             if (step - start) * schedule.accumulation + micro == 1:     # the second one: the first warms up
                 count = schedule.accumulation * (schedule.stop - start)
+                loss.item()                                             # waits for the GPU, this once
                 estimate(time.monotonic() - asked, count, device, progress.say)
+
+            stop_signal = world.highest(signals.number)
+            if stop_signal and more:                                    # a step may take minutes: dropped
+                stop(stop_signal, step, loss_value)
 
         done, grad_norm = step + 1, None
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
@@ -260,13 +273,12 @@ def pretrain(cfg, world, signals):
         scaler.update()
         optimizer.zero_grad()
 
-        stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):
-                raise Fault(f"loss is {loss_value} at step {done}; {way_on}")
-            bad_samples.report()
+                raise Fault(f"loss is {loss_value} at step {done}; {resume_hint}")
+            bad_samples.report(progress.say)
         if logs:
             seconds = time.monotonic() - logged_at
             img_per_s, data_wait = (done - logged_step) * cfg.global_batch / seconds, waited / seconds
@@ -277,20 +289,19 @@ def pretrain(cfg, world, signals):
                           f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}  "
                           f"{img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
             waited, logged_at, logged_step = 0.0, time.monotonic(), done
-        if done % picture_every == 0 or ends:
-            draw(done)
+        if stop_signal and not ends:
+            stop(stop_signal, done, loss_value)
         if saves:
             save(done, loss_value)
-        if stop_signal and not ends:
-            raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
-                                       f"saved in {folder}: --resume auto goes on from there")
-
+        if done % picture_every == 0 or ends:
+            draw(done)
     signals.release()
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
     if world.is_main:
-        export = {"model": model.encoder.state_dict(), "config": asdict(cfg)}
+        weights = {name: value.cpu() for name, value in model.encoder.state_dict().items()}
+        export = {"model": weights, "config": asdict(cfg)}
         write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
         most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
         metrics |= evaluate(cfg, model, val_set, to_device, dtype, most)

@@ -49,7 +49,7 @@ from mff_min.vit import MODELS
 
 @dataclass(frozen=True)
 class Config:
-    # what changes the result
+    # these change the result
     checkpoint: str = opt("", "the encoder: a run folder, its encoder.pt, or a timm-named state dict")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, an image folder")
@@ -81,7 +81,7 @@ class Config:
     dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # what does not
+    # these change only how it is reached
     output_dir: str = knob("runs/probe", "the run's folder")
     resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
     allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
@@ -185,7 +185,7 @@ def probe(cfg, world, signals):
                 found.append({name: features.cpu() for name, features in measure(prepare(batch)).items()})
             labels.append(batch["label"].masked_fill(batch["replaced"], -1))
             progress.tick(min((i + 1) * cfg.batch_size, len(keys)))
-        bad_samples.report()
+        bad_samples.report(say)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(labels)
 
     def collect_pooled(source, crop, keys, text):
@@ -252,7 +252,7 @@ def probe(cfg, world, signals):
             with torch.no_grad():
                 counts += torch.tensor(count_hits(head(extract(prepare(batch))), labels))
         head.train()
-        bad_samples.report()
+        bad_samples.report(say)
         return accuracy(*world.total(counts.tolist()))
 
     # ------------------------------------------------------------ loop
@@ -295,7 +295,7 @@ def probe(cfg, world, signals):
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):
                 raise Fault(f"loss is {loss_value} at step {done}: a lower --blr may help")
-            bad_samples.report()
+            bad_samples.report(say)
         if logs:
             seconds = time.monotonic() - logged_at
             img_per_s, data_wait = (done - logged_step) * cfg.global_batch / seconds, waited / seconds

@@ -13,8 +13,8 @@ def check_levels(xs, logits):
     for i, x in enumerate(xs):
         if x.shape != xs[0].shape or x.device != xs[0].device or not x.is_floating_point():
             raise ValueError(f"level {i} is {describe(x)}, level 0 is {describe(xs[0])}: they do not match")
-    if logits.numel() != len(xs) or logits.device != xs[0].device:
-        raise ValueError(f"logits are {describe(logits)}: expected {len(xs)} numbers on {xs[0].device}")
+    if logits.numel() != len(xs) or logits.device != xs[0].device or not logits.is_floating_point():
+        raise ValueError(f"logits are {describe(logits)}: expected {len(xs)} floats on {xs[0].device}")
 
 
 def check_norm(weight, bias, width):
@@ -51,6 +51,8 @@ def check_images(images, mean, std, flip, partner, lam, box):
     for name, (value, shape) in shapes.items():
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} is {describe(value)}: expected {shape}")
+    if partner is not None and partner.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"partner is {describe(partner)}: expected int64")
     if flip is not None and flip.dtype != torch.bool:
         raise ValueError(f"flip is {describe(flip)}: expected bool")
     if partner is None and (lam is not None or box is not None):

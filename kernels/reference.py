@@ -158,8 +158,15 @@ def merge_projections(xs, logits, projections):
     merged = [w * p for w, (p, _) in zip(weights, projections, strict=True)]
     merged = torch.cat(merged, dim=1)                                   # (D, (M - 1) * D)
     bias = sum(w * b for w, (_, b) in zip(weights, projections, strict=True))   # (D,)
-    product = F.linear(torch.cat(xs[:-1], dim=-1), merged, bias)        # (B, T, D)
+    row = torch.cat([x.to(product_type(x)) for x in xs[:-1]], dim=-1)   # (B, T, (M - 1) * D)
+    product = F.linear(row, merged, bias)                               # (B, T, D)
     return [product, xs[-1]], torch.stack([logits[:-1].logsumexp(dim=0), logits[-1]])
+
+
+def product_type(x):
+    """The type in which a matrix product reads x: autocast's where it is on, so no wider copy is made."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def patch_loss(pred, images, ids, patch_size, norm_pix, mean=None, std=None):
@@ -176,7 +183,7 @@ def patch_loss(pred, images, ids, patch_size, norm_pix, mean=None, std=None):
 
 def target_patches(images, ids, patch_size, norm_pix, mean, std, dtype):
     """What patch_loss compares with, a constant: the patches that ids names, normalised -> (B, K, N)."""
-    target = take_tokens(patchify(images.detach(), patch_size), ids).to(dtype)      # (B, K, N)
+    target = take_tokens(patchify(images.detach(), patch_size), ids.long()).to(dtype)      # (B, K, N)
     if mean is not None:
         scale, shift = scale_and_shift(mean, std)                       # (C,), (C,)
         target = (target.unflatten(-1, (-1, len(mean))) * scale - shift).flatten(-2).to(dtype)

@@ -12,6 +12,7 @@ A field annotated bool becomes --flag and --no-flag; one annotated `X | None` is
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 
 
@@ -40,6 +41,9 @@ def check_ranges(cfg):
     for field in dataclasses.fields(cfg):
         value, least, above = getattr(cfg, field.name), field.metadata["least"], field.metadata["above"]
         flag = f"--{field.name.replace('_', '-')} {value}"
+        too_big = isinstance(value, int) and value >= 2 ** 63
+        if too_big or isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag}: expected a finite number")
         if value is not None and least is not None and not value >= least:
             raise UserError(f"{flag}: expected {least} or more")
         if value is not None and above is not None and not value > above:
@@ -95,7 +99,10 @@ def side_or_sides(text):
 def numbers(text):
     """Comma-separated numbers as a tuple of float: "0.485,0.456,0.406"."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.split(","))
+        if all(map(math.isfinite, values)):
+            return values
+        raise ValueError(text)
     except ValueError:
         message = f"{text!r} is not a list of numbers: expected e.g. 0.5,0.5,0.5"
         raise argparse.ArgumentTypeError(message) from None

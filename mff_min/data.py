@@ -11,6 +11,8 @@ Shapes: n or B images, C H W, L patches.
 """
 
 import bisect
+import os
+import signal
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from mff_min import rng
 from mff_min.augment import CROPS, to_mode
 from mff_min.config import UserError
+from mff_min.runtime import Fault
 from mff_min.shapes import SHAPES, load_shapes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
@@ -37,8 +40,8 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErro
 class ImageFolder:
     """Image files below a folder: ROOT/<split>/<class>/*, or ROOT/train or ROOT where there is no such split.
 
-    is_split says whether the split was found. Without class folders every label is 0. Hidden files are
-    skipped. Raises UserError when there is no image.
+    is_split says whether the split was found. Without class folders every label is 0. Hidden files and
+    folders are skipped, links are followed. Raises UserError when there is no image, or none but in val/.
     """
 
     def __init__(self, root, split):
@@ -49,13 +52,20 @@ class ImageFolder:
                             f"train/ and val/")
         self.is_split = (root / split).is_dir()
         self.root = next(path for path in (root / split, root / "train", root) if path.is_dir())
-        files = sorted(path for path in self.root.rglob("*") if not path.name.startswith("."))
-        self.paths = [path for path in files if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-        if not self.paths:
-            raise UserError(f"data folder {self.root} holds no images ({len(files)} other entries): expected "
+        if self.root == root and (root / "val").is_dir():
+            raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
+        found = []
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            below = os.path.relpath(folder, self.root)
+            found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
+        paths = sorted(path for path in found if path.lower().endswith(SUFFIXES))
+        if not paths:
+            raise UserError(f"data folder {self.root} holds no images ({len(found)} other files): expected "
                             f"files that end in {' '.join(SUFFIXES)}")
-        below = [path.relative_to(self.root).parts for path in self.paths]
-        tops = [parts[0] if len(parts) > 1 else "" for parts in below]
+        # One array of bytes: millions of Python strings would be copied into every worker, touch by touch.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        tops = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
         self.classes = sorted(set(tops))
         self.labels = {"class": np.array([bisect.bisect_left(self.classes, top) for top in tops])}
 
@@ -63,7 +73,7 @@ class ImageFolder:
         return len(self.paths)
 
     def open(self, i):
-        image = Image.open(self.paths[i], formats=FORMATS)
+        image = Image.open(self.name(i), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:                     # from the header: not decoded yet
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         return image
@@ -72,7 +82,7 @@ class ImageFolder:
         return int(self.labels["class"][i])
 
     def name(self, i):
-        return str(self.paths[i])
+        return os.path.join(self.root, os.fsdecode(self.paths[i]))
 
 
 class ImageArray:
@@ -198,7 +208,7 @@ class Views(Dataset):
                 reason = "not an image" if unknown else f"{type(error).__name__}: {error}"
                 bad.append((self.source.name(index), reason))
                 index = replacements.integer(0, len(self.source))
-        raise UserError(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
+        raise Fault(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
 
 
 class Stream:
@@ -240,8 +250,15 @@ def collate(items):
                 bad=[entry for item in items for entry in item["bad"]])
 
 
+def leave_signals_to_the_trainer(worker):
+    """What a new worker does first: a signal to the whole group must not end the last step's supply."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(views, stream, workers, pin_memory):
     """A DataLoader over the stream, with one thread a worker."""
     return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
+                      worker_init_fn=leave_signals_to_the_trainer,
                       pin_memory=pin_memory, persistent_workers=False, prefetch_factor=4 if workers else None,
                       generator=torch.Generator().manual_seed(0))       # else it draws from the global one

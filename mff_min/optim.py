@@ -99,6 +99,8 @@ def make_schedule(num_samples, global_batch, together, epochs, steps, warmup_epo
         raise UserError(f"--warmup-epochs {warmup_epochs:g}: expected less than the run's {epochs:g} epochs")
     # Rounded before it is rounded up, because epochs may come from steps.
     whole = math.ceil(round(epochs * num_samples / global_batch, 6))
+    if not whole:
+        raise UserError(f"--epochs {epochs:g} of {num_samples} images is not one step of {global_batch}")
     lr = blr * global_batch / 256 if lr is None else lr
     return Schedule(num_samples, global_batch, global_batch // together, min(whole, steps or whole), epochs,
                     warmup_epochs, lr)

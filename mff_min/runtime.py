@@ -113,6 +113,10 @@ def start_world(device, deterministic=False):
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    count = torch.cuda.device_count()
+    if kind not in ("cpu", "cuda") or index and not (index.isdecimal() and int(index) < count):
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N with N below {count}")
     device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
@@ -164,7 +168,11 @@ def save_checkpoint(folder, state):
     last = Path(folder) / "last.pt"
 
     def write(file):
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                                   # PyTorch hides the system's reason
+            reason = error.__context__ or error
+            raise OSError(f"cannot save {last}: {str(reason).splitlines()[0]}") from None
         # The old one moves only when the new one is on the disk.
         if last.exists():
             file.flush()
@@ -204,6 +212,8 @@ def find_checkpoint(folder, resume, say):
                             f"another --output-dir")
         return None
     if resume != "auto":
+        if candidates and Path(resume).resolve().parent != folder.resolve():
+            raise UserError(f"{folder} holds another run than --resume {resume}: name another --output-dir")
         return read_checkpoint(resume, RUN_STATE)
     for path in candidates:
         try:
@@ -221,9 +231,13 @@ def check_same_settings(cfg, saved, allowed):
 
     saved is the checkpoint's config; allowed holds, separated by commas, the names that may differ.
     """
-    changes = [f"{field.name}: {saved.get(field.name)} -> {getattr(cfg, field.name)}"
-               for field in dataclasses.fields(cfg) if field.metadata["changes_result"]
-               and field.name not in allowed.split(",") and saved.get(field.name) != getattr(cfg, field.name)]
+    allowed = [name.strip().replace("-", "_") for name in allowed.split(",") if name.strip()]
+    known = [field.name for field in dataclasses.fields(cfg) if field.metadata["changes_result"]]
+    for name in allowed:
+        if name not in known:
+            raise UserError(f"--allow-change {name}: expected names of settings, such as {known[0]}")
+    changes = [f"{name}: {saved.get(name)} -> {getattr(cfg, name)}" for name in known
+               if name not in allowed and saved.get(name) != getattr(cfg, name)]
     if changes:
         names = ",".join(change.split(":")[0] for change in changes)
         raise UserError(f"the run to resume began with other settings ({'; '.join(changes)}): give the same "
@@ -233,6 +247,8 @@ def check_same_settings(cfg, saved, allowed):
 def load_state(model, state, origin):
     """Load parameters by name. UserError names the first that differ."""
     own = model.state_dict()
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{origin} holds more than tensors: expected parameters by name")
     problems = [f"{name} has shape {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
                 for name in own if name in state and state[name].shape != own[name].shape]
     problems += [f"{name} is missing" for name in own if name not in state]
@@ -322,8 +338,8 @@ class BadSamples:
         """Note a batch's (name, reason) pairs."""
         self.new.update((name, reason) for name, reason in entries if name not in self.seen)
 
-    def report(self):
-        """Agree among ranks on what is new, and write it down.
+    def report(self, say=print):
+        """Agree among ranks on what is new, write it down and say so.
 
         Raises Fault when more than max_bad of the samples are bad.
         """
@@ -338,8 +354,8 @@ class BadSamples:
                     file.write(json.dumps(dict(name=name, reason=reason)) + "\n")
             name = min(new)
             example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them all" * first
-            print(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced "
-                  f"by others{example}", flush=True)
+            say(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced "
+                f"by others{example}")
         if len(self.seen) > self.max_bad * self.num_samples:
             raise Fault(f"{len(self.seen)} of {self.num_samples} images cannot be read, more than --max-bad "
                         f"{self.max_bad} allows; {self.path} names them")
@@ -350,7 +366,7 @@ class BadSamples:
 class Progress:
     """One line about long work, with the time that is left. On a terminal it is rewritten in place."""
 
-    def __init__(self, total, done, world, every=10.0, text=""):
+    def __init__(self, total, done, world, every=30.0, text=""):
         self.total, self.first, self.is_main, self.every = total, done, world.is_main, every
         self.started = self.printed = time.monotonic()
         self.rewrites, self.text, self.open = sys.stdout.isatty(), text, False
@@ -409,6 +425,8 @@ class StopSignals:
     def note(self, number, frame):
         if number == signal.SIGINT and self.number:
             raise KeyboardInterrupt
+        if not self.number:
+            os.write(2, b"\nstopping as soon as the state is saved; Ctrl-C again stops at once\n")
         self.number = self.number or number
 
     def start(self):
@@ -434,14 +452,18 @@ def run(main, cfg):
         text = str(error).strip().splitlines()[-1]                      # a worker's comes with a traceback
         leave(f"error: {text.removeprefix('mff_min.config.UserError: ')}", 2)
     except Fault as error:
-        leave(f"error: {error}", 3)
+        text = str(error).strip().splitlines()[-1]                      # as above
+        leave(f"error: {text.removeprefix('mff_min.runtime.Fault: ')}", 3)
     except Stopped as error:
         leave(f"stopped: {error}", 128 + error.number)
+    except OSError as error:                                            # a full disk, a folder that went away
+        leave(f"error: {error}; what was saved before is whole, and --resume auto goes on from there", 3)
     except KeyboardInterrupt:
         leave("stopped: interrupted; --resume auto goes on from the last checkpoint, if there is one", 130)
 
 
 def leave(text, code):
     """Print one line to stderr and end the process."""
-    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
     raise SystemExit(code)

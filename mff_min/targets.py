@@ -18,7 +18,10 @@ def low_pass_target(images, mean, std, radius, ops):
 
 
 def low_pass_radius_at(radius, img_size):
-    """The radius that keeps, at this (height, width), the cycles per pixel that `radius` keeps at 224."""
+    """The radius, for images of this (height, width), that keeps the cycles per pixel of `radius` at 224.
+
+    One circle of bins serves both axes, so it holds for the shorter side, and the longer one keeps fewer.
+    """
     return radius * min(img_size) / 224
 
 
@@ -39,7 +42,7 @@ def reconstruction(pred, targets, ids, patch_size, norm_pix):
 
 
 def patch_mean_loss(images, ids, patch_size, norm_pix, ops):
-    """The loss of predicting each masked patch by its own mean, the floor that any model must beat: a scalar.
+    """The loss of predicting each masked patch by its own mean, the baseline to get below: a scalar.
 
     With norm_pix this is (N - 1) / N for every patch that is not flat.
     """

@@ -205,7 +205,7 @@ def test_class_folders_become_labels_and_flat_folders_have_one(folder, tmp_path)
 @pytest.mark.parametrize("make, message", [
     (lambda path: path / "nowhere", "does not exist"),
     (lambda path: (path / "file").write_text("x") and path / "file", "is a file"),
-    (lambda path: path, r"holds no images \(1 other entries\)"),
+    (lambda path: path, r"holds no images \(1 other files\)"),
 ])
 def test_folders_without_images_are_refused(tmp_path, make, message):
     (tmp_path / "notes.txt").write_text("hello")
@@ -213,6 +213,23 @@ def test_folders_without_images_are_refused(tmp_path, make, message):
         (tmp_path / "notes.txt").unlink()
     with pytest.raises(UserError, match=message):
         open_data(str(make(tmp_path)), "train", tmp_path, print)
+
+
+def test_links_are_followed_and_hidden_files_and_folders_are_not_seen(folder, tmp_path):
+    (folder / "train" / ".trash").mkdir()
+    noise_image(9, 9).save(folder / "train" / ".trash" / "a.png")
+    noise_image(9, 9).save(folder / "train" / "cat" / "._0.png")
+    (folder / "subset").mkdir()
+    (folder / "subset" / "dog").symlink_to(folder / "train" / "dog")
+    assert len(ImageFolder(folder, "train")) == 12
+    linked = ImageFolder(folder / "subset", "train")
+    assert len(linked) == 6 and linked.classes == ["dog"] and linked.open(0).size == (50, 40)
+
+
+def test_validation_images_are_not_trained_on(folder):
+    (folder / "train").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match="has val/ but no train/"):
+        ImageFolder(folder, "train")
 
 
 @pytest.mark.parametrize("name, fine", [("cifar10", False), ("cifar100", True)])
@@ -325,5 +342,5 @@ def test_when_nothing_can_be_read_the_last_file_is_named(tmp_path):
     (tmp_path / "a.png").write_text("x")
     views = Views(ImageFolder(tmp_path, "train"), "center", (8, 8), 3, 1, 0)
     message = r"20 images in a row cannot be read; the last is .*a.png \(not an image\)"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(Fault, match=message):
         views[0, 0]

@@ -199,6 +199,26 @@ def test_other_channels_and_sides_train(in_chans, img_size):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_initial_weights_are_drawn_as_published():
+    encoder = VisionTransformer(16, patch_size=4, embed_dim=240, depth=2, num_heads=3)
+    model = MaskedAutoencoder(encoder, (0, 1), decoder_embed_dim=160, decoder_depth=1, decoder_num_heads=2)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):                                # Xavier-uniform
+            bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+            assert 0.99 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6), name
+            assert layer.weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.03), name
+            assert layer.bias.abs().max() == 0, name
+        if isinstance(layer, nn.LayerNorm):
+            assert (layer.weight == 1).all() and (layer.bias == 0).all() and layer.eps == 1e-6
+    patch = model.encoder.patch_embed.proj
+    bound = (6 / (240 + 48)) ** 0.5
+    assert 0.99 * bound < patch.weight.abs().max() <= bound * (1 + 1e-6)
+    assert 0 < patch.bias.abs().max() <= 48 ** -0.5                     # Conv2d's own, as officially
+    for token in (model.encoder.cls_token, model.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.25)
+    assert not model.encoder.pos_embed.requires_grad and not model.decoder_pos_embed.requires_grad
+
+
 def test_published_parameter_counts():
     def count(out_indices):
         from mff_min.vit import MODELS

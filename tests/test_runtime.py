@@ -55,7 +55,7 @@ def test_values_outside_their_bounds_are_named():
         check_ranges(Config(lr=-0.1))
     with pytest.raises(UserError, match="--steps 0: expected more than 0"):
         check_ranges(Config(steps=0))
-    with pytest.raises(UserError, match="--lr nan: expected 0 or more"):
+    with pytest.raises(UserError, match="--lr nan: expected a finite number"):
         check_ranges(Config(lr=float("nan")))
 
 

@@ -35,12 +35,13 @@ def pretrain(tmp_path, cache):
     return call
 
 
-def shell(tmp_path, cache, *flags, to="a", launcher=(sys.executable,)):
+def shell(tmp_path, cache, *flags, to="a", launcher=(sys.executable,), **options):
     """The stage in a process of its own with one thread, as a Popen."""
     folders = ["--output-dir", str(tmp_path / to), "--cache-dir", str(cache)]
     command = [*launcher, "train_pretrain.py", *SMALL, *folders, *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **options)
 
 
 def state_of(folder):
@@ -204,17 +205,48 @@ def test_a_killed_process_goes_on_where_it_was(pretrain, tmp_path, cache):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, cache, number):
-    process = shell(tmp_path, cache, "--epochs", "1000")
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
+def test_a_signal_to_the_whole_group_ends_the_run_with_a_checkpoint(tmp_path, cache, number, workers):
+    process = shell(tmp_path, cache, "--epochs", "1000", "--workers", workers, start_new_session=True)
     while len(read_log(tmp_path / "a" / "log.jsonl")) < 2 and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)                                      # as Ctrl-C and batch systems do
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     step = state_of(tmp_path / "a")["step"]
     assert output.splitlines()[-1].startswith(f"stopped: signal {int(number)} at step {step} of ")
     assert read_log(tmp_path / "a" / "log.jsonl")[-1]["step"] == step
+
+
+def test_a_signal_inside_an_accumulation_drops_the_step_and_the_run_goes_on_as_if_nothing_was(
+        pretrain, tmp_path, monkeypatch):
+    flags, make_loader = ["--steps", "6", "--lr", "1e-3"], train_pretrain.make_loader
+
+    def signalled(*arguments):
+        for i, batch in enumerate(make_loader(*arguments)):
+            if i == 8:                                                  # the first of step 5's two
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+    pretrain(*flags, to="whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="signal 15 at step 4 of 6"):
+        patch.setattr(train_pretrain, "make_loader", signalled)
+        pretrain(*flags, to="parts")
+    assert state_of(tmp_path / "parts")["step"] == 4
+    pretrain(*flags, "--resume", "auto", to="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_full_disk_ends_the_run_with_the_older_checkpoint_sound(pretrain, tmp_path, monkeypatch):
+    pretrain("--epochs", "0.96", "--steps", "3")
+    before, save = (tmp_path / "a" / "last.pt").read_bytes(), torch.save
+
+    def full(state, file):
+        save(state, file)
+        raise RuntimeError("unexpected pos") from OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot save .*last.pt"):
+        pretrain("--epochs", "0.96", "--steps", "6", "--resume", "auto", "--allow-change", "steps")
+    assert (tmp_path / "a" / "last.pt").read_bytes() == before and not list((tmp_path / "a").glob("*.tmp.*"))
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(pretrain, tmp_path, capsys):
@@ -326,18 +358,30 @@ def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command():
     assert len(said) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch finds none")
-@pytest.mark.parametrize("flags", [[], ["--compile"], ["--dtype", "float16"]])
-def test_a_gpu_gives_the_losses_of_the_cpu_within_rounding(pretrain, flags):
+@pytest.fixture
+def on_gpu(tmp_path, cache):
+    """on_gpu(*flags, to) runs the stage in a process of its own, where kernels are compiled."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and PyTorch finds none")
+
+    def call(*flags, to):
+        process = shell(tmp_path, cache, "--steps", "6", "--lr", "1e-3", "--device", "cuda", *flags, to=to,
+                        env={"TRITON_INTERPRET": "0"})
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        return read_log(tmp_path / to / "log.jsonl")[-1]["loss"]
+    return call
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--dtype", "float16"], ["--ops", "torch"]])
+def test_a_gpu_gives_the_losses_of_the_cpu_within_rounding(pretrain, on_gpu, flags):
     want = pretrain("--steps", "6", "--lr", "1e-3", to="cpu")["loss"]
-    got = pretrain("--steps", "6", "--lr", "1e-3", "--device", "cuda", *flags, to="gpu")["loss"]
-    assert got == pytest.approx(want, rel=2 ** -6)
+    assert on_gpu(*flags, to="gpu") == pytest.approx(want, rel=2 ** -6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and PyTorch finds none")
-def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(pretrain, tmp_path):
+def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(on_gpu, tmp_path):
     for to in ("a", "b"):
-        pretrain("--steps", "6", "--lr", "1e-3", "--device", "cuda", "--deterministic", to=to)
+        on_gpu("--deterministic", to=to)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -364,7 +408,9 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(pretrain, tmp_p
     ("--data cifar10:/nowhere", "/nowhere/data_batch_1.bin does not exist"),
     ("--global-batch 17", "is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
     ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
-    ("--device cuda:99" if not torch.cuda.is_available() else "--mean x", "expected"),
+    ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu: expected auto, cpu, cuda or"),
+    ("--epochs inf", "--epochs inf: expected a finite number"), ("--std nan,1,1", "is not a list of numbers"),
+    (f"--seed {2 ** 80}", "expected a finite number"), ("--epochs 1e-9", "is not one step of 16"),
     ("--resume /nowhere.pt", "checkpoint /nowhere.pt does not exist"),
     ("--in-chans 1", "--mean has 3 numbers: expected 1"),
     ("--std 1,0,1", "--std 0.0: expected more than 0"),
@@ -403,6 +449,24 @@ def test_a_checkpoint_of_another_model_is_named_with_the_keys_that_differ(pretra
                  *f"--init-from {tmp_path}/a/last.pt".split(), to="b")
     with pytest.raises(UserError, match="encoder.pt has no optimizer, step, loss: it is not"):
         pretrain("--steps", "2", "--resume", str(tmp_path / "a" / "encoder.pt"))
+
+
+def test_settings_that_may_change_do(pretrain, tmp_path):
+    flags = ["--epochs", "0.96", "--lr", "1e-3"]
+    pretrain(*flags, "--steps", "3")
+    with pytest.raises(UserError, match="--allow-change weight: expected names of settings"):
+        pretrain(*flags, "--steps", "6", "--resume", "auto", "--allow-change", "weight")
+    pretrain(*flags, "--steps", "6", "--weight-decay", "0.3", "--resume", "auto", "--allow-change",
+             "weight-decay,steps")
+    groups = state_of(tmp_path / "a")["optimizer"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+
+
+def test_a_checkpoint_is_not_resumed_over_another_run(pretrain, tmp_path):
+    for to in ("a", "b"):
+        pretrain("--steps", "2", to=to)
+    with pytest.raises(UserError, match="holds another run than --resume"):
+        pretrain("--steps", "2", "--resume", str(tmp_path / "a" / "last.pt"), to="b")
 
 
 def test_a_run_goes_on_with_the_settings_it_began_with(pretrain, tmp_path):
