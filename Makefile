@@ -6,11 +6,12 @@ BIN = $(VENV)/bin
 
 .PHONY: demo record-demo probe record-probe test lint clean
 
+SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
+    --global-batch 32 --batch-size 32 --lr 3e-3
+
 demo: $(VENV)/demo-installed
 	rm -rf runs/demo
-	$(BIN)/torchrun train_pretrain.py --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 \
-	    --decoder-num-heads 2 --global-batch 32 --batch-size 32 --steps 450 --lr 3e-3 --picture-images 5 \
-	    --output-dir runs/demo
+	$(BIN)/torchrun train_pretrain.py $(SMALL) --steps 450 --picture-images 5 --output-dir runs/demo
 
 # What the README says of the demo: its figures and its picture, from the run that `make demo` left.
 record-demo:
@@ -19,16 +20,17 @@ record-demo:
 	cp runs/demo/reconstruction.png docs/figures/demo.png
 	$(BIN)/python tests/generated.py
 
-# Which layers of the demo's encoder tell what; `make demo` comes first where it did not run yet.
+# Which layers of a small encoder tell what: the demo's model, trained for longer, and a probe of six of its blocks.
 probe: $(VENV)/demo-installed
-	test -e runs/demo/encoder.pt || $(MAKE) demo
-	$(BIN)/torchrun train_probe.py --checkpoint runs/demo --layers all --layer-images 4000 --pool avg \
-	    --output-dir runs/demo-probe
+	$(BIN)/torchrun train_pretrain.py $(SMALL) --steps 800 --output-dir runs/probed --resume auto
+	$(BIN)/torchrun train_probe.py --checkpoint runs/probed --layers 0,2,4,6,8,11 --layer-images 4000 --pool avg \
+	    --output-dir runs/probed-layers
 
 record-probe:
 	mkdir -p results docs/figures
-	cp runs/demo-probe/metrics.json results/probe_shapes_cpu.json
-	cp runs/demo-probe/layers.png docs/figures/probe_layers.png
+	cp runs/probed-layers/metrics.json results/probe_shapes_cpu.json
+	cp runs/probed-layers/layers.png docs/figures/probe_layers.png
+	$(BIN)/python tests/generated.py
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest
