@@ -30,12 +30,13 @@ def probe_shapes_cpu(result):
         value = {kind: f"{row['acc1']:.1f} +- {row['acc1_error']:.1f} %" for kind, row in best.items()}
         lines.append(f"- {label}: {margin['layer']} {value['trained']}; the best layer with random weights "
                      f"{value['random']}, pixels {value['pixels']}, chance {best['chance']['acc1']:.1f} %: "
-                     f"{margin['random']['standard_errors']:.1f} and {margin['pixels']['standard_errors']:.1f} "
-                     f"standard errors ahead of random weights and of pixels")
+                     f"{margin['random']['standard_errors']:.1f} and "
+                     f"{margin['pixels']['standard_errors']:.1f} standard errors ahead of random weights "
+                     f"and of pixels")
     images = best["trained"]["val_images"]
-    return (f"Accuracy of the best layer, on {images} validation images that also chose it, for the baselines as "
-            f"well; mean of the patch tokens, logistic regression on {result['train_images']} images, every "
-            f"number in results/probe_shapes_cpu.json:\n\n" + "\n".join(lines))
+    return (f"Accuracy of the best layer on {images} validation images, which also chose it, for the "
+            f"baselines as well; mean of the patch tokens, logistic regression on {result['train_images']} "
+            f"images, every number in results/probe_shapes_cpu.json:\n\n" + "\n".join(lines))
 
 
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu}           # each from results/<name>.json
