@@ -41,10 +41,19 @@ GOLDEN = [("mae_pixels", from_mae), ("mae_norm_pix", from_mae),
           ("mff", from_mmpretrain), ("mff_single_layer", from_mmpretrain)]
 
 
-@pytest.fixture(params=[TORCH, triton_column()], ids=["torch", "triton"])
+@pytest.fixture(params=["torch", "twins", "kernels"])
 def ops(request):
-    """Each column of Ops; on CPU tensors the Triton column runs its registered CPU twins."""
-    return request.param
+    """Each column of Ops; on CPU tensors the Triton column runs its CPU twins, or its kernels interpreted."""
+    if request.param == "torch":
+        yield TORCH
+        return
+    pytest.importorskip("triton")
+    from test_kernels import TWINS_AND_KERNELS
+    for op, twin, kernel in TWINS_AND_KERNELS:
+        op.register_kernel("cpu")(kernel if request.param == "kernels" else twin)
+    yield triton_column()
+    for op, twin, _ in TWINS_AND_KERNELS:
+        op.register_kernel("cpu")(twin)
 
 
 @pytest.fixture(params=GOLDEN, ids=[name for name, _ in GOLDEN])
