@@ -51,19 +51,19 @@ def loss_case(images, dtype, B, device):
     pred = torch.randn(B, 147, 768, device=device, dtype=dtype).requires_grad_()
     ids = torch.rand(B, 196, device=device).argsort(dim=1)[:, :147]
     if images == torch.uint8:
-        pixels = torch.ones(B, 3, 224, 224, device=device, dtype=torch.uint8)
+        pixels = torch.randint(256, (B, 3, 224, 224), device=device, dtype=torch.uint8)
         return pred, pixels, ids, 16, True, torch.zeros(3, device=device), torch.ones(3, device=device)
     return pred, torch.randn(B, 3, 224, 224, device=device), ids, 16, True
 
 
 def prepare_case(mixed, dtype, B, device):
     """Arguments of prepare: normalise, and when mixed also mirror, mixup and CutMix."""
-    images = torch.ones(B, 3, 224, 224, device=device, dtype=torch.uint8)
+    images = torch.randint(256, (B, 3, 224, 224), device=device, dtype=torch.uint8)
     mean, std = torch.full((3,), 0.45, device=device), torch.full((3,), 0.22, device=device)
     if not mixed:
         return images, mean, std, dtype
     flip, partner = torch.ones(B, device=device, dtype=torch.bool), torch.arange(B, device=device).flip(0)
-    box = torch.zeros(B, 4, device=device, dtype=torch.int64)
+    box = torch.tensor([[40, 60, 150, 200]], device=device).expand(B, 4).contiguous()
     return images, mean, std, dtype, flip, partner, torch.full((B,), 0.5, device=device), box
 
 

@@ -166,7 +166,8 @@ def merge_projections(xs, logits, projections):
 def product_type(x):
     """The type in which a matrix product reads x: autocast's where it is on, so no wider copy is made."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def patch_loss(pred, images, ids, patch_size, norm_pix, mean=None, std=None):
