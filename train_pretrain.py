@@ -28,7 +28,7 @@ import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Stream, Views, collate, make_loader, open_data
+from mff_min.data import Stream, Views, collate, make_loader
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
@@ -36,6 +36,7 @@ from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stop
                              check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
                              open_folder, pick_dtype, read_checkpoint, run, save_checkpoint, start_world,
                              write_atomically, write_json)
+from mff_min.sources import open_data
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
 

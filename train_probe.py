@@ -30,7 +30,7 @@ import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Stream, Views, check_labels, make_loader, open_data
+from mff_min.data import Stream, Views, make_loader
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
 from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
@@ -42,6 +42,7 @@ from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stop
                              check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
                              open_folder, pick_dtype, run, save_checkpoint, start_world, write_atomically,
                              write_json)
+from mff_min.sources import check_labels, open_data
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config

@@ -10,9 +10,10 @@ from PIL import Image
 
 from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
 from mff_min.config import UserError
-from mff_min.data import ImageFolder, Stream, Views, make_loader, open_data
+from mff_min.data import Stream, Views, make_loader
 from mff_min.rng import CROP, MASK, Rng, hash64, permutation
 from mff_min.runtime import BadSamples, Fault, World
+from mff_min.sources import ImageFolder, open_data
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -332,7 +333,7 @@ def test_each_damaged_file_is_named_once_and_too_many_stop_the_run(tmp_path, cap
 def test_a_picture_that_would_be_huge_is_not_decoded(folder, monkeypatch):
     source = ImageFolder(folder, "train")
     assert source.open(0).size == (50, 40)
-    monkeypatch.setattr("mff_min.data.MAX_PIXELS", 1999)
+    monkeypatch.setattr("mff_min.sources.MAX_PIXELS", 1999)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("was decoded"))
     with pytest.raises(ValueError, match="50 x 40 pixels are more than 1999"):
         source.open(0)

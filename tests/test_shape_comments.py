@@ -16,7 +16,8 @@ from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
 from mff_min import augment, mim, picture, probe, shapes, targets, vit
-from mff_min.data import ImageArray, Views
+from mff_min.data import Views
+from mff_min.sources import ImageArray
 
 
 def read_shapes(comment):
