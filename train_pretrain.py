@@ -32,10 +32,9 @@ from mff_min.data import Stream, Views, collate, make_loader
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
-                             check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
-                             open_folder, pick_dtype, read_checkpoint, run, save_checkpoint, start_world,
-                             write_atomically, write_json)
+from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
+                             describe_environment, load_state, open_folder, pick_dtype, read_checkpoint,
+                             resumed_state, run, save_run, start_world, write_atomically, write_json)
 from mff_min.sources import open_data
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
@@ -145,29 +144,18 @@ def main(cfg):
 
 
 def pretrain(cfg, world, signals):
-    def say(text):
-        if world.is_main:
-            print(text, flush=True)
-
-    began, device, dtype = time.monotonic(), world.device, pick_dtype(cfg.dtype, world.device)
+    began, say, device = time.monotonic(), world.say, world.device
+    dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     model = build_model(cfg, device)
-    state = find_checkpoint(cfg.output_dir, cfg.resume, say)
-    if state:
-        check_same_settings(cfg, state["config"], cfg.allow_change)
+    state = resumed_state(cfg, world)
     start = state["step"] if state else 0
-    if len(set(world.gather(start))) > 1:
-        raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
-                        f"must be one folder that all hosts see")
 
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
-    if len(train_set) < cfg.global_batch:
-        say(f"warning: {len(train_set)} images are fewer than the global batch of {cfg.global_batch}: a step "
-            f"sees some of them more than once, each time with another crop and mask")
     views = Views(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
@@ -202,7 +190,6 @@ def pretrain(cfg, world, signals):
 
     folder = open_folder(cfg, world)
     log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
-    progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
     loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
@@ -211,18 +198,8 @@ def pretrain(cfg, world, signals):
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise Fault(f"weights are not finite at step {step} and are not saved; {resume_hint}")
-        if world.is_main:
-            save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "scaler": scaler.state_dict(), "step": step, "loss": loss,
-                                     "config": asdict(cfg)})
-
-    def stop(number, step, loss):
-        """Save and end the run, because signal `number` asked for it."""
-        save(step, loss)
-        raise Stopped(number, f"signal {number} at step {step} of {schedule.stop}, which is saved in "
-                              f"{folder}: --resume auto goes on from there")
+        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg),
+                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     def draw(step):
         """Write a picture of what the model predicts for a few held-out images."""
@@ -234,7 +211,7 @@ def pretrain(cfg, world, signals):
     if start == 0:
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    waited, logged_at, logged_step = 0.0, time.monotonic(), start
+    meter = Meter(schedule, start, world)
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
@@ -242,9 +219,7 @@ def pretrain(cfg, world, signals):
 
         loss = torch.zeros((), device=device)
         for micro in range(schedule.accumulation):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
+            batch = meter.next(batches)
             bad_samples.add(batch["bad"])
             more = micro + 1 < schedule.accumulation
             with trained.no_sync() if more and world.size > 1 else contextlib.nullcontext():
@@ -252,15 +227,10 @@ def pretrain(cfg, world, signals):
                     micro_loss = trained(*to_device(batch)) / schedule.accumulation
                 scaler.scale(micro_loss).backward()                     # ranks add up gradients once a step
             loss += micro_loss.detach()
-            progress.tick(step * cfg.global_batch + (micro + 1) * cfg.batch_size * world.size)
-            if (step - start) * schedule.accumulation + micro == 1:     # the second one: the first warms up
-                count = schedule.accumulation * (schedule.stop - start)
-                loss.item()                                             # waits for the GPU, this once
-                estimate(time.monotonic() - asked, count, device, progress.say)
-
             stop_signal = world.highest(signals.number)
             if stop_signal and more:                                    # a step may take minutes: dropped
-                stop(stop_signal, step, loss_value)
+                save(step, loss_value)
+                raise Stopped(stop_signal, step, schedule.stop, folder)
 
         done, grad_norm = step + 1, None
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
@@ -279,21 +249,15 @@ def pretrain(cfg, world, signals):
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):
                 raise Fault(f"loss is {loss_value} at step {done}; {resume_hint}")
-            bad_samples.report(progress.say)
+            bad_samples.report(meter.say)
         if logs:
-            seconds = time.monotonic() - logged_at
-            img_per_s, data_wait = (done - logged_step) * cfg.global_batch / seconds, waited / seconds
             log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
-                      grad_norm=grad_norm.item(), img_per_s=img_per_s, data_wait=data_wait,
+                      grad_norm=grad_norm.item(), **meter.read(done, loss_value, lr),
                       fusion_weights=model.fusion_weights().tolist())
-            progress.show(done * cfg.global_batch,
-                          f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}  "
-                          f"{img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
-            waited, logged_at, logged_step = 0.0, time.monotonic(), done
-        if stop_signal and not ends:
-            stop(stop_signal, done, loss_value)
         if saves:
             save(done, loss_value)
+        if stop_signal and not ends:
+            raise Stopped(stop_signal, done, schedule.stop, folder)
         if done % picture_every == 0 or ends:
             draw(done)
     signals.release()
@@ -309,11 +273,11 @@ def pretrain(cfg, world, signals):
         log.write(done=True, **metrics)
         write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"
-        progress.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
-                     f"predicting the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"
-                     f"  {folder}/reconstruction.png   what the model sees behind the mask\n"
-                     f"  {folder}/encoder.pt           the encoder, with timm's parameter names\n"
-                     f"  {folder}/log.jsonl            loss, learning rate and fusion weights over the run")
+        meter.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
+                  f"predicting the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"
+                  f"  {folder}/reconstruction.png   what the model sees behind the mask\n"
+                  f"  {folder}/encoder.pt           the encoder, with timm's parameter names\n"
+                  f"  {folder}/log.jsonl            loss, learning rate and fusion weights over the run")
     return metrics
 
 
@@ -322,9 +286,7 @@ def announce(cfg, schedule, model, start, say):
     count = sum(p.numel() for p in model.parameters())
     say(f"{cfg.model}: {count / 1e6:.1f} M parameters with the decoder; fused blocks: "
         f"{','.join(map(str, model.out_indices))}; {schedule.num_samples} images of {cfg.data}\n"
-        f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} "
-        f"micro-batches, {schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
-        f"{schedule.warmup_epochs:.3g} epochs of warm-up")
+        f"{schedule.plan(start)}")
 
 
 # ---------------------------------------------------------------- evaluation and pictures

@@ -20,28 +20,26 @@ Shapes: B images of a micro-batch, n images of a split, D width.
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import kernels
-from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
+from mff_min.augment import MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Stream, Views, make_loader
+from mff_min.data import Stream, Views, each_once, make_loader
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
 from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
-from mff_min.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained
-from mff_min.probe import (LinearProbe, accuracy, count_hits, knn_scores, logistic_scores, pixel_features,
-                           pool_tokens)
+from mff_min.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
+from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
+                           pixel_features, pool_tokens, shown)
 from mff_min.rng import ORDER, permutation
-from mff_min.runtime import (BadSamples, Fault, Log, Progress, StopSignals, Stopped, autocast,
-                             check_same_settings, describe_environment, estimate, find_checkpoint, load_state,
-                             open_folder, pick_dtype, run, save_checkpoint, start_world, write_atomically,
-                             write_json)
+from mff_min.runtime import (BadSamples, Fault, Log, Meter, Progress, StopSignals, Stopped, autocast,
+                             describe_environment, load_state, open_folder, pick_dtype, pick_ops,
+                             resumed_state, run, save_run, start_world, write_atomically, write_json)
 from mff_min.sources import check_labels, open_data
 from mff_min.vit import MODELS
 
@@ -124,28 +122,16 @@ def main(cfg):
 
 
 def probe(cfg, world, signals):
-    def say(text):
-        if world.is_main:
-            print(text, flush=True)
-
-    device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
+    say, device, dtype = world.say, world.device, pick_dtype(cfg.dtype, world.device)
     pretrained = read_pretrained(cfg.checkpoint)
+    cfg = replace(cfg, **settings_of(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
+                                     cfg.mean, cfg.std))
+    check_channels(cfg.in_chans, cfg.mean, cfg.std)
     encoder = build_encoder(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).to(device)
-    mean = cfg.mean or pretrained.config.get("mean", IMAGENET_MEAN)
-    std = cfg.std or pretrained.config.get("std", IMAGENET_STD)
-    check_channels(encoder.in_chans, mean, std)
     layers = parse_layers(cfg.layers, len(encoder.blocks))
-    try:
-        ops = kernels.load(cfg.ops, device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    state = find_checkpoint(cfg.output_dir, cfg.resume, say)
-    if state:
-        check_same_settings(cfg, state["config"], cfg.allow_change)
+    ops = pick_ops(cfg.ops, device)
+    state = resumed_state(cfg, world)
     start = state["step"] if state else 0
-    if len(set(world.gather(start))) > 1:
-        raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
-                        f"must be one folder that all hosts see")
 
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
@@ -155,15 +141,14 @@ def probe(cfg, world, signals):
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(90, 10))
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
-    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
     forward = torch.compile(encoder.forward_features) if cfg.compile else encoder.forward_features
     folder = open_folder(cfg, world)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
 
     def load(source, crop, batches):
         """A loader of views of a source, in batches of (epoch, index)."""
-        size = [patches * encoder.patch_size for patches in encoder.grid]
-        views = Views(source, crop, size, encoder.in_chans, 0, cfg.seed)
+        views = Views(source, crop, cfg.img_size, cfg.in_chans, 0, cfg.seed)
         return make_loader(views, batches, cfg.workers, device.type == "cuda")
 
     def prepare(batch):
@@ -218,9 +203,6 @@ def probe(cfg, world, signals):
         return metrics
 
     # ------------------------------------------------------------ optimizer
-    if len(train_set) < cfg.global_batch:
-        say(f"warning: {len(train_set)} images are fewer than the global batch of {cfg.global_batch}: a step "
-            f"sees some of them more than once, each time with another crop")
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     head = LinearProbe(encoder.embed_dim, len(train_set.classes)).to(device)
     optimizer = LARS(param_groups(head, cfg.weight_decay))
@@ -230,39 +212,28 @@ def probe(cfg, world, signals):
     # Ranks keep their own running statistics, and evaluation uses those of rank 0.
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
     log = Log(folder, world, start)
-    progress = Progress(schedule.stop * cfg.global_batch, start * cfg.global_batch, world)
+    resume_hint = "a lower --blr may help"
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
-        if not all(parameter.isfinite().all() for parameter in head.parameters()):
-            raise Fault(f"weights are not finite at step {step} and are not saved: a lower --blr may help")
-        if world.is_main:
-            save_checkpoint(folder, {"model": head.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "step": step, "loss": loss, "config": asdict(cfg)})
+        save_run(folder, world, head, step, resume_hint, loss=loss, config=asdict(cfg),
+                 optimizer=optimizer.state_dict())
 
     def evaluate():
         """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""
         world.share(head.buffers())
-        share = [(0, i) for i in range(world.rank, len(val_set), world.size)]
-        batches = [share[first:first + cfg.batch_size] for first in range(0, len(share), cfg.batch_size)]
-        counts = torch.zeros(3, dtype=torch.int64)
         head.eval()
-        for batch in load(val_set, "evaluation", batches):
-            labels = batch["label"].masked_fill(batch["replaced"], -1).to(device)
-            bad_samples.add(batch["bad"])
-            with torch.no_grad():
-                counts += torch.tensor(count_hits(head(extract(prepare(batch))), labels))
+        batches = load(val_set, "evaluation", each_once(len(val_set), cfg.batch_size, world))
+        counts = count_all(lambda batch: head(extract(prepare(batch))), batches, bad_samples)
         head.train()
         bad_samples.report(say)
-        return accuracy(*world.total(counts.tolist()))
+        return accuracy(*world.total(counts))
 
     # ------------------------------------------------------------ loop
-    say(f"steps {start} to {schedule.stop} of {cfg.global_batch} images in {schedule.accumulation} "
-        f"micro-batches, {schedule.epoch(schedule.stop):.1f} epochs; lr {schedule.lr:.2e}, "
-        f"{schedule.warmup_epochs:.3g} epochs of warm-up")
+    say(schedule.plan(start))
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
-    waited, logged_at, logged_step = 0.0, time.monotonic(), start
+    meter = Meter(schedule, start, world)
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
@@ -270,9 +241,7 @@ def probe(cfg, world, signals):
 
         loss = torch.zeros((), device=device)
         for micro in range(schedule.accumulation):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
+            batch = meter.next(batches)
             bad_samples.add(batch["bad"])
             features, labels = extract(prepare(batch)), batch["label"].to(device)
             more = micro + 1 < schedule.accumulation
@@ -280,10 +249,6 @@ def probe(cfg, world, signals):
                 micro_loss = F.cross_entropy(trained(features), labels) / schedule.accumulation
                 micro_loss.backward()                                   # ranks add up gradients once a step
             loss += micro_loss.detach()
-            progress.tick(step * cfg.global_batch + (micro + 1) * cfg.batch_size * world.size)
-            if (step - start) * schedule.accumulation + micro == 1:     # the second one: the first warms up
-                count = schedule.accumulation * (schedule.stop - start)
-                estimate(time.monotonic() - asked, count, device, progress.say)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -295,40 +260,27 @@ def probe(cfg, world, signals):
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):
-                raise Fault(f"loss is {loss_value} at step {done}: a lower --blr may help")
-            bad_samples.report(say)
+                raise Fault(f"loss is {loss_value} at step {done}; {resume_hint}")
+            bad_samples.report(meter.say)
         if logs:
-            seconds = time.monotonic() - logged_at
-            img_per_s, data_wait = (done - logged_step) * cfg.global_batch / seconds, waited / seconds
-            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr, img_per_s=img_per_s,
-                      data_wait=data_wait)
-            progress.show(done * cfg.global_batch,
-                          f"step {done}/{schedule.stop}  loss {loss_value:.4f}  lr {lr:.1e}  "
-                          f"{img_per_s:.0f} img/s  {100 * data_wait:.0f} % waiting for data")
-            waited, logged_at, logged_step = 0.0, time.monotonic(), done
+            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
+                      **meter.read(done, loss_value, lr))
         if saves:
             save(done, loss_value)
         if stop_signal and not ends:
-            raise Stopped(stop_signal, f"signal {stop_signal} at step {done} of {schedule.stop}, which is "
-                                       f"saved in {folder}: --resume auto goes on from there")
+            raise Stopped(stop_signal, done, schedule.stop, folder)
         if passed and not ends:
             metrics = evaluate()
             log.write(step=done, epoch=schedule.epoch(done), **metrics)
-            progress.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+            meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
     signals.release()
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value, **evaluate())
     log.write(done=True, **metrics)
-    progress.say(f"done: {shown(metrics)}")
+    meter.say(f"done: {shown(metrics)}")
     record(metrics)
     return metrics
-
-
-def shown(metrics):
-    """Accuracies as a line of text, with one standard error each."""
-    return (f"acc1 {metrics['acc1']:.2f} +- {metrics['acc1_error']:.2f} %, acc5 {metrics['acc5']:.2f} +- "
-            f"{metrics['acc5_error']:.2f} % of {metrics['val_images']} validation images")
 
 
 # ---------------------------------------------------------------- other ways to probe

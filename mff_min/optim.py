@@ -75,14 +75,29 @@ class Schedule:
     """What follows from the flags, the number of images and the number of processes."""
     num_samples: int
     global_batch: int
-    accumulation: int                                                   # micro-batches of a process's step
+    together: int                                                       # images in all ranks' micro-batches
     stop: int                                                           # the step at which the run ends
     epochs: float                                                       # where lr reaches min_lr
     warmup_epochs: float
     lr: float
 
+    @property
+    def accumulation(self):
+        """Micro-batches of a process's step."""
+        return self.global_batch // self.together
+
     def epoch(self, step):
         return step * self.global_batch / self.num_samples
+
+    def plan(self, start):
+        """What a run from step `start` is about to do, as text."""
+        text = (f"steps {start} to {self.stop} of {self.global_batch} images in {self.accumulation} "
+                f"micro-batches, {self.epoch(self.stop):.1f} epochs; lr {self.lr:.2e}, "
+                f"{self.warmup_epochs:.3g} epochs of warm-up")
+        if self.num_samples < self.global_batch:
+            text += (f"\nwarning: {self.num_samples} images are fewer than the global batch of "
+                     f"{self.global_batch}: a step sees some more than once, each time in another view")
+        return text
 
 
 def make_schedule(num_samples, global_batch, together, epochs, steps, warmup_epochs, blr, lr, published):
@@ -102,8 +117,8 @@ def make_schedule(num_samples, global_batch, together, epochs, steps, warmup_epo
     if not whole:
         raise UserError(f"--epochs {epochs:g} of {num_samples} images is not one step of {global_batch}")
     lr = blr * global_batch / 256 if lr is None else lr
-    return Schedule(num_samples, global_batch, global_batch // together, min(whole, steps or whole), epochs,
-                    warmup_epochs, lr)
+    stop = min(whole, steps or whole)
+    return Schedule(num_samples, global_batch, together, stop, epochs, warmup_epochs, lr)
 
 
 def cosine_lr(epoch, lr, min_lr, warmup_epochs, epochs):

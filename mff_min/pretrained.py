@@ -1,24 +1,27 @@
 """What a pre-training run has learned: found, read, and built again for a stage that comes after it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.config import UserError
 from mff_min.mim import parse_out_indices
 from mff_min.runtime import load_state, read_checkpoint
-from mff_min.vit import MODELS, VisionTransformer, init_linear
+from mff_min.vit import MODELS, VisionTransformer, init_linear, resize_pos_embed
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The parts of a checkpoint that outlive pre-training."""
+    """The parts of a checkpoint that outlive the run that wrote it."""
     path: Path
     encoder: dict                                                       # parameters by timm's names
     fusion: dict                                                        # proj_layers.*, proj_weights; or none
     config: dict                                                        # the run's flags; empty if unknown
+    classes: list                                                       # of a classifier; empty if unknown
 
 
 def read_pretrained(path):
@@ -42,29 +45,78 @@ def read_pretrained(path):
         raise UserError(f"checkpoint {path} holds no encoder: expected timm's names, patch_embed.proj.weight "
                         f"among them, with or without encoder. before them; it holds {found} ...")
     fusion = {name: value for name, value in tensors.items() if name.startswith("proj_")}
-    return Pretrained(path, encoder, fusion, saved.get("config", {}))
+    return Pretrained(path, encoder, fusion, saved.get("config", {}), saved.get("classes", []))
 
 
-def build_encoder(pretrained, model, img_size, patch_size, in_chans):
-    """A VisionTransformer with the trained weights, frozen and in eval mode, on the CPU.
+def settings_of(pretrained, model, img_size, patch_size, in_chans, mean=None, std=None):
+    """These settings as a dict, where those that are None are the checkpoint's own.
 
-    An argument that is None is as in the pre-training run, or, where the checkpoint does not tell, 224
-    pixels, the model's own patch size and 3 channels. Raises UserError where the weights do not fit.
+    Where it does not tell: 224 pixels, the model's own patch size, 3 channels, ImageNet's mean and deviation.
+    Raises UserError where the model is not known.
     """
     saved = pretrained.config
     model = model or saved.get("model")
     if model not in MODELS:
         raise UserError(f"checkpoint {pretrained.path} does not say which model it holds: give --model, and "
                         f"--img-size and --patch-size where they are not 224 and the model's own")
-    size = dict(MODELS[model])
-    size["patch_size"] = patch_size or saved.get("patch_size") or size["patch_size"]
+    return dict(model=model, img_size=tuple(img_size or saved.get("img_size") or (224, 224)),
+                patch_size=patch_size or saved.get("patch_size") or MODELS[model]["patch_size"],
+                in_chans=in_chans or saved.get("in_chans") or 3,
+                mean=tuple(mean or saved.get("mean") or IMAGENET_MEAN),
+                std=tuple(std or saved.get("std") or IMAGENET_STD))
+
+
+def build_vit(model, img_size, patch_size, in_chans, **options):
+    """A VisionTransformer with random weights, on the CPU. UserError where the sizes do not go together."""
     try:
-        encoder = VisionTransformer(img_size or saved.get("img_size", 224),
-                                    in_chans=in_chans or saved.get("in_chans", 3), **size)
+        size = MODELS[model] | {"patch_size": patch_size}
+        return VisionTransformer(img_size, in_chans=in_chans, **size, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def build_encoder(pretrained, model=None, img_size=None, patch_size=None, in_chans=None):
+    """The VisionTransformer that settings_of describes with its trained weights, frozen, in eval mode.
+
+    Raises UserError where the weights do not fit.
+    """
+    settings = settings_of(pretrained, model, img_size, patch_size, in_chans)
+    encoder = build_vit(settings["model"], settings["img_size"], settings["patch_size"], settings["in_chans"])
     load_state(encoder, pretrained.encoder, f"checkpoint {pretrained.path}")
     return encoder.requires_grad_(False).eval()
+
+
+def load_for_tuning(model, pretrained):
+    """Load the trained weights into a classifier; its head stays new, and fc_norm where there is none.
+
+    Positions are resized to the model's grid. The final norm is left out where the model pools without it.
+    Raises UserError where the weights do not fit.
+    """
+    own = model.state_dict()
+    left_out = "head." if "norm.weight" in own else ("head.", "norm.")
+    trained = {name: value for name, value in pretrained.encoder.items() if not name.startswith(left_out)}
+    trained["pos_embed"] = fit_positions(trained["pos_embed"], pretrained, model)
+    new = {name: value for name, value in own.items() if name.startswith(("head.", "fc_norm."))}
+    load_state(model, new | trained, f"checkpoint {pretrained.path}")
+
+
+def load_classifier(model, pretrained):
+    """Load a whole classifier, its head too; positions are resized to the model's grid. Raises UserError."""
+    positions = fit_positions(pretrained.encoder["pos_embed"], pretrained, model)
+    load_state(model, pretrained.encoder | {"pos_embed": positions}, f"checkpoint {pretrained.path}")
+
+
+def fit_positions(pos_embed, pretrained, model):
+    """The checkpoint's positions on the model's grid. UserError where the checkpoint's own is unknown."""
+    length, side = pos_embed.shape[1] - 1, math.isqrt(pos_embed.shape[1] - 1)
+    grid = (side, side)
+    if "img_size" in pretrained.config:
+        patch = pretrained.config.get("patch_size") or MODELS[pretrained.config["model"]]["patch_size"]
+        grid = tuple(pixels // patch for pixels in pretrained.config["img_size"])
+    if grid[0] * grid[1] != length:
+        raise UserError(f"checkpoint {pretrained.path} has {length} positions, which are no square, and does "
+                        f"not tell its image's sides")
+    return resize_pos_embed(pos_embed, grid, model.grid)
 
 
 def build_untrained(encoder, fusion, seed):

@@ -44,6 +44,18 @@ def count_hits(scores, labels):
     return [len(labels), int(hits[:, 0].sum()), int(hits.any(dim=1).sum())]
 
 
+@torch.no_grad()
+def count_all(score, batches, bad_samples):
+    """count_hits of score(batch) (B, G), added up over a loader's batches; an unreadable image is a miss."""
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in batches:
+        bad_samples.add(batch["bad"])
+        scores = score(batch)
+        labels = batch["label"].masked_fill(batch["replaced"], -1).to(scores.device)
+        counts += torch.tensor(count_hits(scores, labels))
+    return counts.tolist()
+
+
 def accuracy(images, top1, top5):
     """acc1 and acc5 in percent, each with its binomial standard error, and the number of images."""
     found = dict(val_images=images)
@@ -51,6 +63,12 @@ def accuracy(images, top1, top5):
         p = hits / images
         found |= {name: 100 * p, f"{name}_error": 100 * (p * (1 - p) / images) ** 0.5}
     return found
+
+
+def shown(metrics):
+    """Accuracies as a line of text, with one standard error each."""
+    return (f"acc1 {metrics['acc1']:.2f} +- {metrics['acc1_error']:.2f} %, acc5 {metrics['acc5']:.2f} +- "
+            f"{metrics['acc5_error']:.2f} % of {metrics['val_images']} validation images")
 
 
 def logistic_scores(train, labels, num_classes, val, l2=1e-3):

@@ -21,6 +21,7 @@ import PIL
 import torch
 import torch.distributed as dist
 
+import kernels
 from mff_min.config import UserError
 
 RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
@@ -32,10 +33,11 @@ class Fault(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop and its state is saved. The stage ends with exit code 128 + n."""
+    """Signal n asked a run to stop, and its state is saved. The stage ends with exit code 128 + n."""
 
-    def __init__(self, number, text):
-        super().__init__(text)
+    def __init__(self, number, step, stop, folder):
+        super().__init__(f"signal {number} at step {step} of {stop}, which is saved in {folder}: "
+                         f"--resume auto goes on from there")
         self.number = number
 
 
@@ -52,6 +54,11 @@ class World:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def say(self, text):
+        """Print a line, on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
 
     def mean(self, values):
         """The mean of each of these floats over all ranks."""
@@ -137,6 +144,14 @@ def pick_dtype(name, device):
     return DTYPES[name]
 
 
+def pick_ops(name, device):
+    """The Ops that --ops asks for. Raises UserError where they cannot run."""
+    try:
+        return kernels.load(name, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def autocast(device, dtype):
     """A context in which matrix products run in dtype."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -179,6 +194,18 @@ def save_checkpoint(folder, state):
             os.fsync(file.fileno())
             os.replace(last, last.with_name("previous.pt"))
     write_atomically(last, write)
+
+
+def save_run(folder, world, model, step, hint, **state):
+    """Write last.pt, all that a run needs to go on from this step, on rank 0.
+
+    state holds RUN_STATE's other entries and what else the stage needs. Raises Fault, with the hint, where a
+    weight is not finite.
+    """
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise Fault(f"weights are not finite at step {step} and are not saved; {hint}")
+    if world.is_main:
+        save_checkpoint(folder, {"model": model.state_dict(), "step": step, **state})
 
 
 def read_checkpoint(path, needs=()):
@@ -224,6 +251,17 @@ def find_checkpoint(folder, resume, say):
         raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would "
                         f"overwrite it")
     return None
+
+
+def resumed_state(cfg, world):
+    """The state that a stage goes on from, the same on all ranks, or None for a new run."""
+    state = find_checkpoint(cfg.output_dir, cfg.resume, world.say)
+    if state:
+        check_same_settings(cfg, state["config"], cfg.allow_change)
+    if len(set(world.gather(state["step"] if state else 0))) > 1:
+        raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
+                        f"must be one folder that all hosts see")
+    return state
 
 
 def check_same_settings(cfg, saved, allowed):
@@ -395,13 +433,49 @@ class Progress:
             self.open = False
 
 
-def estimate(seconds, count, device, say):
-    """Say how long the run will take: `count` micro-batches of so many seconds each."""
-    total = seconds * count
-    say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
-    if device.type == "cpu" and total > 86_400:
-        say("that is over a day on this CPU: `make demo` trains a small model on small images in minutes, "
-            "and --steps ends this run early")
+class Meter(Progress):
+    """The progress line of a training loop, which takes its micro-batches through next.
+
+    It measures throughput and the time spent waiting for data, and says early how long the run will take.
+    """
+
+    def __init__(self, schedule, start, world):
+        super().__init__(schedule.stop * schedule.global_batch, start * schedule.global_batch, world)
+        self.schedule, self.start, self.device = schedule, start, world.device
+        self.micro, self.asked = 0, time.monotonic()
+        self.waited, self.read_at, self.read_step = 0.0, self.asked, start
+
+    def next(self, batches):
+        """The next of these micro-batches."""
+        if self.micro == 2:                                             # two have ended; the first warms up
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)                     # this once
+            self.estimate(time.monotonic() - self.asked)
+        self.tick(self.start * self.schedule.global_batch + self.micro * self.schedule.together)
+        self.asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - self.asked
+        self.micro += 1
+        return batch
+
+    def estimate(self, seconds):
+        """Say how long the run will take, with micro-batches of so many seconds."""
+        total = seconds * self.schedule.accumulation * (self.schedule.stop - self.start)
+        self.say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
+        if self.device.type == "cpu" and total > 86_400:
+            self.say("that is over a day on this CPU: `make demo` trains a small model on small images in "
+                     "minutes, and --steps ends this run early")
+
+    def read(self, done, loss, lr):
+        """Show the line at step `done`; {img_per_s, data_wait} since it was last read."""
+        now = time.monotonic()
+        img_per_s = (done - self.read_step) * self.schedule.global_batch / (now - self.read_at)
+        data_wait = self.waited / (now - self.read_at)
+        self.waited, self.read_at, self.read_step = 0.0, now, done
+        self.show(done * self.schedule.global_batch,
+                  f"step {done}/{self.schedule.stop}  loss {loss:.4f}  lr {lr:.1e}  {img_per_s:.0f} img/s  "
+                  f"{100 * data_wait:.0f} % waiting for data")
+        return dict(img_per_s=img_per_s, data_wait=data_wait)
 
 
 def duration(seconds):

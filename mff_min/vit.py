@@ -76,7 +76,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer block, (B, T, D) -> (B, T, D)."""
+    """One pre-norm Transformer block, (B, T, D) -> (B, T, D).
+
+    branches (B, 2) is what each image's two residual branches are multiplied by (drop path); None: by 1.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -85,14 +88,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, branches=None):
+        if branches is None:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        first, second = branches[:, :, None, None].unbind(dim=1)        # each (B, 1, 1)
+        x = x + first * self.attn(self.norm1(x))
+        return x + second * self.mlp(self.norm2(x))
 
 
-def run_block(block, x, recompute):
-    """block(x); with recompute its inner activations are not kept but computed again in the backward pass."""
-    return checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+def run_block(block, x, recompute, *more):
+    """block(x, *more); with recompute, activations are not kept but computed again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, *more, use_reentrant=False)
+    return block(x, *more)
+
+
+def drop_path_branches(noise, drop_path):
+    """What drop path multiplies each branch by (arXiv 1603.09382), from uniform noise: (B, depth, 2) -> same.
+
+    Block i of n drops a branch of an image with probability drop_path * i / (n - 1), and those that it keeps
+    are scaled, so that the expectation stays.
+    """
+    dropped = torch.linspace(0, drop_path, noise.shape[1], device=noise.device)[:, None]   # (depth, 1)
+    return (noise >= dropped) / (1 - dropped)
 
 
 class VisionTransformer(nn.Module):
@@ -100,11 +119,12 @@ class VisionTransformer(nn.Module):
 
     img_size is a side or (height, width) in pixels. global_pool "token" classifies the class token after the
     final norm, "avg" the mean of the patch tokens through fc_norm, without the final norm (MAE's
-    fine-tuning). Raises ValueError when the image is no whole number of patches.
+    fine-tuning). drop_path is the last block's probability of dropping a branch, in forward passes that get
+    noise. Raises ValueError when the image is no whole number of patches.
     """
 
     def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio=4.0, in_chans=3,
-                 num_classes=0, global_pool="token", grad_checkpointing=False):
+                 num_classes=0, global_pool="token", drop_path=0.0, grad_checkpointing=False):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
@@ -114,7 +134,8 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.in_chans, self.embed_dim = patch_size, in_chans, embed_dim
         self.grid = (height // patch_size, width // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.global_pool, self.grad_checkpointing = global_pool, grad_checkpointing
+        self.global_pool, self.drop_path = global_pool, drop_path
+        self.grad_checkpointing = grad_checkpointing
 
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -148,23 +169,32 @@ class VisionTransformer(nn.Module):
         cls_token = self.cls_token + self.pos_embed[:, :1]              # (1, 1, D)
         return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
 
-    def forward_blocks(self, x, out_indices):
-        """Outputs of the blocks that out_indices names, ascending, before any norm: a list of (B, T, D)."""
+    def forward_blocks(self, x, out_indices, noise=None):
+        """Outputs of the blocks that out_indices names, ascending, before any norm: a list of (B, T, D).
+
+        noise (B, depth, 2), uniform in [0, 1), decides which branches drop path leaves out; None: none.
+        """
+        branches = [()] * len(self.blocks)
+        if noise is not None and self.drop_path:
+            branches = [(scale,) for scale in drop_path_branches(noise, self.drop_path).unbind(dim=1)]
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, self.grad_checkpointing)
+            x = run_block(block, x, self.grad_checkpointing, *branches[i])
             if i in out_indices:
                 outputs.append(x)
         return outputs
 
-    def forward_features(self, images):
+    def forward_features(self, images, noise=None):
         """All tokens of unmasked images, (B, C, H, W) -> (B, 1 + L, D); normed if global_pool is "token"."""
-        x = self.forward_blocks(self.embed(images), [len(self.blocks) - 1])[0]      # (B, T, D)
+        x = self.forward_blocks(self.embed(images), [len(self.blocks) - 1], noise)[0]       # (B, T, D)
         return self.norm(x) if self.global_pool == "token" else x
 
-    def forward(self, images):
-        """Logits (B, num_classes), or the pooled feature (B, D) when there is no head."""
-        x = self.forward_features(images)
+    def forward(self, images, noise=None):
+        """Logits (B, num_classes), or the pooled feature (B, D) when there is no head.
+
+        noise (B, depth, 2) is for drop path, as in forward_blocks.
+        """
+        x = self.forward_features(images, noise)
         if self.global_pool == "token":
             x = x[:, 0]                                                 # (B, D)
         else:

@@ -39,6 +39,19 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, cache):
+    """The folder of a small MFF pre-training run, for the stages that come after it."""
+    import train_pretrain
+    from mff_min.config import parse
+    folder = tmp_path_factory.mktemp("pretrained")
+    flags = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
+             "--data shapes:100 --global-batch 16 --batch-size 16 --steps 2 --device cpu").split()
+    flags += ["--output-dir", str(folder), "--cache-dir", str(cache)]
+    train_pretrain.main(parse(train_pretrain.Config, flags))
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def one_seed():
     torch.manual_seed(0)

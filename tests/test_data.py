@@ -108,7 +108,7 @@ def test_permutation_is_one_and_depends_on_its_key():
 
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
 def test_workers_0_and_2_give_the_same_batches(folder, crop):
-    views = Views(ImageFolder(folder, "train"), crop, (32, 24), 3, num_patches=12, seed=0)
+    views = Views(ImageFolder(folder, "train"), crop, (32, 24), 3, num_noise=12, seed=0)
     loaders = [make_loader(views, Stream(12, 6, 3, 0, 0, 4), workers, pin_memory=False) for workers in (0, 2)]
     for alone, helped in zip(*loaders, strict=True):
         assert torch.equal(alone["image"], helped["image"]) and torch.equal(alone["noise"], helped["noise"])

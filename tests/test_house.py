@@ -151,8 +151,10 @@ MAKE_TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
 def test_documented_commands_exist():
     readme = list(commands((ROOT / "README.md").read_text()))
     others = [command for path in ROOT.glob("docs/*.md") for command in commands(path.read_text())]
-    assert len(readme) >= 2
-    for command in readme + others:
+    recipes = {path.name: list(commands(f"```sh\n{path.read_text()}```\n"))
+               for path in ROOT.glob("recipes/*.sh")}
+    assert len(readme) >= 2 and recipes and all(recipes.values())
+    for command in readme + others + sum(recipes.values(), []):
         assert wrong_words(command, SCRIPTS, MAKE_TARGETS) == [], " ".join(command)
 
 

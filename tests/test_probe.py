@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_data import noise_image
-from test_stages import same_bits
 
-import train_pretrain
 import train_probe
 from kernels import TORCH
 from mff_min.augment import evaluation, single_draw
@@ -28,24 +23,13 @@ from mff_min.optim import LARS
 from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
-from mff_min.runtime import Fault, read_log, run
+from mff_min.runtime import Fault, run
 from mff_min.vit import MODELS
+from runs import assert_same_run, log_of, same_bits, state_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
          "--device cpu").split()
-TIMES = ("img_per_s", "data_wait")
-
-
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory, cache):
-    """The folder of a small MFF pre-training run."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    flags = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
-             "--data shapes:100 --global-batch 16 --batch-size 16 --steps 2 --device cpu").split()
-    flags += ["--output-dir", str(folder), "--cache-dir", str(cache)]
-    train_pretrain.main(parse(train_pretrain.Config, flags))
-    return folder
 
 
 @pytest.fixture
@@ -56,23 +40,6 @@ def probe(tmp_path, cache, pretrained):
         flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags]
         return train_probe.main(parse(train_probe.Config, flags))
     return call
-
-
-def state_of(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
-
-
-def log_of(folder):
-    """The log without what may differ between equal runs."""
-    return [{key: value for key, value in line.items() if key not in TIMES}
-            for line in read_log(folder / "log.jsonl")]
-
-
-def assert_same_run(a, b):
-    states = state_of(a), state_of(b)
-    for key in ("model", "optimizer", "step", "loss"):
-        assert same_bits(states[0][key], states[1][key]), key
-    assert log_of(a) == log_of(b)
 
 
 # ---------------------------------------------------------------- the head and its numbers
@@ -335,23 +302,13 @@ def test_neighbours_print_their_number_and_temperature(probe, capsys):
     assert "5 neighbours of 100, temperature 0.1: acc1" in capsys.readouterr().out
 
 
-def on_two_ranks(*flags):
-    """What the stage says under torchrun with two processes on the CPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run([*launcher, "train_probe.py", *flags], cwd=ROOT, text=True, timeout=240,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-    assert result.returncode == 0, result.stdout
-    return result.stdout
-
-
 def test_every_validation_image_is_counted_once_on_two_ranks(pretrained, tmp_path, cache):
     """103 images do not divide by two; the head is trained on one rank, and both evaluate it."""
     flags = ["--checkpoint", str(pretrained), *SMALL, "--data", "shapes:515", "--steps", "6",
              "--cache-dir", str(cache), "--output-dir", str(tmp_path / "a")]
     want = train_probe.main(parse(train_probe.Config, flags))
     assert want["val_images"] == 103
-    assert "steps 6 to 6" in on_two_ranks(*flags, "--resume", "auto")
+    assert "steps 6 to 6" in torchrun(2, "train_probe.py", *flags, "--resume", "auto")
     got = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert got["environment"]["world_size"] == 2
     assert {key: got[key] for key in want} == want
@@ -362,7 +319,7 @@ def test_two_ranks_train_the_weights_of_one_with_accumulation(pretrained, tmp_pa
     flags = ["--checkpoint", str(pretrained), *SMALL, "--steps", "4", "--cache-dir", str(cache)]
     flags += ["--output-dir"]
     train_probe.main(parse(train_probe.Config, [*flags, str(tmp_path / "one")]))
-    on_two_ranks(*flags, str(tmp_path / "two"))
+    torchrun(2, "train_probe.py", *flags, str(tmp_path / "two"))
     one, two = (state_of(tmp_path / to)["model"] for to in ("one", "two"))
     torch.testing.assert_close(two["head.weight"], one["head.weight"], rtol=1e-5, atol=1e-7)
     assert (one["norm.num_batches_tracked"], two["norm.num_batches_tracked"]) == (8, 4)

@@ -16,14 +16,15 @@ from PIL import Image
 
 import train_pretrain
 from mff_min.config import UserError, parse
-from mff_min.runtime import Fault, Stopped, estimate, read_log, run, write_atomically
+from mff_min.optim import Schedule
+from mff_min.runtime import Fault, Meter, Stopped, World, read_log, run, write_atomically
 from mff_min.vit import MODELS, VisionTransformer
+from runs import assert_same_run, same_bits, state_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
          "--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --picture-images 2 "
          "--device cpu").split()
-TIMES = ("img_per_s", "data_wait", "seconds")                           # may differ between equal runs
 
 
 @pytest.fixture
@@ -42,31 +43,6 @@ def shell(tmp_path, cache, *flags, to="a", launcher=(sys.executable,), **options
     env = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, **options)
-
-
-def state_of(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
-
-
-def same_bits(a, b):
-    """Whether two nested states hold the same values, to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
-
-
-def assert_same_run(a, b):
-    """Weights, optimizer and log of two run folders are the same, times apart."""
-    states = state_of(a), state_of(b)
-    for key in ("model", "optimizer", "scaler", "step", "loss"):
-        assert same_bits(states[0][key], states[1][key]), key
-    logs = [[{key: value for key, value in line.items() if key not in TIMES}
-             for line in read_log(path / "log.jsonl")] for path in (a, b)]
-    assert logs[0] == logs[1]
 
 
 # ---------------------------------------------------------------- methods
@@ -283,20 +259,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(pretrain, tmp_p
 # ---------------------------------------------------------------- ranks
 
 
-def torchrun(tmp_path, cache, ranks, *flags, to):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    process = shell(tmp_path, cache, *flags, to=to, launcher=launcher)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
 def test_two_ranks_equal_one_with_accumulation_to_the_bit(tmp_path, cache):
-    flags = ["--steps", "7", "--lr", "1e-3"]
-    output = torchrun(tmp_path, cache, 2, *flags, to="two")
-    assert "in 1 micro-batches" in output
-    output = torchrun(tmp_path, cache, 1, *flags, to="one")
-    assert "in 2 micro-batches" in output
+    command = ["train_pretrain.py", *SMALL, "--steps", "7", "--lr", "1e-3", "--cache-dir", str(cache)]
+    command += ["--output-dir"]
+    assert "in 1 micro-batches" in torchrun(2, *command, str(tmp_path / "two"))
+    assert "in 2 micro-batches" in torchrun(1, *command, str(tmp_path / "one"))
     two, one = (state_of(tmp_path / to) for to in ("two", "one"))
     assert same_bits(two["model"], one["model"]) and same_bits(two["optimizer"], one["optimizer"])
     for a, b in zip(*(read_log(tmp_path / to / "log.jsonl") for to in ("two", "one")), strict=True):
@@ -349,13 +316,14 @@ def test_few_images_are_said_to_be_seen_more_than_once(pretrain, capsys):
     assert "10 images are fewer than the global batch of 16" in capsys.readouterr().out
 
 
-def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command():
-    said = []
-    estimate(100.0, 2000, torch.device("cpu"), said.append)
-    assert "2 days 7:33:20" in said[0] and "make demo" in said[1]
-    said.clear()
-    estimate(1.0, 2000, torch.device("cpu"), said.append)
-    assert len(said) == 1
+def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command(capsys):
+    schedule = Schedule(10_000, 64, together=32, stop=1000, epochs=6.4, warmup_epochs=1, lr=1.0)
+    meter = Meter(schedule, 0, World(0, 1, 0, torch.device("cpu")))
+    meter.estimate(100.0)
+    said = capsys.readouterr().out
+    assert "2 days 7:33:20" in said and "make demo" in said
+    meter.estimate(1.0)
+    assert "make demo" not in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -495,5 +463,5 @@ def test_faults_and_signals_have_their_own_exit_codes(capsys):
             run(main, None)
         return stop.value.code, capsys.readouterr().err
     assert end(Fault("disk on fire")) == (3, "error: disk on fire\n")
-    assert end(Stopped(15, "at step 3")) == (143, "stopped: at step 3\n")
+    assert end(Stopped(15, 3, 9, "runs/a")) == (143, f"stopped: {Stopped(15, 3, 9, 'runs/a')}\n")
     assert end(UserError("Caught UserError in worker\nmff_min.config.UserError: bad")) == (2, "error: bad\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed, sincos_pos_embed
+from mff_min.vit import MODELS, VisionTransformer, drop_path_branches, resize_pos_embed, sincos_pos_embed
 
 
 def shapes(model):
@@ -91,3 +91,77 @@ def test_resized_positions_are_the_official_ones(golden):
 def test_impossible_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         VisionTransformer(**(MODELS["vit_test"] | arguments))
+
+
+@pytest.mark.parametrize("name, global_pool", [("classifier_cls_token", "token"),
+                                               ("classifier_global_pool", "avg")])
+def test_logits_loss_and_gradients_of_a_classifier_are_the_golden_ones(golden, name, global_pool):
+    """timm's VisionTransformer in eval mode, with label smoothing of 0.1."""
+    arrays = golden(name)
+    img_size, patch_size, dim, depth, heads, _, classes, _ = arrays["cfg"].tolist()
+    model = VisionTransformer(img_size, patch_size, dim, depth, heads, num_classes=classes, drop_path=0.5,
+                              global_pool=global_pool)                  # without noise it drops nothing
+    model.load_state_dict({key.removeprefix("state/"): value for key, value in arrays.items()
+                           if key.startswith("state/")}, strict=True)
+    logits = model(arrays["in/imgs"])
+    torch.testing.assert_close(logits, arrays["out/logits"], rtol=0, atol=rounding(arrays["out/logits"]))
+    loss = F.cross_entropy(logits, arrays["in/labels"], label_smoothing=0.1)
+    assert loss.item() == pytest.approx(arrays["out/loss"].item(), rel=1e-6)
+    loss.backward()
+    grads = {key.removeprefix("grad/"): value for key, value in arrays.items() if key.startswith("grad/")}
+    assert grads
+    for key, want in grads.items():
+        got = model.get_parameter(key).grad
+        torch.testing.assert_close(got, want, rtol=0, atol=rounding(want, 256), msg=key)
+
+
+def test_drop_path_keeps_the_expectation_and_drops_deeper_blocks_more_often():
+    n = 40_000
+    branches = drop_path_branches(torch.rand(n, 5, 2), 0.4)
+    p = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])[:, None]
+    dropped = (branches == 0).double().mean(dim=0)
+    assert ((dropped - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()             # five standard errors
+    assert ((branches.mean(dim=0) - 1).abs() <= 5 * (p / (1 - p) / n).sqrt() + 1e-6).all()
+    assert (branches[:, 0] == 1).all()
+
+
+def test_a_dropped_branch_is_left_out_and_a_kept_one_is_scaled():
+    vit = VisionTransformer(16, num_classes=3, drop_path=0.5, **(MODELS["vit_test"] | {"depth": 2}))
+    images, noise = torch.randn(3, 3, 16, 16), torch.tensor([[[0.9, 0.9], [0.9, 0.1]],      # drops block 1's mlp
+                                                             [[0.9, 0.9], [0.1, 0.1]],      # drops block 1
+                                                             [[0.0, 0.0], [0.9, 0.9]]])     # drops nothing
+    x = vit.blocks[0](vit.embed(images))
+    block = vit.blocks[1]
+    first = x + 2 * block.attn(block.norm1(x))
+    want = torch.stack([first[0], x[1], (first + 2 * block.mlp(block.norm2(first)))[2]])
+    got = vit.forward_blocks(vit.embed(images), [1], noise)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=rounding(want))
+
+
+def test_drop_path_with_recomputed_activations_changes_no_gradient():
+    noise, grads = torch.rand(2, 12, 2), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        vit = VisionTransformer(16, num_classes=3, drop_path=0.5, grad_checkpointing=recompute,
+                                **MODELS["vit_test"])
+        vit(torch.ones(2, 3, 16, 16), noise).sum().backward()
+        grads.append([p.grad for p in vit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_drop_path_is_timms_where_the_same_branches_are_dropped(global_pool, monkeypatch):
+    timm = pytest.importorskip("timm")
+    size = dict(img_size=16, patch_size=8, embed_dim=12, depth=3, num_heads=3, num_classes=5)
+    theirs = timm.models.VisionTransformer(**size, global_pool=global_pool, drop_path_rate=0.6)
+    ours = VisionTransformer(**size, global_pool=global_pool, drop_path=0.6)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    noise, images = torch.rand(6, 3, 2), torch.randn(6, 3, 16, 16)
+    branches = iter(drop_path_branches(noise, 0.6)[:, 1:].flatten(1).T)           # timm draws none for block 0
+
+    def drop(x, drop_prob, training, scale_by_keep):
+        return x * next(branches)[:, None, None]
+    monkeypatch.setattr("timm.layers.drop.drop_path", drop)
+    want = theirs.train()(images)
+    torch.testing.assert_close(ours(images, noise), want, rtol=0, atol=rounding(want, 64))
+    assert next(branches, None) is None

@@ -1,0 +1,232 @@
+"""Fine-tuning: what is loaded and what is new, interruptions, ranks, averages, measuring, and bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_finetune
+from mff_min.config import UserError, parse
+from mff_min.pretrained import Pretrained, build_vit, load_classifier, load_for_tuning, read_pretrained
+from mff_min.runtime import Fault, read_log
+from mff_min.vit import resize_pos_embed
+from runs import assert_same_run, same_bits, state_of, torchrun
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --lr 1e-3 "
+         "--steps 4 --device cpu").split()
+
+
+@pytest.fixture
+def finetune(tmp_path, cache, pretrained):
+    """finetune(*flags, to="a") runs the stage in this process, into the folder `to`; returns its metrics."""
+    def call(*flags, to="a"):
+        folders = ["--output-dir", str(tmp_path / to), "--cache-dir", str(cache)]
+        flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags]
+        return train_finetune.main(parse(train_finetune.Config, flags))
+    return call
+
+
+# ---------------------------------------------------------------- what is loaded
+
+
+def test_the_encoder_is_loaded_and_the_head_is_new(pretrained):
+    saved = read_pretrained(pretrained)
+    model = build_vit("vit_test", (16, 16), 4, 3, num_classes=7, global_pool="avg")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load_for_tuning(model, saved)
+    for name, value in model.state_dict().items():
+        want = before[name] if name.startswith(("head.", "fc_norm.")) else saved.encoder[name]
+        assert torch.equal(value, want), name
+    token = build_vit("vit_test", (16, 16), 4, 3, num_classes=7, global_pool="token")
+    load_for_tuning(token, saved)
+    assert torch.equal(token.norm.weight, saved.encoder["norm.weight"])
+
+
+@pytest.mark.parametrize("img_size, grid", [((32, 32), (8, 8)), ((16, 24), (4, 6))])
+def test_another_image_size_resizes_the_positions(pretrained, img_size, grid):
+    saved = read_pretrained(pretrained)
+    model = build_vit("vit_test", img_size, 4, 3, num_classes=7, global_pool="avg")
+    load_for_tuning(model, saved)
+    assert torch.equal(model.pos_embed, resize_pos_embed(saved.encoder["pos_embed"], (4, 4), grid))
+
+
+def test_positions_of_unknown_sides_are_a_square_or_refused(pretrained):
+    saved = read_pretrained(pretrained)
+    unknown = Pretrained(saved.path, saved.encoder, {}, {}, [])
+    model = build_vit("vit_test", (32, 32), 4, 3, num_classes=7, global_pool="avg")
+    load_for_tuning(model, unknown)
+    assert torch.equal(model.pos_embed, resize_pos_embed(saved.encoder["pos_embed"], (4, 4), (8, 8)))
+    unknown.encoder["pos_embed"] = torch.zeros(1, 13, 64)
+    with pytest.raises(UserError, match="has 12 positions, which are no square"):
+        load_for_tuning(model, unknown)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_a_run_learns_evaluates_and_explains_itself(finetune, tmp_path, capsys):
+    metrics = finetune("--epochs", "0.64", "--eval-every", "0.3", "--ema", "0.5")
+    log = read_log(tmp_path / "a" / "log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4] and log[-1]["done"]
+    assert {"acc1", "acc5", "ema_acc1"} < set(log[2]) and {"loss", "lr", "grad_norm", "epoch"} < set(log[0])
+    assert metrics["val_images"] == metrics["ema_val_images"] == 20
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert found["acc1"] == metrics["acc1"] and found["config"]["img_size"] == [16, 16]
+    output = capsys.readouterr().out
+    assert "done: acc1" in output and "100 images of shapes:100, 10 classes" in output
+    state = torch.load(tmp_path / "a" / "classifier.pt", weights_only=True)
+    assert state["classes"][0] == "circle" and len(state["classes"]) == 10
+    timm = pytest.importorskip("timm")
+    theirs = timm.models.VisionTransformer(16, 4, embed_dim=64, depth=12, num_heads=2, num_classes=10,
+                                           global_pool="avg")
+    theirs.load_state_dict(state["model"], strict=True)
+
+
+def test_sixteen_images_are_learned_by_heart(finetune, tmp_path):
+    """A recipe without anything that hides the images reaches every one of them, in training and on them."""
+    for split in ("train", "val"):
+        for i in range(16):
+            folder = tmp_path / "data" / split / f"class {i % 4}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    metrics = finetune("--data", str(tmp_path / "data"), "--steps", "30", "--crop", "center", "--mixup", "0",
+                       "--cutmix", "0", "--rand-augment", "0", "--smoothing", "0", "--drop-path", "0",
+                       "--layer-decay", "1", "--batch-size", "16", "--weight-decay", "0")
+    assert metrics["acc1"] == 100 and metrics["loss"] < 0.1
+
+
+def test_the_average_is_the_one_computed_by_hand(finetune, tmp_path):
+    found = {}
+    for steps in ("1", "2", "3"):
+        finetune("--epochs", "0.64", "--steps", steps, "--ema", "0.75", to=steps)
+        found[steps] = state_of(tmp_path / steps)
+    want = found["1"]["model"]["blocks.3.mlp.fc1.weight"]
+    for steps in ("2", "3"):
+        want = 0.75 * want + 0.25 * found[steps]["model"]["blocks.3.mlp.fc1.weight"]
+    got = found["3"]["average"]["module.blocks.3.mlp.fc1.weight"]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    export = torch.load(tmp_path / "3" / "classifier_ema.pt", weights_only=True)["model"]
+    assert torch.equal(export["blocks.3.mlp.fc1.weight"], got)
+
+
+def test_layers_learn_at_their_own_rates(finetune, tmp_path):
+    """AdamW's first step moves each weight by its learning rate: that of block i is decay ** (12 - i) of lr."""
+    flags = ["--warmup-epochs", "0", "--weight-decay", "0", "--layer-decay", "0.5", "--steps", "1"]
+    finetune(*flags, to="a")
+    finetune(*flags, "--lr", "1e-30", to="b")
+    moved, still = (state_of(tmp_path / to)["model"] for to in "ab")
+    for name, scale in (("blocks.11.attn.qkv.weight", 0.5), ("blocks.8.attn.qkv.weight", 0.5 ** 4),
+                        ("patch_embed.proj.weight", 0.5 ** 13), ("head.weight", 1)):
+        step = (moved[name] - still[name]).abs().median().item()
+        assert step == pytest.approx(1e-3 * scale, rel=0.02), name
+
+
+def test_random_weights_start_from_the_sizes_and_nothing_else(finetune, tmp_path, capsys):
+    flags = ["--lr", "1e-30", "--weight-decay", "0", "--steps", "1"]
+    finetune(*flags, to="a")
+    finetune(*flags, "--random-init", "--baseline", str(tmp_path / "a"), to="b")
+    assert "from random weights" in (output := capsys.readouterr().out) and "standard errors" in output
+    a, b = (state_of(tmp_path / to)["model"] for to in "ab")
+    assert a.keys() == b.keys()
+    assert not torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
+
+
+def test_the_seed_decides_everything_and_each_part_of_the_recipe_matters(finetune, tmp_path):
+    losses = {}
+    for flags in ("", "--seed 1", "--mixup 0", "--cutmix 0", "--smoothing 0", "--drop-path 0.5", "--reprob 1",
+                  "--rand-augment 0", "--rand-augment 5", "--repeats 2", "--crop simple", "--global-pool token",
+                  "--layer-decay 0.5", "--img-size 24", "--dtype bfloat16"):
+        losses[flags] = finetune("--steps", "3", *flags.split(), to=flags)["loss"]
+    assert finetune("--steps", "3", to="again")["loss"] == losses[""]
+    assert len(set(losses.values())) == len(losses), losses
+
+
+def test_compile_and_recomputation_change_the_loss_by_rounding_alone(finetune, monkeypatch):
+    want, compiler = finetune("--steps", "3", to="plain")["loss"], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="aot_eager"))
+    for flag in ("--grad-checkpointing", "--compile"):
+        assert finetune("--steps", "3", flag, to=flag)["loss"] == pytest.approx(want, rel=1e-5)
+
+
+# ---------------------------------------------------------------- interruptions and ranks
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_equals_no_interruption(finetune, tmp_path, monkeypatch, workers):
+    """With mixup, cutmix, drop path, random erasing, RandAugment and an average, all of them at work."""
+    flags = ["--steps", "10", "--reprob", "0.5", "--ema", "0.9", "--drop-path", "0.3", "--clip-grad", "1",
+             "--workers", workers, "--resume", "auto"]
+    make_loader = train_finetune.make_loader
+
+    def dies_after(n):
+        def deadly(views, batches, *arguments):
+            for i, batch in enumerate(make_loader(views, batches, *arguments)):
+                if i == n and views.augment:
+                    raise KeyboardInterrupt
+                yield batch
+        return deadly
+    finetune(*flags, to="whole")
+    for n in (0, 7, 9):                                                 # before the first step; inside 4 and 8
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train_finetune, "make_loader", dies_after(n))
+            finetune(*flags, to="parts")
+    finetune(*flags, to="parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_ranks_equal_one_with_accumulation_to_the_bit(pretrained, tmp_path, cache):
+    flags = ["--checkpoint", str(pretrained), *SMALL, "--data", "shapes:515", "--reprob", "0.5",
+             "--repeats", "2", "--cache-dir", str(cache), "--output-dir"]
+    want = train_finetune.main(parse(train_finetune.Config, [*flags, str(tmp_path / "one")]))
+    assert "in 1 micro-batches" in torchrun(2, "train_finetune.py", *flags, str(tmp_path / "two"))
+    one, two = (state_of(tmp_path / to) for to in ("one", "two"))
+    assert same_bits(two["model"], one["model"]) and same_bits(two["optimizer"], one["optimizer"])
+    got = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert got["val_images"] == 103 and got["acc1"] == want["acc1"]     # 103 images do not divide by two
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_measuring_a_checkpoint_gives_what_its_run_ended_with(finetune, tmp_path, cache, capsys):
+    want = finetune("--steps", "4", to="a")
+    for checkpoint in (tmp_path / "a", tmp_path / "a" / "classifier.pt"):
+        got = finetune("--checkpoint", str(checkpoint), "--evaluate", to="measured")
+        assert got == {name: want[name] for name in got} and "acc1" in got
+    assert not (tmp_path / "measured" / "last.pt").exists()
+    bare = torch.load(tmp_path / "a" / "classifier.pt", weights_only=True)["model"]
+    torch.save(bare, tmp_path / "bare.pt")                              # as others publish theirs
+    got = finetune("--checkpoint", str(tmp_path / "bare.pt"), "--evaluate", "--model", "vit_test",
+                   "--img-size", "16", to="measured")
+    assert got == {name: want[name] for name in got}
+
+
+def test_a_classifier_is_measured_at_another_image_size(finetune, tmp_path):
+    finetune("--steps", "1")
+    metrics = finetune("--checkpoint", str(tmp_path / "a"), "--evaluate", "--img-size", "24", to="b")
+    assert metrics["val_images"] == 20
+    saved = read_pretrained(tmp_path / "a")
+    model = build_vit("vit_test", (24, 24), 4, 3, num_classes=10, global_pool="avg")
+    load_classifier(model, saved)
+    assert torch.equal(model.head.weight, saved.encoder["head.weight"])
+
+
+def test_an_unreadable_validation_image_counts_as_wrong(finetune, tmp_path):
+    for split, count in (("train", 4), ("val", 4)):
+        for i in range(count):
+            folder = tmp_path / "data" / split / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (255 * (i % 2), 0, 0)).save(folder / f"{i}.png")
+    flags = ["--data", str(tmp_path / "data"), "--steps", "20", "--mixup", "0", "--cutmix", "0",
+             "--layer-decay", "1", "--rand-augment", "0"]
+    assert finetune(*flags)["acc1"] == 100
+    (tmp_path / "data" / "val" / "a" / "0.png").write_bytes(b"torn")
+    measure = ["--checkpoint", str(tmp_path / "a"), "--evaluate", "--data", str(tmp_path / "data")]
+    assert finetune(*measure, "--max-bad", "0.5", to="b")["acc1"] == 75
+    with pytest.raises(Fault, match="1 of 4 images cannot be read"):
+        finetune(*measure, to="c")
