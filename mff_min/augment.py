@@ -1,16 +1,23 @@
-"""From a Pillow image to the uint8 pixels that a model sees: crops, flips and channel conversion.
+"""What is done to an image: crops, flips and channel conversion on Pillow's, erasing and mixing on a batch.
 
 Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample, and returns a
 Pillow image of that size. Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises
-there.
+there, and mixes where nothing is erased. In fine-tuning the order is crop, rand_augment (randaugment.py),
+normalise, erase, mix. What is random is drawn on the CPU, all but the noise that an erased box is filled
+with.
 
-Shapes: H W, C channels.
+Shapes: B images, C H W, G classes.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+
+from kernels.reference import mix_share
+from mff_min.rng import normal_noise
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of pixels in [0, 1]
@@ -119,3 +126,104 @@ def to_mode(image, in_chans):
     if image.mode in ("LA", "La", "PA"):                                # Pillow needs RGBA in between
         image = image.convert("RGBA")
     return image.convert(MODES[in_chans])
+
+
+def erasing_box(height, width, rng, probability, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3), tries=10):
+    """(top, left, height, width) of the box to erase, with this probability (arXiv 1708.04896), else all 0.
+
+    Its share of the image is uniform in area, the logarithm of height / width uniform in aspect. Where none
+    of the tries fits, nothing is erased.
+    """
+    if rng.uniform() > probability:
+        return 0, 0, 0, 0
+    for _ in range(tries):
+        pixels = rng.uniform(*area) * height * width
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        h, w = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if h < height and w < width:
+            return rng.integer(0, height - h + 1), rng.integer(0, width - w + 1), h, w
+    return 0, 0, 0, 0
+
+
+def erase(images, boxes, keys):
+    """The images, with N(0, 1) noise for each value inside a box: (B, C, H, W), normalised, changed in place.
+
+    boxes (B, 4): top, left, height, width, of erasing_box; keys (B,): int64_key of each sample, of which its
+    noise is a function. Both are on the CPU: an image whose box is empty costs nothing, and nothing waits for
+    the device.
+    """
+    assert boxes.device.type == keys.device.type == "cpu"
+    chosen = boxes[:, 2:].prod(dim=1).nonzero().flatten()               # (erased,)
+    if not len(chosen):
+        return images
+    corner, size = boxes[chosen].split(2, dim=1)                        # (erased, 2), (erased, 2)
+    moved = chosen, keys[chosen], torch.cat([corner, corner + size], dim=1)
+    index, keys, box = (x.to(images.device, non_blocking=True) for x in moved)
+    before = images[index]                                              # (erased, C, H, W)
+    noise = normal_noise(keys, before.shape[1:]).to(images.dtype)       # (erased, C, H, W)
+    outside = mix_share(before, None, box) == 1                         # (erased, 1, H, W)
+    images[index] = torch.where(outside, before, noise)
+    return images
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How a batch is mixed with itself in reverse order, of which each image keeps the share lam.
+
+    Inside box (top, left, bottom, right, half open) pixels are the other image's; without a box all pixels
+    are blended.
+    """
+    lam: float = 1.0
+    box: tuple[int, int, int, int] | None = None
+
+
+def draw_mix(rng, height, width, mixup=0.8, cutmix=1.0, switch_prob=0.5):
+    """The Mix of one batch of images of this size: mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
+
+    mixup and cutmix are the alpha of lam's distribution Beta(alpha, alpha); 0 turns one off, and of two that
+    are on it is CutMix with probability switch_prob. CutMix's lam is that of the box as cut to the image.
+    Raises ValueError for a negative alpha.
+    """
+    if mixup < 0 or cutmix < 0:
+        raise ValueError(f"mixup {mixup} and cutmix {cutmix}: expected 0 or more")
+    use_box = rng.uniform() < switch_prob if mixup and cutmix else bool(cutmix)
+    alpha = cutmix if use_box else mixup
+    lam = rng.beta(alpha, alpha) if alpha else 1.0
+    if not use_box:
+        return Mix(lam)
+    h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    y, x = rng.integer(0, height), rng.integer(0, width)                # the middle, anywhere
+    top, bottom = max(y - h // 2, 0), min(y + (h + 1) // 2, height)
+    left, right = max(x - w // 2, 0), min(x + (w + 1) // 2, width)
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, left, bottom, right))
+
+
+def mix_arguments(mix, batch_size, device):
+    """What ops.prepare is told for this Mix: partner, and lam or box; nothing where nothing is mixed."""
+    if mix.lam == 1:
+        return {}
+    partner = torch.arange(batch_size - 1, -1, -1, device=device)       # (B,)
+    if mix.box is None:
+        return dict(partner=partner, lam=torch.full((batch_size,), mix.lam, device=device))
+    box = torch.tensor(mix.box).to(device, non_blocking=True).expand(batch_size, 4)     # (B, 4)
+    return dict(partner=partner, box=box)
+
+
+def mix_images(images, mix):
+    """What ops.prepare makes of images that it mixes, of images (B, C, H, W) that are normalised already."""
+    arguments = mix_arguments(mix, len(images), images.device)
+    if not arguments:
+        return images
+    keep = mix_share(images, arguments.get("lam"), arguments.get("box")).to(images.dtype)
+    return keep * images + (1 - keep) * images[arguments["partner"]]
+
+
+def soft_targets(labels, num_classes, smoothing, lam):
+    """The distributions that a mixed batch is to predict: labels (B,) -> (B, G) fp32, each of sum 1.
+
+    Smoothing (arXiv 1512.00567) gives each of the G classes smoothing / G and the labelled one the rest.
+    """
+    off = smoothing / num_classes
+    targets = torch.full((len(labels), num_classes), off, device=labels.device)     # (B, G)
+    targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+    return lam * targets + (1 - lam) * targets.flip(0)

@@ -3,12 +3,18 @@
 A key is a few integers, for example (seed, MASK, epoch, sample). The generator is splitmix64 (Steele, Lea &
 Flood, OOPSLA 2014) used as a counter: number i of a key is a hash of key + i. NumPy's own Generator is not
 used because its distribution methods may change between versions.
+
+For noise as large as images, normal_noise hashes the same counters in PyTorch, where the images are.
 """
 
-import numpy as np
+import math
 
-# One stream for each use: two uses that share (seed, epoch, sample) never share numbers.
-ORDER, CROP, MASK, REPLACE, SHAPE = range(5)
+import numpy as np
+import torch
+
+# One stream for each use: two uses that share (seed, epoch, sample) never share numbers. ERASE is for boxes
+# and NOISE for what fills them.
+ORDER, CROP, MASK, REPLACE, SHAPE, AUGMENT, ERASE, MIX, DROP, NOISE = range(10)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -31,8 +37,13 @@ def hash_key(*key):
     return state[0]
 
 
+def int64_key(*key):
+    """hash_key's bits as a Python int that fits an int64 tensor: what normal_noise takes."""
+    return int(hash_key(*key).view(np.int64))
+
+
 class Rng:
-    """Uniform numbers in [0, 1), which depend on the key and on how many were drawn before, nothing else."""
+    """Random numbers that depend on the key and on how many were drawn before, nothing else."""
 
     def __init__(self, *key):
         self.key, self.drawn = hash_key(*key), 0
@@ -53,9 +64,66 @@ class Rng:
         """One int in low ... high - 1."""
         return low + int(self.random(1)[0] * (high - low))
 
+    def normal(self):
+        """One float of the standard normal distribution (Box & Muller, Ann. Math. Statist. 1958)."""
+        radius, angle = self.random(2)
+        return math.sqrt(-2 * math.log(1 - radius)) * math.cos(2 * math.pi * angle)
+
+    def beta(self, a, b):
+        """One float of the beta distribution, a and b > 0: the share of a gamma variate in the sum of two."""
+        excess = self.log_gamma(b) - self.log_gamma(a)
+        return 1 / (1 + math.exp(min(excess, 700.0)))                   # exp(710) is no float
+
+    def log_gamma(self, shape):
+        """The logarithm of one variate of the gamma distribution of scale 1 (Marsaglia & Tsang, TOMS 2000).
+
+        Below shape 1 it is the variate of shape + 1, times a uniform one to the power 1 / shape. That power
+        is 0 in floats for small shapes, its logarithm is not.
+        """
+        boost = math.log(1 - self.uniform()) / shape if shape < 1 else 0.0
+        d = (shape + 1 if shape < 1 else shape) - 1 / 3
+        while True:
+            x = self.normal()
+            v = (1 + x / math.sqrt(9 * d)) ** 3
+            if v > 0 and math.log(1 - self.uniform()) < x * x / 2 + d * (1 - v + math.log(v)):
+                return math.log(d * v) + boost
+
 
 def permutation(n, *key):
     """The numbers 0 ... n - 1 in an order that is a pure function of n and the key: (n,) int64."""
     with np.errstate(over="ignore"):
         bits = hash64(hash_key(*key) + np.arange(n, dtype=np.uint64) * _GOLDEN)
     return np.argsort(bits, kind="stable")
+
+
+def normal_noise(keys, shape):
+    """Standard normal noise of this shape for every key: keys (n,) int64, from int64_key -> (n, *shape) fp32.
+
+    Number i of a key is made of the 64 bits that number i of an Rng is made of: the upper half is the radius
+    and the lower half the angle (Box & Muller). It depends on no other key, and the device changes no more
+    than the rounding of log and cos.
+    """
+    count = math.prod(shape)
+    counter = torch.arange(count, device=keys.device) * _signed(_GOLDEN)    # (count,)
+    bits = hash64_tensor(keys[:, None] + counter)                       # (keys, count)
+    radius = (_shift(bits, 32) + 1).float() * 2.0 ** -32                # (keys, count), above 0
+    angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0 ** -32)    # (keys, count)
+    return ((-2 * radius.log()).sqrt() * angle.cos()).view(-1, *shape)
+
+
+def hash64_tensor(x):
+    """hash64 of an int64 tensor, on any device: the same 64 bits, read as signed."""
+    x = x + _signed(_GOLDEN)                                            # int64 wraps at 2**64 as well
+    x = (x ^ _shift(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX2)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x, n):
+    """x >> n with zeros shifted in, where int64's own shift repeats the sign."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(constant):
+    """The int64 with the bits of an np.uint64, as a Python int."""
+    return int(constant.view(np.int64))

@@ -152,6 +152,10 @@ def exercise():
     source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), {"class": [0]}, [""], "")
     Views(source, "simple", (36, 44), 3, 99, seed=0)[0, 0]
     augment.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
+    augment.erase(images, box, torch.arange(6))
+    for mix in (augment.Mix(0.3), augment.Mix(0.75, (0, 0, 18, 22))):
+        augment.mix_images(images, mix)
+    augment.soft_targets(labels, 13, 0.1, 0.3)
     shapes.render("train", range(8), 37)
 
 
