@@ -3,18 +3,22 @@
 A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)`,
 `source.classes`, and `source.labels`, the labels of all images by what they are about: {"class": (n,)}, or
 {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of them, which classes names.
+`source.spellings(i)` are the names by which a list may call image i.
 
 Shapes: n images, H W.
 """
 
 import bisect
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mff_min.cifar import read_cifar
 from mff_min.config import UserError
+from mff_min.lists import listed, printable, read_cars, read_lines
 from mff_min.shapes import SHAPES, load_shapes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
@@ -22,37 +26,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 MAX_PIXELS = 50_000_000                                                 # a header with more is not decoded
 
 
-class ImageFolder:
-    """Image files below a folder: ROOT/<split>/<class>/*, or ROOT/train or ROOT where there is no such split.
+class ImageFiles:
+    """Image files at paths below a folder, with labels (n,); is_split says whether the split was found."""
 
-    is_split says whether the split was found. Without class folders every label is 0. Hidden files and
-    folders are skipped, links are followed. Raises UserError when there is no image, or none but in val/.
-    """
-
-    def __init__(self, root, split):
-        root = Path(root)
-        if not root.is_dir():
-            problem = "is a file" if root.exists() else "does not exist"
-            raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
-                            f"train/ and val/")
-        self.is_split = (root / split).is_dir()
-        self.root = next(path for path in (root / split, root / "train", root) if path.is_dir())
-        if self.root == root and (root / "val").is_dir():
-            raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
-        found = []
-        for folder, folders, files in os.walk(self.root, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            below = os.path.relpath(folder, self.root)
-            found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
-        paths = sorted(path for path in found if path.lower().endswith(SUFFIXES))
-        if not paths:
-            raise UserError(f"data folder {self.root} holds no images ({len(found)} other files): expected "
-                            f"files that end in {' '.join(SUFFIXES)}")
+    def __init__(self, root, paths, labels, classes, is_split=True):
         # One array of bytes: millions of Python strings would be copied into every worker, touch by touch.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        tops = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
-        self.classes = sorted(set(tops))
-        self.labels = {"class": np.array([bisect.bisect_left(self.classes, top) for top in tops])}
+        self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
+        self.labels, self.classes, self.is_split = {"class": labels}, classes, is_split
 
     def __len__(self):
         return len(self.paths)
@@ -68,6 +48,41 @@ class ImageFolder:
 
     def name(self, i):
         return os.path.join(self.root, os.fsdecode(self.paths[i]))
+
+    def spellings(self, i):
+        path = os.fsdecode(self.paths[i])
+        return {path, os.path.basename(path)}
+
+
+class ImageFolder(ImageFiles):
+    """Image files below a folder: ROOT/<split>/<class>/*, or ROOT/train or ROOT where there is no such split.
+
+    Without class folders every label is 0, and the class's name is empty. Hidden files and folders are
+    skipped, links are followed. Raises UserError when there is no image, or none but in val/.
+    """
+
+    def __init__(self, root, split):
+        root = Path(root)
+        if not root.is_dir():
+            problem = "is a file" if root.exists() else "does not exist"
+            raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
+                            f"train/ and val/")
+        top = next(path for path in (root / split, root / "train", root) if path.is_dir())
+        if top == root and (root / "val").is_dir():
+            raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
+        found = []
+        for folder, folders, files in os.walk(top, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            below = os.path.relpath(folder, top)
+            found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
+        paths = sorted(path for path in found if path.lower().endswith(SUFFIXES))
+        if not paths:
+            raise UserError(f"data folder {top} holds no images ({len(found)} other files): expected "
+                            f"files that end in {' '.join(SUFFIXES)}")
+        tops = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
+        classes = sorted(set(tops))
+        labels = np.array([bisect.bisect_left(classes, top) for top in tops])
+        super().__init__(top, paths, labels, classes, is_split=(root / split).is_dir())
 
 
 class ImageArray:
@@ -88,37 +103,74 @@ class ImageArray:
     def name(self, i):
         return f"{self.kind} {i}"
 
+    def spellings(self, i):
+        return {str(i), self.name(i)}
 
-def read_cifar(folder, split, fine_labels):
-    """CIFAR-10 or, with fine_labels, CIFAR-100 as an ImageArray.
 
-    From the binary files of cs.toronto.edu/~kriz/cifar.html.
+class Subset:
+    """The images of a source at some indices. All its classes stay, whether or not they have images left."""
+
+    def __init__(self, source, indices):
+        self.source, self.indices = source, indices
+        self.classes, self.is_split = source.classes, source.is_split
+        self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
+
+    def __len__(self):
+        return len(self.indices)
+
+    def open(self, i):
+        return self.source.open(self.indices[i])
+
+    def label(self, i):
+        return self.source.label(self.indices[i])
+
+    def name(self, i):
+        return self.source.name(self.indices[i])
+
+    def spellings(self, i):
+        return self.source.spellings(self.indices[i])
+
+
+def subset(source, path):
+    """The images of a source that a file lists, as for low-shot learning (SimCLR, arXiv 2002.05709, sec. 4).
+
+    A line names one: a path below the source's folder or a bare file name; of an array a number, or what
+    name() gives. Blank lines and those that begin with # are skipped. Raises UserError for names that are
+    absent, that fit several images, and for images that are listed twice.
     """
-    label_bytes, classes = (2, 100) if fine_labels else (1, 10)
-    if fine_labels:
-        files = ["train.bin" if split == "train" else "test.bin"]
-    else:
-        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    records = []
-    for path in (Path(folder) / file for file in files):
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: expected the binary version of CIFAR-{classes}")
-        record = label_bytes + 3072
-        if path.stat().st_size % record or not path.stat().st_size:
-            raise UserError(f"{path} has {path.stat().st_size} bytes: expected a multiple of {record}, "
-                            f"CIFAR-{classes}'s record")
-        records.append(np.fromfile(path, np.uint8).reshape(-1, record))
-    records = np.concatenate(records)
-    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels, names = {"class": records[:, label_bytes - 1]}, [str(i) for i in range(classes)]
-    return ImageArray(np.ascontiguousarray(images), labels, names, f"CIFAR-{classes} {split}")
+    lines = [line for _, line in read_lines(Path(path))]
+    if not lines:
+        raise UserError(f"--subset {path} lists no images: expected a path or a file name a line")
+    found = {line: [] for line in lines}
+    for i in range(len(source)):
+        for spelling in source.spellings(i):
+            if spelling in found:
+                found[spelling].append(i)
+    absent = [line for line, images in found.items() if not images]
+    if absent:
+        raise UserError(f"--subset {path} lists images that the data has not: {listed(absent)}; expected "
+                        f"names such as {', '.join(map(printable, sorted(source.spellings(0))))}")
+    several = [line for line, images in found.items() if len(images) > 1]
+    if several:
+        raise UserError(f"--subset {path} has names of more than one image: {listed(several)}; expected "
+                        f"paths below the folder")
+    counts = Counter(found[line][0] for line in lines)
+    twice = [source.name(i) for i, count in counts.items() if count > 1]
+    if twice:
+        raise UserError(f"--subset {path} lists images more than once: {listed(twice)}")
+    return Subset(source, np.array(sorted(counts)))
+
+
 
 
 def open_data(spec, split, cache_dir, say):
-    """The source that --data names, for split "train" or "val".
+    """The source that --data names, for split "train" or "val"; say(text) is told about long work.
 
-    "shapes" or "shapes:COUNT" (the embedded images, drawn once into cache_dir; val has a fifth of COUNT),
-    "cifar10:DIR", "cifar100:DIR", or a folder. say(text) is told about long work.
+    shapes or shapes:COUNT      the embedded images, drawn once into cache_dir; val has a fifth of COUNT
+    cifar10:DIR, cifar100:DIR   the binary or the python version of CIFAR
+    cars:DIR                    Stanford Cars: train.txt and val.txt or test.txt with a path and a label a
+                                line, the devkit's .mat files, or train/<class>/* and val/ or test/<class>/*
+    DIR                         a folder of images: train/<class>/* and val/<class>/*, or images alone
     """
     kind, _, argument = spec.partition(":")
     if kind == "shapes":
@@ -132,7 +184,14 @@ def open_data(spec, split, cache_dir, say):
         labels = {"shape": arrays["shape"], "texture": arrays["texture"]}
         return ImageArray(arrays["images"], labels, list(SHAPES), f"shapes {split}")
     if kind in ("cifar10", "cifar100"):
-        return read_cifar(argument, split, fine_labels=kind == "cifar100")
+        images, labels, classes = read_cifar(argument, split, kind)
+        return ImageArray(images, {"class": labels}, classes, f"CIFAR-{kind.removeprefix('cifar')} {split}")
+    if kind == "cars":
+        root = Path(argument)
+        files = read_cars(root, split)
+        if files:
+            return ImageFiles(root, *files)
+        return ImageFolder(root, "test" if split == "val" and not (root / "val").is_dir() else split)
     return ImageFolder(spec, split)
 
 
@@ -146,17 +205,31 @@ def check_labels(spec, train, val):
         if len(outside):
             raise UserError(f"label {labels[outside[0]]} of {source.name(outside[0])} is outside the "
                             f"{len(source.classes)} classes of the head")
-    if train.classes != val.classes:
-        missing, extra = set(train.classes) - set(val.classes), set(val.classes) - set(train.classes)
-        raise UserError(f"the class folders differ: train has {listed(train.classes)}, val has "
-                        f"{listed(val.classes)}; only train: {listed(missing)}; only val: {listed(extra)}")
+    check_classes(train.classes, val.classes, "train", "val")
     if len(train.classes) < 2:
         raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* of two or "
                         f"more")
 
 
-def listed(names, most=5):
-    """Names as text, at most five of them: "cat, dog (2)"."""
-    names = sorted(names)
-    more = ", ..." if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more} ({len(names)})" if names else "none"
+def check_classes(classes, wanted, have="the data", want="the checkpoint"):
+    """Raise UserError unless the classes are those wanted, in the same order: a head's outputs have no names.
+
+    have and want say whose they are.
+    """
+    for names, owner in ((classes, have), (wanted, want)):
+        check_class_folders(names, owner)
+    ours, theirs = Counter(classes), Counter(wanted)
+    if ours != theirs:
+        extra, missing = (listed((a - b).elements()) for a, b in ((ours, theirs), (theirs, ours)))
+        raise UserError(f"the classes differ: {have} has {listed(classes)}, {want} has {listed(wanted)}; "
+                        f"only {have}: {extra}; only {want}: {missing}")
+    for i, (name, other) in enumerate(zip(classes, wanted, strict=True)):
+        if name != other:
+            raise UserError(f"the classes stand in another order: number {i} is {printable(name)} for {have} "
+                            f"and {printable(other)} for {want}")
+
+
+def check_class_folders(classes, owner):
+    """Raise UserError where images stand outside class folders, so that they have no label."""
+    if "" in classes:
+        raise UserError(f"{owner} has images outside class folders: expected <class>/*, each class its own")

@@ -7,6 +7,8 @@ or has a shape for each; "..." is any number of dimensions, and L' another L.
 import ast
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
-from mff_min import augment, mim, picture, probe, shapes, targets, vit
+from mff_min import augment, cifar, mim, picture, probe, shapes, targets, vit
 from mff_min.data import Views
 from mff_min.sources import ImageArray
 
@@ -157,6 +159,9 @@ def exercise():
         augment.mix_images(images, mix)
     augment.soft_targets(labels, 13, 0.1, 0.3)
     shapes.render("train", range(8), 37)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "test.bin").write_bytes(bytes(8 * 3074))
+        cifar.read_cifar(folder, "val", "cifar100")
 
 
 def false_comments(files, truth, work):
