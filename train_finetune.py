@@ -29,14 +29,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mff_min.augment import (MODES, draw_mix, erase, mix_arguments, mix_images, rand_augment,
-                             soft_targets)
+from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, soft_targets
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, each_once, make_loader
 from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
 from mff_min.probe import accuracy, count_all, shown
+from mff_min.randaugment import fill_color, rand_augment
 from mff_min.rng import MIX, Rng
 from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
@@ -165,8 +165,7 @@ def finetune(cfg, world, signals):
                     world.rank, world.size, cfg.repeats)
     augment = None
     if cfg.rand_augment:
-        fill = tuple(round(255 * value) for value in cfg.mean)
-        augment = functools.partial(rand_augment, magnitude=cfg.rand_augment, fill=fill)
+        augment = functools.partial(rand_augment, magnitude=cfg.rand_augment, fill=fill_color(cfg.mean))
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
 
     # ------------------------------------------------------------ model

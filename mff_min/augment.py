@@ -34,6 +34,11 @@ def random_resized(image, size, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
     return flip(image, rng)
 
 
+def inception(image, size, rng):
+    """random_resized of parts from 8 % of the area on, as for training with labels (arXiv 1409.4842)."""
+    return random_resized(image, size, rng, scale=(0.08, 1.0))
+
+
 def single_draw(image, size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """A random part of the image, resized, and flipped half of the time: MAE's crop for linear probing.
 
@@ -76,8 +81,8 @@ def evaluation(image, size, rng=None):
     return center(image, size, margin=256 / 224)
 
 
-CROPS = {"random_resized": random_resized, "single_draw": single_draw, "simple": simple, "center": center,
-         "evaluation": evaluation}
+CROPS = {"random_resized": random_resized, "inception": inception, "single_draw": single_draw,
+         "simple": simple, "center": center, "evaluation": evaluation}
 
 
 def random_resized_box(height, width, rng, scale, ratio):

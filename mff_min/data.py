@@ -49,8 +49,8 @@ class Views(Dataset):
         item = dict(image=pixels, label=label, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
         if self.reprob:
             box = erasing_box(*self.size, rng.Rng(self.seed, rng.ERASE, epoch, index), self.reprob)
-            key = rng.hash_key(self.seed, rng.ERASE_NOISE, epoch, index)
-            item |= dict(erase=torch.tensor(box), erase_key=torch.tensor(key.astype(np.int64)))
+            key = rng.int64_key(self.seed, rng.NOISE, epoch, index)
+            item |= dict(erase=torch.tensor(box), erase_key=torch.tensor(key))
         return item
 
     def read(self, epoch, index):

@@ -71,11 +71,11 @@ def normal_cdf(x):
 def test_streams_keep_their_numbers_and_new_ones_have_their_own():
     old = rng.ORDER, rng.CROP, rng.MASK, rng.REPLACE, rng.SHAPE
     assert old == (0, 1, 2, 3, 4)
-    assert (rng.AUGMENT, rng.ERASE, rng.MIX, rng.DROP, rng.NOISE) == (5, 6, 7, 8, 9)
+    assert (rng.AUGMENT, rng.ERASE, rng.MIX, rng.NOISE) == (5, 6, 7, 8)
 
 
 def test_two_uses_of_a_sample_share_no_numbers():
-    streams = rng.CROP, rng.MASK, rng.AUGMENT, rng.ERASE, rng.MIX, rng.DROP, rng.NOISE
+    streams = rng.CROP, rng.MASK, rng.AUGMENT, rng.ERASE, rng.MIX, rng.NOISE
     keys = [(0, stream, epoch, index) for stream in streams for epoch in range(3) for index in range(20)]
     assert len({hash_key(*key) for key in keys}) == len(keys)
     draws = np.concatenate([Rng(*key).random(100) for key in keys])

@@ -92,9 +92,9 @@ def test_sixteen_images_are_learned_by_heart(finetune, tmp_path):
         for i in range(16):
             folder = tmp_path / "data" / split / f"class {i % 4}"
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    metrics = finetune("--data", str(tmp_path / "data"), "--steps", "30", "--crop", "center", "--mixup", "0",
+            pixels = np.random.default_rng(i).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((16, 16), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    metrics = finetune("--data", str(tmp_path / "data"), "--steps", "80", "--crop", "center", "--mixup", "0",
                        "--cutmix", "0", "--rand-augment", "0", "--smoothing", "0", "--drop-path", "0",
                        "--layer-decay", "1", "--batch-size", "16", "--weight-decay", "0")
     assert metrics["acc1"] == 100 and metrics["loss"] < 0.1
@@ -115,7 +115,7 @@ def test_the_average_is_the_one_computed_by_hand(finetune, tmp_path):
 
 
 def test_layers_learn_at_their_own_rates(finetune, tmp_path):
-    """AdamW's first step moves each weight by its learning rate: that of block i is decay ** (12 - i) of lr."""
+    """AdamW's first step moves a weight by its learning rate: in block i, decay ** (12 - i) of lr."""
     flags = ["--warmup-epochs", "0", "--weight-decay", "0", "--layer-decay", "0.5", "--steps", "1"]
     finetune(*flags, to="a")
     finetune(*flags, "--lr", "1e-30", to="b")
@@ -139,8 +139,8 @@ def test_random_weights_start_from_the_sizes_and_nothing_else(finetune, tmp_path
 def test_the_seed_decides_everything_and_each_part_of_the_recipe_matters(finetune, tmp_path):
     losses = {}
     for flags in ("", "--seed 1", "--mixup 0", "--cutmix 0", "--smoothing 0", "--drop-path 0.5", "--reprob 1",
-                  "--rand-augment 0", "--rand-augment 5", "--repeats 2", "--crop simple", "--global-pool token",
-                  "--layer-decay 0.5", "--img-size 24", "--dtype bfloat16"):
+                  "--rand-augment 0", "--rand-augment 5", "--repeats 2", "--crop simple",
+                  "--global-pool token", "--layer-decay 0.5", "--img-size 24", "--dtype bfloat16"):
         losses[flags] = finetune("--steps", "3", *flags.split(), to=flags)["loss"]
     assert finetune("--steps", "3", to="again")["loss"] == losses[""]
     assert len(set(losses.values())) == len(losses), losses
@@ -171,7 +171,7 @@ def test_resume_equals_no_interruption(finetune, tmp_path, monkeypatch, workers)
                 yield batch
         return deadly
     finetune(*flags, to="whole")
-    for n in (0, 7, 9):                                                 # before the first step; inside 4 and 8
+    for n in (0, 7, 9):                                                 # at once; inside steps 4 and 8
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train_finetune, "make_loader", dies_after(n))
             finetune(*flags, to="parts")

@@ -127,9 +127,10 @@ def test_drop_path_keeps_the_expectation_and_drops_deeper_blocks_more_often():
 
 def test_a_dropped_branch_is_left_out_and_a_kept_one_is_scaled():
     vit = VisionTransformer(16, num_classes=3, drop_path=0.5, **(MODELS["vit_test"] | {"depth": 2}))
-    images, noise = torch.randn(3, 3, 16, 16), torch.tensor([[[0.9, 0.9], [0.9, 0.1]],      # drops block 1's mlp
-                                                             [[0.9, 0.9], [0.1, 0.1]],      # drops block 1
-                                                             [[0.0, 0.0], [0.9, 0.9]]])     # drops nothing
+    images = torch.randn(3, 3, 16, 16)
+    noise = torch.tensor([[[0.9, 0.9], [0.9, 0.1]],                     # drops block 1's mlp
+                          [[0.9, 0.9], [0.1, 0.1]],                     # both of its branches
+                          [[0.0, 0.0], [0.9, 0.9]]])                    # nothing: block 0 never drops
     x = vit.blocks[0](vit.embed(images))
     block = vit.blocks[1]
     first = x + 2 * block.attn(block.norm1(x))
@@ -157,7 +158,7 @@ def test_drop_path_is_timms_where_the_same_branches_are_dropped(global_pool, mon
     ours = VisionTransformer(**size, global_pool=global_pool, drop_path=0.6)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     noise, images = torch.rand(6, 3, 2), torch.randn(6, 3, 16, 16)
-    branches = iter(drop_path_branches(noise, 0.6)[:, 1:].flatten(1).T)           # timm draws none for block 0
+    branches = iter(drop_path_branches(noise, 0.6)[:, 1:].flatten(1).T)     # timm draws none for block 0
 
     def drop(x, drop_prob, training, scale_by_keep):
         return x * next(branches)[:, None, None]
