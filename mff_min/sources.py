@@ -161,8 +161,6 @@ def subset(source, path):
     return Subset(source, np.array(sorted(counts)))
 
 
-
-
 def open_data(spec, split, cache_dir, say):
     """The source that --data names, for split "train" or "val"; say(text) is told about long work.
 

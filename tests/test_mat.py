@@ -11,8 +11,9 @@ from mff_min import mat
 from mff_min.config import UserError
 from mff_min.mat import read_mat
 
+# Of each type of NumPy: MATLAB's class, and the type in the file.
 CLASSES = {"f8": (6, 9), "f4": (7, 7), "i1": (8, 1), "u1": (9, 2), "i2": (10, 3), "u2": (11, 4),
-           "i4": (12, 5), "u4": (13, 6), "i8": (14, 12), "u8": (15, 13)}# class, stored type
+           "i4": (12, 5), "u4": (13, 6), "i8": (14, 12), "u8": (15, 13)}
 
 
 def element(kind, data, order="<"):
