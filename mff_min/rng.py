@@ -12,8 +12,8 @@ import math
 import numpy as np
 import torch
 
-# One stream for each use: two uses that share (seed, epoch, sample) never share numbers. MASK is for masks, or
-# in fine-tuning, which has none, for drop path; ERASE is for boxes, and NOISE for what fills them.
+# One stream for each use: two uses that share (seed, epoch, sample) never share numbers. MASK is for masks,
+# or in fine-tuning, which has none, for drop path; ERASE is for boxes, and NOISE for what fills them.
 ORDER, CROP, MASK, REPLACE, SHAPE, AUGMENT, ERASE, MIX, NOISE = range(9)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -94,9 +94,9 @@ def test_sixteen_images_are_learned_by_heart(finetune, tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(i).integers(0, 256, (2, 2, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((16, 16), Image.Resampling.NEAREST).save(folder / f"{i}.png")
-    metrics = finetune("--data", str(tmp_path / "data"), "--steps", "80", "--crop", "center", "--mixup", "0",
-                       "--cutmix", "0", "--rand-augment", "0", "--smoothing", "0", "--drop-path", "0",
-                       "--layer-decay", "1", "--batch-size", "16", "--weight-decay", "0")
+    plain = ("--crop center --mixup 0 --cutmix 0 --rand-augment 0 --smoothing 0 --drop-path 0 --layer-decay 1 "
+             "--weight-decay 0 --batch-size 16 --steps 80 --lr 2e-3").split()
+    metrics = finetune("--data", str(tmp_path / "data"), *plain)
     assert metrics["acc1"] == 100 and metrics["loss"] < 0.1
 
 
@@ -115,15 +115,15 @@ def test_the_average_is_the_one_computed_by_hand(finetune, tmp_path):
 
 
 def test_layers_learn_at_their_own_rates(finetune, tmp_path):
-    """AdamW's first step moves a weight by its learning rate: in block i, decay ** (12 - i) of lr."""
+    """AdamW's first step moves a weight by its learning rate at most: in block i, decay ** (12 - i) of lr."""
     flags = ["--warmup-epochs", "0", "--weight-decay", "0", "--layer-decay", "0.5", "--steps", "1"]
     finetune(*flags, to="a")
     finetune(*flags, "--lr", "1e-30", to="b")
     moved, still = (state_of(tmp_path / to)["model"] for to in "ab")
-    for name, scale in (("blocks.11.attn.qkv.weight", 0.5), ("blocks.8.attn.qkv.weight", 0.5 ** 4),
+    for name, scale in (("blocks.11.mlp.fc2.weight", 0.5), ("blocks.8.mlp.fc2.weight", 0.5 ** 4),
                         ("patch_embed.proj.weight", 0.5 ** 13), ("head.weight", 1)):
-        step = (moved[name] - still[name]).abs().median().item()
-        assert step == pytest.approx(1e-3 * scale, rel=0.02), name
+        step = (moved[name] - still[name]).abs().max().item()
+        assert 0.8 * 1e-3 * scale < step < 1.001 * 1e-3 * scale + 1e-7, name     # weights are rounded to 1e-7
 
 
 def test_random_weights_start_from_the_sizes_and_nothing_else(finetune, tmp_path, capsys):
