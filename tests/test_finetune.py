@@ -94,8 +94,8 @@ def test_sixteen_images_are_learned_by_heart(finetune, tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(i).integers(0, 256, (2, 2, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((16, 16), Image.Resampling.NEAREST).save(folder / f"{i}.png")
-    plain = ("--crop center --mixup 0 --cutmix 0 --rand-augment 0 --smoothing 0 --drop-path 0 --layer-decay 1 "
-             "--weight-decay 0 --batch-size 16 --steps 80 --lr 2e-3").split()
+    plain = ("--crop center --mixup 0 --cutmix 0 --rand-augment 0 --smoothing 0 --drop-path 0 "
+             "--layer-decay 1 --weight-decay 0 --batch-size 16 --steps 80 --lr 2e-3").split()
     metrics = finetune("--data", str(tmp_path / "data"), *plain)
     assert metrics["acc1"] == 100 and metrics["loss"] < 0.1
 

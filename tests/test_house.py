@@ -101,7 +101,8 @@ def config_fields(text):
 
 
 def unread_flags(path, text):
-    read = {node.attr for node in ast.walk(ast.parse(text))
+    """Flags that neither the script nor what every run is begun with reads."""
+    read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{FILES['mff_min/runtime.py']}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cfg"}
     return [f"{path}: --{name} is never read" for name in config_fields(text) if name not in read]
 

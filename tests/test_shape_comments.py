@@ -143,7 +143,8 @@ def exercise():
         picture.reconstruction_sheet(images, filtered, pred, ids, mask, 4, norm_pix, mean, std, "")
     picture.to_uint8(images[:, :1], mean[:1], std[:1])
     for pool in ("token", "avg"):
-        vit.VisionTransformer(**size, num_classes=10, global_pool=pool)(images)
+        classifier = vit.VisionTransformer(**size, num_classes=10, global_pool=pool, drop_path=0.5)
+        classifier(images, torch.rand(6, 7, 2))
     vit.resize_pos_embed(model.encoder.pos_embed, (9, 11), (13, 8))
 
     features, labels = torch.rand(6, 60), torch.arange(6)
