@@ -157,7 +157,7 @@ def finetune(cfg, world, signals):
     check_labels(cfg.data, train_set, val_set)
     classes = train_set.classes
     if state:
-        check_classes(classes, state["classes"], f"the run in {cfg.output_dir}")
+        check_classes(classes, state["classes"], want=f"the run in {cfg.output_dir}")
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,

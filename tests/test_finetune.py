@@ -11,7 +11,7 @@ from PIL import Image
 import train_finetune
 from mff_min.config import UserError, parse
 from mff_min.pretrained import Pretrained, build_vit, load_classifier, load_for_tuning, read_pretrained
-from mff_min.runtime import Fault, read_log
+from mff_min.runtime import Fault, read_log, run
 from mff_min.vit import resize_pos_embed
 from runs import assert_same_run, same_bits, state_of, torchrun
 
@@ -230,3 +230,143 @@ def test_an_unreadable_validation_image_counts_as_wrong(finetune, tmp_path):
     assert finetune(*measure, "--max-bad", "0.5", to="b")["acc1"] == 75
     with pytest.raises(Fault, match="1 of 4 images cannot be read"):
         finetune(*measure, to="c")
+
+
+# ---------------------------------------------------------------- other data
+
+
+def class_folders(root, names, count=2, size=16):
+    """An image in each of these class folders whose colour is its class's: {name: colour} of all classes."""
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (size, size), (40 * k, 255 - 40 * k, 30)).save(root / name / f"{name}_{i}.png")
+
+
+WNIDS = ["n01", "n02", "n03", "n04", "n05"]
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """A tree of five classes that one colour tells apart."""
+    for split in ("train", "val"):
+        class_folders(tmp_path / "imagenet" / split, WNIDS)
+    return tmp_path / "imagenet"
+
+
+PLAIN = ("--mixup 0 --cutmix 0 --rand-augment 0 --drop-path 0 --layer-decay 1 --batch-size 16 --steps 60 "
+         "--lr 2e-3").split()
+
+
+def test_a_subset_trains_on_what_it_names_and_keeps_all_classes(finetune, imagenet, tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("# two of ten\nn02/n02_0.png\nn05_1.png\n\n")
+    flags = ["--data", str(imagenet), *PLAIN]
+    assert finetune(*flags, "--subset", str(tmp_path / "few.txt"))["acc1"] == 40
+    assert "2 images of" in (output := capsys.readouterr().out) and "5 classes" in output
+    assert finetune(*flags, to="all")["acc1"] == 100
+
+
+def test_robustness_finds_the_logit_of_each_folder(finetune, imagenet, tmp_path, capsys):
+    """Three of five classes, and labels from 0 that are not the checkpoint's."""
+    finetune("--data", str(imagenet), *PLAIN)
+    whole, part = tmp_path / "r", tmp_path / "part"
+    class_folders(whole, WNIDS)
+    for name in WNIDS[2:]:
+        (part / name).parent.mkdir(exist_ok=True)
+        (whole / name).rename(part / name)
+    flags = ["--checkpoint", str(tmp_path / "a"), "--robustness"]
+    assert finetune(*flags, f"imagenet-r:{part}", to="r")["acc1"] == 100
+    output = capsys.readouterr().out
+    assert "imagenet-r, acc1 %" in output and "published" in output
+    (part / "n03").rename(part / "swap")
+    (part / "n04").rename(part / "n03")
+    (part / "swap").rename(part / "n04")
+    assert finetune(*flags, f"imagenet-r:{part}", to="swapped")["acc1"] == pytest.approx(100 / 3)
+    saved = json.loads((tmp_path / "swapped" / "metrics.json").read_text())
+    assert saved["acc1"] == pytest.approx(100 / 3)
+
+
+def test_corruptions_are_measured_and_a_part_of_them_has_no_mce(finetune, imagenet, tmp_path, capsys):
+    finetune("--data", str(imagenet), *PLAIN)
+    for severity in "12345":
+        class_folders(tmp_path / "c" / "weather" / "fog" / severity, WNIDS)
+    flags = ["--checkpoint", str(tmp_path / "a"), "--robustness", f"imagenet-c:{tmp_path / 'c'}"]
+    metrics = finetune(*flags, to="c1")
+    assert metrics["ce"] == {"fog": 0.0} and metrics["mce"] is None and len(metrics["missing"]) == 70
+    assert "no mCE without" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """A folder of inputs that are each wrong in one way."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name, classes in (("good/train", "ab"), ("good/val", "ab"), ("differ/train", "abc"),
+                          ("differ/val", "abd"), ("flat", ".")):
+        for label in classes:
+            (folder / name / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / name / label / f"{label.strip('.')}0.png")
+    (folder / "absent.txt").write_text("".join(f"x{i}.png\n" for i in range(7)) + "a/a0.png\n")
+    for i in range(1, 6):
+        (folder / f"data_batch_{i}.bin").write_bytes(bytes(3072))
+    (folder / "test_batch.bin").write_bytes(bytes(3073))
+    classifier = build_vit("vit_test", (16, 16), 4, 3, num_classes=2).state_dict()
+    config = dict(model="vit_test", img_size=(16, 16), patch_size=4)
+    torch.save(dict(model=classifier, config=config, classes=["a", "z"]), folder / "az.pt")
+    torch.save(dict(model=classifier, config=config), folder / "unnamed.pt")
+    (folder / "norun").mkdir()
+    (folder / "torn").mkdir()
+    (folder / "torn" / "metrics.json").write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--checkpoint=", "--checkpoint is not given"),
+    ("--batch-size 3 --global-batch 3", "--batch-size 3 is odd: mixup and cutmix mix pairs"),
+    ("--global-batch 17", "17 is not a multiple of --batch-size 8"),
+    ("--data WRONG/differ", "the classes differ: train has a, b, c (3), val has a, b, d (3)"),
+    ("--data WRONG/flat", "has no train folder"),
+    ("--data cifar10:WRONG", "3072 bytes"),
+    ("--data WRONG/good --subset WRONG/absent.txt", "x0.png, x1.png, x2.png, x3.png, x4.png, ... (7)"),
+    ("--data WRONG/good --subset WRONG/none.txt", "none.txt"),
+    ("--model vit_t", "is of another model"),
+    ("--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
+    ("--mean 0.5", "--mean has 1 numbers: expected 3"),
+    ("--drop-path 1", "--drop-path 1: expected 0.99 or less"),
+    ("--smoothing 1", "--smoothing 1: expected 0.99 or less"),
+    ("--rand-augment 11", "--rand-augment 11: expected 10 or less"),
+    ("--mixup -1", "--mixup -1.0: expected 0 or more"),
+    ("--layer-decay 0", "--layer-decay 0.0: expected more than 0"),
+    ("--baseline WRONG/norun", "expected the folder of a finished run"),
+    ("--baseline WRONG/torn", "expected the folder of a finished run"),
+    ("--evaluate", "holds no classifier"),
+    ("--evaluate --robustness imagenet-a:WRONG", "two measurements: expected one of them"),
+    ("--evaluate --checkpoint WRONG/az.pt --data WRONG/good", "only the data: b (1)"),
+    ("--evaluate --checkpoint WRONG/unnamed.pt --data WRONG/differ", "has 2 outputs and does not name them"),
+    ("--robustness imagenet-a:WRONG/good/val --checkpoint WRONG/az.pt", "that the checkpoint has not: b"),
+    ("--robustness imagenet-q:WRONG --checkpoint WRONG/az.pt", "expected NAME:DIR"),
+])
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wrong, capfd, monkeypatch,
+                                                 flags, message):
+    monkeypatch.chdir(ROOT)
+    folders = ["--output-dir", str(tmp_path / "a"), "--cache-dir", str(cache)]
+    flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags.replace("WRONG", str(wrong)).split()]
+    with pytest.raises(SystemExit) as stop:
+        run(train_finetune.main, parse(train_finetune.Config, flags))
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1
+    assert errors[0].startswith("error: ") and message in errors[0]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_goes_on_with_the_classes_and_settings_it_began_with(finetune, imagenet):
+    flags = ["--data", str(imagenet), "--resume", "auto"]
+    finetune(*flags, "--steps", "1")
+    with pytest.raises(UserError, match=r"other settings \(mixup: 0.8 -> 0.5\)"):
+        finetune(*flags, "--steps", "1", "--mixup", "0.5")
+    for split in ("train", "val"):
+        (imagenet / split / "n05").rename(imagenet / split / "n06")
+    with pytest.raises(UserError, match=r"only the data: n06 \(1\); only the run in"):
+        finetune(*flags, "--steps", "1")
