@@ -637,6 +637,10 @@ def test_soft_targets_are_smoothed_mixed_and_sum_to_1(smoothing, lam):
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0), (0.2, 0.5)])
 def test_mixing_equals_timms_with_the_same_draws(mixup, cutmix, monkeypatch):
     theirs = pytest.importorskip("timm.data.mixup")
+    centred = SimpleNamespace(randint=lambda low, high, size: 5)
+    monkeypatch.setattr(theirs, "np", SimpleNamespace(random=centred, sqrt=np.sqrt, clip=np.clip))
+    if cutmix and theirs.rand_bbox((10, 10), 0.75)[:2] != (3, 8):
+        pytest.skip("this timm cuts a box of an odd side one pixel short, as timm up to 1.0.25 does")
     timms = theirs.Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.1, num_classes=11)
     batch, mean, std = uint8_batch()
     plain, labels, kinds = TORCH.prepare(batch, mean, std), torch.tensor([3, 9, 3, 0, 10, 7]), set()
