@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_folders import assert_same_run, same_bits, state_of, torchrun
 
 import train_finetune
 from mff_min.config import UserError, parse
 from mff_min.pretrained import Pretrained, build_vit, load_classifier, load_for_tuning, read_pretrained
 from mff_min.runtime import Fault, read_log, run
 from mff_min.vit import resize_pos_embed
-from runs import assert_same_run, same_bits, state_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --lr 1e-3 "

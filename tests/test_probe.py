@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from run_folders import assert_same_run, log_of, same_bits, state_of, torchrun
 from test_data import noise_image
 
 import train_probe
@@ -25,7 +26,6 @@ from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logisti
 from mff_min.rng import Rng
 from mff_min.runtime import Fault, run
 from mff_min.vit import MODELS
-from runs import assert_same_run, log_of, same_bits, state_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
