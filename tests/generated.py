@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -39,7 +40,20 @@ def probe_shapes_cpu(result):
             f"images, every number in results/probe_shapes_cpu.json:\n\n" + "\n".join(lines))
 
 
-BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu}           # each from results/<name>.json
+def finetune_shapes_cpu(result):
+    """What `make finetune` reached, from the metrics.json of its two runs."""
+    random = json.loads((ROOT / "results" / "finetune_random_cpu.json").read_text())
+    difference, error = result["acc1"] - random["acc1"], math.hypot(result["acc1_error"], random["acc1_error"])
+    return (f"After {result['step']} steps of {result['config']['global_batch']} images, acc1 on "
+            f"{result['val_images']} validation images is {result['acc1']:.1f} +- {result['acc1_error']:.1f} % "
+            f"from the pre-trained encoder and {random['acc1']:.1f} +- {random['acc1_error']:.1f} % from random "
+            f"weights, {difference / error:.1f} standard errors apart (chance: 10 %). It is one run of each; "
+            f"the flags stand in the Makefile, and the figures in results/finetune_shapes_cpu.json and "
+            f"results/finetune_random_cpu.json.")
+
+
+BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
+          "finetune_shapes_cpu": finetune_shapes_cpu}
 
 
 def written(name):
