@@ -68,9 +68,9 @@ def main(cfg):
     config = weights.config | dict(model=model, img_size=sides, patch_size=size["patch_size"],
                                    in_chans=size["in_chans"])
     if cfg.to == "hf" and Path(cfg.target).suffix not in SUFFIXES:
-        write_folder(cfg, state, config, transformers_config(cfg, fitting, size, config))
+        write_folder(cfg, state, config, transformers_config(cfg, fitting, size, config, weights.classes))
     else:
-        write_weights(cfg.target, state, cfg.to, config)
+        write_weights(cfg.target, state, cfg.to, config, weights.classes)
         if cfg.to == "hf":
             print("Transformers needs a config.json too, with layer_norm_eps 1e-6: a TARGET without suffix "
                   "is a folder that has it")
@@ -122,7 +122,7 @@ def shapes_of(weights, size, sides):
 # ---------------------------------------------------------------- Transformers
 
 
-def transformers_config(cfg, state, size, config):
+def transformers_config(cfg, state, size, config, classes=()):
     """config.json for these tensors: of ViTMAEForPreTraining, ViTForImageClassification or ViTModel.
 
     ViTMAEModel would mask (docs/weights.md), so an encoder alone is a ViTModel. Raises UserError.
@@ -145,9 +145,11 @@ def transformers_config(cfg, state, size, config):
                              decoder_intermediate_size=4 * dim, mask_ratio=config.get("mask_ratio", 0.75),
                              norm_pix_loss=config.get("norm_pix_loss", False))
     if "encoder.head.weight" in state:
-        labels = {str(i): f"LABEL_{i}" for i in range(len(state["encoder.head.weight"]))}
-        return values | dict(architectures=["ViTForImageClassification"], model_type="vit", id2label=labels,
-                             label2id={label: int(i) for i, label in labels.items()})
+        count = len(state["encoder.head.weight"])
+        names = classes if len(classes) == count else [f"LABEL_{i}" for i in range(count)]
+        return values | dict(architectures=["ViTForImageClassification"], model_type="vit",
+                             id2label={str(i): name for i, name in enumerate(names)},
+                             label2id={name: i for i, name in enumerate(names)})
     return values | dict(architectures=["ViTModel"], model_type="vit")
 
 

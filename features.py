@@ -17,21 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.checkpoint import encoder_of, read_weights
 from mff_min.config import (REQUIRED, UserError, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Views, make_loader, open_data
+from mff_min.data import Views, make_loader
 from mff_min.layers import parse_layers
-from mff_min.runtime import Progress, autocast, pick_dtype, run, start_world, write_atomically, write_json
+from mff_min.runtime import (Progress, autocast, pick_dtype, pick_ops, run, start_world, write_atomically,
+                             write_json)
+from mff_min.sources import open_data
 
 
 @dataclass(frozen=True)
 class Config:
     # these change the result
     checkpoint: str = opt(REQUIRED, "the encoder: a checkpoint of any family, or the folder of a run")
-    images: str = opt(REQUIRED, "a folder of images, shapes or shapes:COUNT, cifar10:DIR, cifar100:DIR")
+    images: str = opt(REQUIRED, "a folder of images, or another of the stages' --data")
     target: str = opt(REQUIRED, "the .npy file to write; it must not exist")
     split: str = opt("train", "of images that have one", choices=["train", "val"])
     layers: str = opt("last", "blocks: last, all, or a list such as 5,11")
@@ -102,11 +103,7 @@ def extract(cfg, world, target):
     if cfg.norm and cfg.pool != "mean" and encoder.global_pool == "avg":
         raise UserError(f"--pool {cfg.pool}: this encoder has a norm for the mean alone; expected --pool "
                         f"mean or --no-norm")
-    try:
-        ops = kernels.load(cfg.ops, device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
+    ops = pick_ops(cfg.ops, device)
     source = open_data(cfg.images, cfg.split, cfg.cache_dir, print)
     sides = [count * encoder.patch_size for count in encoder.grid]
     views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)

@@ -50,6 +50,7 @@ class Weights:
     state: dict                                                         # tensors by our names
     unknown: list                                                       # names that mean nothing here
     config: dict                                                        # flags of the run, if it was ours
+    classes: list                                                       # of a classifier of ours, else empty
 
     def numbers(self, name, default):
         """The list of numbers that the config has by this name, or the default."""
@@ -71,10 +72,9 @@ def read_weights(path):
         path = found[0]
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
-        config = metadata.get("config")
+        about = {key: parse_json(metadata[key]) for key in ("config", "classes") if key in metadata}
     else:
-        state = read_pickle(path)
-        config = state.get("config")
+        state = about = read_pickle(path)
     for _ in range(3):                                                  # not for ever: it may hold itself
         inside = [state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)]
         state = inside[0] if inside else state
@@ -100,7 +100,8 @@ def read_weights(path):
         raise UserError(f"checkpoint {path} has a patch projection of shape {shape}: expected (width, "
                         f"channels, side, side)")
     unknown = [name for name in unknown if not name.startswith("data_preprocessor.")]   # mean and std
-    return Weights(path, family, state, unknown, plain_config(config))
+    return Weights(path, family, state, unknown, plain_values(about.get("config")),
+                   plain_names(about.get("classes")))
 
 
 def read_pickle(path):
@@ -126,14 +127,16 @@ def check_tensor(path, name, tensor):
                         f"{tuple(tensor.shape)}: expected plain tensors, whole in the file")
 
 
-def plain_config(config):
-    """The plain values and lists of numbers in a config, a dict or JSON text; none where it is neither."""
-    if isinstance(config, str):
-        try:
-            config = json.loads(config)
-        except (ValueError, RecursionError):
-            return {}
+def parse_json(text):
+    """The value that JSON text holds, or None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
+
+def plain_values(config):
+    """The plain values and lists of numbers in a config, by name; none where it is no dict."""
     def plain(value):
         if isinstance(value, list | tuple):
             return all(type(number) in (int, float) for number in value)
@@ -142,18 +145,28 @@ def plain_config(config):
             if isinstance(name, str) and plain(value)}
 
 
-def write_weights(path, state, family, config):
-    """Write tensors by a family's names, atomically: .safetensors, or PyTorch's format by any other name."""
+def plain_names(classes):
+    """A list of texts, or an empty one where it is anything else."""
+    return classes if isinstance(classes, list) and all(isinstance(name, str) for name in classes) else []
+
+
+def write_weights(path, state, family, config, classes=()):
+    """Write tensors by a family's names, atomically: .safetensors, or PyTorch's format by any other name.
+
+    Where there is a place for them, config (plain values by name) and classes (texts) stand beside them.
+    """
+    about = dict(config=config) | (dict(classes=list(classes)) if classes else {})
     path = Path(path)
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt", "config": json.dumps(config)}       # Transformers asks for the format
+        metadata = {key: json.dumps(value) for key, value in about.items()}
+        metadata["format"] = "pt"                                       # Transformers asks for it
         write_atomically(path, lambda file: write_safetensors(file, state, metadata))
         return
     saved = {name: tensor.clone() for name, tensor in state.items()}    # of a view it would save all
     if family in CONTAINERS:
         saved = {CONTAINERS[family]: saved}
     if family == "ours":
-        saved["config"] = config
+        saved |= about
 
     def write(file):
         try:

@@ -88,6 +88,18 @@ def test_positions_of_both_parts_are_resampled_on_request(folder):
     assert load_encoder("big.pt", say=lambda text: None).grid == (6, 8)
 
 
+def test_the_names_of_classes_go_with_a_classifier(folder):
+    state = VisionTransformer(16, num_classes=3, **SIZE).state_dict()
+    classes = ["cat", "dog", "\u00e9l\u00e9phant"]
+    torch.save({"model": state, "config": {}, "classes": classes}, "classifier.pt")
+    for flags in ("classifier.pt a.safetensors --to mmpretrain", "a.safetensors b.pt", "b.pt c --to hf"):
+        converted(flags)
+    assert torch.load("b.pt", weights_only=True)["classes"] == classes
+    config = json.loads((folder / "c" / "config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "\u00e9l\u00e9phant"}
+    assert config["label2id"]["dog"] == 1 and config["architectures"] == ["ViTForImageClassification"]
+
+
 def test_what_has_no_place_is_let_go_on_request(folder):
     found = converted("mff.pt mae.pth --to mae --allow-missing")
     assert len(found["lost"]) == 11 and read_weights("mae.pth").family == "mae"
