@@ -183,6 +183,8 @@ def test_transformers_predicts_and_loses_what_the_golden_models_do(golden, tmp_p
     close(found.loss, arrays["out/loss"])
     assert torch.equal(found.mask, arrays["out/mask"])
     assert same(read_weights(folder).state, state | {"proj_weights": torch.ones(1, 1, 1, 1)})
+    encoder = transformers.ViTMAEModel.from_pretrained(folder).eval()
+    assert encoder(arrays["in/imgs"]).last_hidden_state.shape == (2, 5, 24)     # 12 of 16 patches are masked
 
 
 def test_an_encoder_alone_becomes_a_vit_that_masks_nothing(golden, tmp_path):
