@@ -11,11 +11,14 @@ import torch
 from sources import ROOT
 
 import convert
+import train_pretrain
+import train_probe
 from mff_min.checkpoint import load_encoder, read_weights
 from mff_min.config import UserError, parse
+from mff_min.families import part_of
 from mff_min.mim import MaskedAutoencoder
 from mff_min.runtime import run
-from mff_min.vit import MODELS, VisionTransformer
+from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
 SIZE = MODELS["vit_test"]
 
@@ -178,3 +181,69 @@ def test_damaged_files_are_refused_or_read_and_never_end_otherwise(folder):
             outcomes.append("refused")
             assert "\n" not in str(error)
     assert outcomes.count("refused") > 20
+
+
+# ---------------------------------------------------------------- stages that start from weights
+
+
+STAGE = ("--data shapes:100 --global-batch 16 --batch-size 16 --steps 1 --device cpu --output-dir run "
+         "--cache-dir")
+DECODER = "--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2"
+
+
+@pytest.mark.parametrize("flags, lacking", [
+    ("whole.pth --to mmpretrain", []), ("whole.safetensors --to mmpretrain", []),
+    ("whole.pth --to mae --allow-missing", ["fusion"]), ("whole --to hf --allow-missing", ["fusion"]),
+    ("encoder.safetensors --to timm", ["fusion", "decoder"]),
+])
+def test_pretraining_goes_on_from_any_family_and_says_what_was_not_there(pretrained, cache, tmp_path, capsys,
+                                                                         monkeypatch, flags, lacking):
+    monkeypatch.chdir(tmp_path)
+    converted(f"{pretrained} {flags}")
+    capsys.readouterr()
+    train_pretrain.main(parse(train_pretrain.Config, [
+        *DECODER.split(), *STAGE.split(), str(cache), "--init-from", flags.split()[0], "--lr", "1e-30",
+        "--weight-decay", "0", "--seed", "9"]))
+    said = capsys.readouterr().out
+    assert ("the decoder starts from random weights" in said) == ("decoder" in lacking)
+    assert ("its projections start from random weights" in said) == ("fusion" in lacking)
+    want = torch.load(pretrained / "last.pt", weights_only=True)["model"]
+    got = torch.load("run/last.pt", weights_only=True)["model"]
+    random = {name for name in want if part_of(name) in lacking and "pos_embed" not in name}
+    for name, tensor in want.items():
+        if name not in random:
+            assert torch.equal(got[name], tensor), name
+    assert not any(torch.equal(got[name], want[name]) for name in random if name.endswith("proj.weight"))
+
+
+def test_pretraining_goes_on_at_another_size_from_resampled_positions(pretrained, cache, tmp_path, capsys,
+                                                                      monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*DECODER.replace("16", "24x16", 1).split(), *STAGE.split(), str(cache)]
+    train_pretrain.main(parse(train_pretrain.Config, [*flags, "--init-from", str(pretrained)]))
+    assert "resized         2  decoder_pos_embed, encoder.pos_embed" in capsys.readouterr().out
+    want = torch.load(pretrained / "last.pt", weights_only=True)["model"]["encoder.pos_embed"]
+    got = torch.load("run/last.pt", weights_only=True)["model"]["encoder.pos_embed"]
+    assert torch.equal(got, resize_pos_embed(want, (4, 4), (6, 4)))
+
+
+@pytest.mark.parametrize("flags", ["a.pth --to mae --allow-missing", "a --to hf --part encoder",
+                                   "a.safetensors --to mmpretrain"])
+def test_a_probe_of_any_family_is_that_of_the_run(pretrained, cache, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    converted(f"{pretrained} {flags}")
+    found = []
+    for checkpoint in (str(pretrained), flags.split()[0]):
+        stage = STAGE.replace("--output-dir run", f"--output-dir run{len(found)}").split()
+        metrics = train_probe.main(parse(train_probe.Config, [
+            *stage, str(cache), "--knn", "5", "--model", "vit_test", "--img-size", "16", "--checkpoint",
+            checkpoint]))
+        found.append({name: metrics[name] for name in ("acc1", "acc5", "val_images")})
+    assert found[0] == found[1]
+
+
+def test_a_probe_refuses_what_it_does_not_know(folder, cache):
+    encoder = torch.load("encoder.pth", weights_only=True)
+    torch.save(encoder | {"reg_token": torch.zeros(1, 4, 64)}, "more.pth")
+    with pytest.raises(UserError, match="more.pth does not go over whole; unexpected: reg_token"):
+        train_probe.main(parse(train_probe.Config, [*STAGE.split(), str(cache), "--checkpoint", "more.pth"]))
