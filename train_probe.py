@@ -49,7 +49,7 @@ from mff_min.vit import MODELS
 @dataclass(frozen=True)
 class Config:
     # these change the result
-    checkpoint: str = opt("", "the encoder: a run folder, its encoder.pt, or a timm-named state dict")
+    checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that convert.py reads")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or an "
                               "image folder: train/<class>/*, val/<class>/*")

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
+from mff_min.checkpoint import read_weights, refuse_losses
 from mff_min.config import UserError
+from mff_min.families import part_of
 from mff_min.mim import parse_out_indices
-from mff_min.runtime import load_state, read_checkpoint
+from mff_min.runtime import load_state
 from mff_min.vit import MODELS, VisionTransformer, init_linear, resize_pos_embed
 
 
@@ -25,27 +27,16 @@ class Pretrained:
 
 
 def read_pretrained(path):
-    """The Pretrained in a run folder (in its last.pt, else in its encoder.pt) or in a checkpoint file.
+    """The Pretrained in the folder of a run (in its last.pt, else in its encoder.pt) or in a checkpoint.
 
-    The file may be one of ours or hold a timm-named encoder alone. Raises UserError.
+    It may be of any family of checkpoint.py. Raises UserError.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in ("last.pt", "encoder.pt") if (path / name).exists()]
-        if not files:
-            raise UserError(f"{path} has neither last.pt nor encoder.pt: expected the folder of a run")
-        path = files[0]
-    saved = read_checkpoint(path)
-    state = saved.get("model", saved)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    encoder = {name.removeprefix("encoder."): value for name, value in tensors.items()
-               if name.startswith("encoder.")} or tensors
-    if "patch_embed.proj.weight" not in encoder:
-        found = ", ".join(map(str, list(state)[:3])) or "nothing"
-        raise UserError(f"checkpoint {path} holds no encoder: expected timm's names, patch_embed.proj.weight "
-                        f"among them, with or without encoder. before them; it holds {found} ...")
-    fusion = {name: value for name, value in tensors.items() if name.startswith("proj_")}
-    return Pretrained(path, encoder, fusion, saved.get("config", {}), saved.get("classes", []))
+    weights = read_weights(path)
+    refuse_losses(weights.path, {"unexpected": weights.unknown})
+    encoder = {name.removeprefix("encoder."): value for name, value in weights.state.items()
+               if part_of(name) == "encoder"}
+    fusion = {name: value for name, value in weights.state.items() if part_of(name) == "fusion"}
+    return Pretrained(weights.path, encoder, fusion, weights.config, weights.classes)
 
 
 def settings_of(pretrained, model, img_size, patch_size, in_chans, mean=None, std=None):

@@ -363,8 +363,8 @@ def bad(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--checkpoint BAD/headless.pt", "holds no encoder: expected timm's names"),
-    ("--checkpoint BAD/norun", "has neither last.pt nor encoder.pt"),
+    ("--checkpoint BAD/headless.pt", "is of no known family"),
+    ("--checkpoint BAD/norun", "holds none of last.pt, encoder.pt"),
     ("--checkpoint /nowhere", "checkpoint /nowhere does not exist"),
     ("--checkpoint LICENSE", "checkpoint LICENSE cannot be read"),
     ("--checkpoint=", "--checkpoint is not given"),
@@ -403,7 +403,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, ba
 
 def test_a_probe_is_no_encoder_and_a_state_with_unknown_names_is_refused(probe, pretrained, tmp_path):
     probe("--steps", "1")
-    with pytest.raises(UserError, match="holds no encoder: .* it holds norm.running_mean"):
+    with pytest.raises(UserError, match="is of no known family .*; it holds norm.running_mean"):
         probe("--checkpoint", str(tmp_path / "a"), "--steps", "1", to="b")
     state = torch.load(pretrained / "encoder.pt", weights_only=True)
     state["model"]["head.weight"] = torch.zeros(10, MODELS["vit_test"]["embed_dim"])
