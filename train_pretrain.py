@@ -31,7 +31,7 @@ from mff_min.config import (UserError, check_batches, check_channels, check_rang
                             side_or_sides)
 from mff_min.data import Stream, Views, collate, make_loader
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
-from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
                              describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
@@ -175,13 +175,9 @@ def pretrain(cfg, world, signals):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:                                     # --allow-change may merge groups
-            raise UserError(f"the resumed optimizer does not fit: {error}") from None
-        for group, wanted in zip(optimizer.param_groups, param_groups(model, cfg.weight_decay), strict=True):
-            group["weight_decay"] = wanted["weight_decay"]              # --allow-change weight_decay
-        scaler.load_state_dict(state["scaler"])
+        load_optimizer(optimizer, state["optimizer"])
+        if state["scaler"]:                                             # empty unless it was float16
+            scaler.load_state_dict(state["scaler"])
     elif cfg.init_from:
         load_initial_weights(model, cfg.init_from, say)
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model

@@ -21,7 +21,8 @@ from mff_min.runtime import read_checkpoint, write_atomically
 from mff_min.safetensors import NAMES, read_safetensors, write_safetensors
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
-IN_FOLDER = ("last.pt", "encoder.pt", "model.safetensors", "pytorch_model.bin")     # the first one is read
+# Of these, the first that is there is read.
+IN_FOLDER = ("last.pt", "classifier.pt", "encoder.pt", "model.safetensors", "pytorch_model.bin")
 CONTAINERS = {"ours": "model", "mae": "model", "mmpretrain": "state_dict"}          # where a .pth has them
 
 # What training checkpoints hold beside weights: MAE its flags, mmpretrain the history of its losses.
