@@ -67,7 +67,8 @@ def parser():
     new = subject("step", step.bench_step, "a training step of each stage, beside the peers'", 30.0, 7)
     new.add_argument("--cases", type=names, default=["small", "vit_s", "vit_b"],
                      help=f"sizes, of {','.join(contenders.CASES)}")
-    new.add_argument("--stages", type=names, default=list(contenders.STAGES), help=",".join(contenders.STAGES))
+    new.add_argument("--stages", type=names, default=list(contenders.STAGES),
+                     help=f"some of {','.join(contenders.STAGES)}")
     new.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="types of matrix products")
     new.add_argument("--batch", type=positive(int), help="images of a step; not given: the case's own")
     new.add_argument("--compile", action="store_true", help="torch.compile, too; always on a GPU")

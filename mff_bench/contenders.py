@@ -143,10 +143,10 @@ STAGES = {                                                              # the fi
                  **{name: of_peer(name) for name in PRETRAIN_PEERS}},
     "finetune": {
         "mff_min": Contender(
-            lambda case, device: Tuned(ours_vit(case, drop_path=0.1, **AVG), takes_noise=True).to(device),
+            lambda case, device: Tuned(ours_vit(case, drop_path=0.1, **AVG), True).to(device),
             tuning_adamw(fused=True)),
         "timm": Contender(
-            lambda case, device: Tuned(timm_vit(case, drop_path_rate=0.1, **AVG), takes_noise=False).to(device),
+            lambda case, device: Tuned(timm_vit(case, drop_path_rate=0.1, **AVG), False).to(device),
             tuning_adamw(), "timm", same_names)},
     "probe": {
         "mff_min": Contender(lambda case, device: Probed(ours_vit(case)).to(device),
@@ -175,8 +175,8 @@ def make_inputs(stage, case, batch, device):
 # ---- equal work
 
 def fingerprint(module, stage, inputs):
-    """(loss, number of trained values) of a module on the first two images, in float32, without drop path."""
-    inputs = [x[:2] for x in inputs]
+    """(loss, number of trained values) of a module on four images, in float32, without drop path."""
+    inputs = [x[:4] for x in inputs]
     tuned = stage == "finetune"
     with torch.no_grad(), exact_convolutions():
         module.train(not tuned)                                         # a probe's statistics are the batch's

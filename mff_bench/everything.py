@@ -19,7 +19,7 @@ SHARES = {"imports": 0.08, "data": 0.12, "step": 0.6, "ops": 0.6, "bytes": 1.0}
 
 def flags_of(subject, args, minutes, on_gpu):
     """The command line of one subject."""
-    flags = ["--output-dir", str(Path(args.output_dir).resolve())]
+    flags = ["--output-dir", os.path.relpath(args.output_dir, ROOT)]
     if subject != "bytes":
         flags += ["--minutes", f"{minutes:.2f}"]
     if subject in ("imports", "data", "step"):

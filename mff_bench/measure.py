@@ -96,8 +96,12 @@ def in_rounds(samples, rounds, budget, world, text=""):
         repeats[key] = max(1, math.ceil(LEAST_SECONDS / costs[key]))
         costs[key] *= repeats[key]
 
-    while costs and sum(costs.values()) > max(budget.left, 0.0):
-        key, cost = costs.popitem()
+    left = budget.left
+    for key, cost in list(costs.items()):
+        if cost <= left:
+            left -= cost
+            continue
+        del costs[key]
         left_out[key] = f"it takes {cost:.1f} s a round, which its {budget.seconds:.0f} seconds had not left"
     seconds = {key: [] for key in costs}
     progress = Progress(rounds * len(costs), 0, world, every=10.0, text=text)
@@ -152,7 +156,8 @@ class Record:
         device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
         self.path = Path(output_dir) / f"{subject}_{device.replace(' ', '_')}.json"
         self.began = time.monotonic()
-        self.content = {"subject": subject, "device": device, "command": " ".join(["python", *sys.argv]),
+        command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.content = {"subject": subject, "device": device, "command": command,
                         "environment": describe_environment(world), "packages": versions(), **more,
                         "groups": []}
         try:
