@@ -39,7 +39,7 @@ def run_part(subject, flags, seconds):
     try:
         code = child.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise NotRun(f"it was stopped after {seconds:.0f} seconds; what it had found is written") from None
+        raise NotRun(f"it was stopped after {seconds:.0f} seconds") from None
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)                        # its loaders and compilers, too

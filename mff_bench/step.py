@@ -158,8 +158,7 @@ def slow_dtypes(dtypes, device):
     rates = {}
     for dtype in dict.fromkeys(("float32", *dtypes)):
         sample = product(device, DTYPES[dtype], side=256)
-        sample(1)
-        rates[dtype] = 2 * 256 ** 3 / sample(1) / 1e9
+        rates[dtype] = 2 * 256 ** 3 / min(sample(1) for _ in range(4)) / 1e9     # others may use this CPU
     return {dtype: f"this CPU multiplies no {dtype}: {rate:.1f} GFLOP/s, {rates['float32']:.1f} in float32"
             for dtype, rate in rates.items() if rate < rates["float32"] / 4}
 
