@@ -53,20 +53,64 @@ def finetune_shapes_cpu(result):
             f"results/finetune_shapes_cpu.json and results/finetune_random_cpu.json.")
 
 
+def spread(found):
+    """A ratio as text: the median and both quartiles."""
+    low, high = found["quartiles"]
+    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def bench(results):
+    """What `python bench.py` measured on each machine, a table a group: from its step, data and imports."""
+    return "\n\n".join(text for result in results for text in machine(result)) or "Not run."
+
+
+def machine(result):
+    """The title and the tables of one record of bench.py."""
+    environment = result["environment"]
+    threads = f", {environment['threads']} threads" if result["device"] == "cpu" else ""
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items() if version)
+    yield f"`{result['command']}` on {result['device']}{threads} ({versions}):"
+    for group in result["groups"]:
+        yield "\n".join(table(group))
+
+
+def table(group):
+    """The lines of a group's table; what was not run says so."""
+    yield f"| {group['name']} | img/s | x | MFU, % | MiB | waiting, % |"
+    yield "|---|---|---|---|---|---|"
+    for row in group["rows"]:
+        name = " ".join(row[key] for key in ("name", "dtype", "mode") if key in row)
+        if "not_run" in row:
+            yield f"| {name} | not run: {row['not_run']} | | | | |"
+            continue
+        rate = f"{row['img_per_s']:.3g}" if "img_per_s" in row else f"{row['median']:.2f} s"
+        ratio = spread(row["speed_over_baseline"]) if "speed_over_baseline" in row else ""
+        shares = [f"{100 * row[key]:.1f}" if key in row else "" for key in ("mfu", "data_wait")]
+        peak = f"{row['peak_bytes'] / 2 ** 20:.0f}" if row.get("peak_bytes") else ""
+        yield f"| {name} | {rate} | {ratio} | {shares[0]} | {peak} | {shares[1]} |"
+
+
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
           "finetune_shapes_cpu": finetune_shapes_cpu}
+MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
 
 def written(name):
     """The block called name, as README.md has to hold it."""
-    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    return f"<!-- {name}: written by tests/generated.py -->\n{BLOCKS[name](result)}\n<!-- end -->"
+    results = ROOT / "results"
+    if name in BLOCKS:
+        text = BLOCKS[name](json.loads((results / f"{name}.json").read_text()))
+    else:
+        block, subjects = MACHINES[name]
+        paths = [path for subject in subjects for path in sorted(results.glob(f"{subject}_*.json"))]
+        text = block([json.loads(path.read_text()) for path in paths])
+    return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
 
 
 def rewrite():
     """Put every block into README.md, in the place of the one before."""
     readme = (ROOT / "README.md").read_text()
-    for name in BLOCKS:
+    for name in (*BLOCKS, *MACHINES):
         readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, name=name: written(name), readme,
                                 flags=re.S)
         assert count == 1, f"README.md has {count} places for {name}"

@@ -15,7 +15,8 @@ from sources import FILES, ROOT, SCRIPTS, comments, complaints
 
 # ---------------------------------------------------------------- imports
 
-PEERS = {"timm", "torchvision", "transformers", "einops", "matplotlib", "scipy", "sklearn", "safetensors"}
+PEERS = {"timm", "torchvision", "transformers", "einops", "matplotlib", "scipy", "sklearn", "safetensors",
+         "lightly"}
 
 
 def imported(text):
@@ -34,13 +35,14 @@ def is_triton_kernel(path):
 
 
 def wrong_imports(path, text):
-    """scripts -> mff_min -> kernels -> torch, and each exception by name."""
+    """scripts -> mff_min -> kernels -> torch, and exceptions by name; only what bench.py runs knows peers."""
     in_kernels, is_kernel = path.startswith("kernels/"), is_triton_kernel(path)
+    benches = path == "bench.py" or path.startswith("mff_bench/")
     for name in imported(text):
-        if (name in SCRIPTS and path not in ("bench.py", "study.py")
+        if (name in SCRIPTS and path != "study.py" and not benches
                 or name == "mff_min" and in_kernels
                 or name == "argparse" and path not in ("mff_min/config.py", "bench.py")     # has subcommands
-                or name in PEERS and path != "bench.py"
+                or name in PEERS | {"mff_bench"} and not benches
                 or name == "triton" and not is_kernel):
             yield f"{path} imports {name}"
 
@@ -53,6 +55,7 @@ def test_imports_go_one_way():
     ("train_probe.py", "from train_pretrain import main"), ("mff_min/vit.py", "import train_pretrain as x"),
     ("kernels/layer_sum.py", "from mff_min.vit import Block"), ("mff_min/vit.py", "import argparse"),
     ("train_probe.py", "def f():\n    import torchvision.ops"), ("mff_min/vit.py", "import triton"),
+    ("mff_min/data.py", "from mff_bench import peers"), ("train_probe.py", "import lightly"),
     ("kernels/__init__.py", "from triton import jit"), ("kernels/reference.py", "import triton.language"),
 ])
 def test_a_wrong_import_is_caught(path, text):
@@ -78,7 +81,8 @@ def import_all(folder, names):
 
 
 def test_importing_any_module_says_and_changes_nothing():
-    paths = [path for path in FILES if not is_triton_kernel(path) and path != "bench.py"]
+    benches = ("bench.py", "mff_bench/")                                # count operations: loads Triton
+    paths = [path for path in FILES if not is_triton_kernel(path) and not path.startswith(benches)]
     names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
     assert import_all(ROOT, names) == ""
 
@@ -174,7 +178,7 @@ def test_a_wrong_command_is_caught(line, complaint):
     assert len(found) == 1 and complaint in found[0] if complaint else found == []
 
 
-@pytest.mark.parametrize("name", generated.BLOCKS)
+@pytest.mark.parametrize("name", [*generated.BLOCKS, *generated.MACHINES])
 def test_measured_figures_in_the_readme_are_those_of_the_results(name):
     assert generated.written(name) in (ROOT / "README.md").read_text()
 

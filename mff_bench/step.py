@@ -1,0 +1,297 @@
+"""One step of each stage, ours beside its peers': images a second, MFU, peak memory; and waiting for data.
+
+A step is forward, backward and the optimizer's, on images that are normalised and on the device already. MFU
+is the work that the method needs, counted on our model, whose encoder sees visible tokens alone, over the
+time that it took and the rate of a plain product of matrices of the same type in the same rounds: a peer
+that computes more has a lower MFU.
+"""
+
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mff_bench import data
+from mff_bench.contenders import BASELINES, CASES, STAGES, check_equal, fingerprint, make_inputs, step_flops
+from mff_bench.measure import (
+    Budget,
+    NotRun,
+    Record,
+    in_rounds,
+    need,
+    reason_of,
+    show_group,
+    stopwatch,
+    timed_row,
+)
+from mff_min.config import UserError
+from mff_min.runtime import DTYPES, autocast, start_world
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- a group: one stage at one size
+
+class Stepper:
+    """A contender's step, in a type: forward, backward, update."""
+
+    def __init__(self, module, compiled, optimizer, inputs, device, dtype):
+        self.module, self.optimizer, self.inputs = module, optimizer, inputs
+        self.forward = torch.compile(module, dynamic=False) if compiled else module
+        self.device, self.dtype = device, DTYPES[dtype]
+
+    def __call__(self):
+        with autocast(self.device, self.dtype):
+            loss = self.forward(*self.inputs)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def peak_bytes(self):
+        """GPU memory that this contender alone needs for a step; the optimizer's state exists."""
+        state = [x for values in self.optimizer.state.values() for x in values.values()
+                 if isinstance(x, torch.Tensor)]
+        own = [*self.module.parameters(), *self.module.buffers(), *state]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before + sum(x.nbytes for x in own)
+
+
+def enter(stage, case, inputs, options, budget, device):
+    """({key: Stepper}, {key: reason} of those who do not take part, {name: fingerprint}) of one group.
+
+    A key is (name, dtype, mode). The first contender is ours, and the others have to do its work.
+    """
+    modes = ["eager"] + ["compiled"] * options.compile
+    slow, (ours, *_) = slow_dtypes(options.dtypes, device), STAGES[stage]
+    steppers, reasons, modules, prints = {}, {}, {}, {}
+    for who, contender in STAGES[stage].items():
+        keys = list(itertools.product([who], options.dtypes, modes))
+        reasons |= {key: slow[key[1]] for key in keys if key[1] in slow}
+        try:
+            need(contender.package)
+            budget.check()
+            if contender.adapt and ours not in prints:
+                raise NotRun(f"{ours} was not run: nothing to compare with")
+            torch.manual_seed(0)
+            modules[who] = contender.build(case, device)
+            if contender.adapt:
+                contender.adapt(modules[who], modules[ours])
+            prints[who] = fingerprint(modules[who], stage, inputs)
+            if contender.adapt:
+                check_equal(prints[who], prints[ours])
+        except (NotRun, torch.OutOfMemoryError) as problem:
+            reasons = dict.fromkeys(keys, reason_of(problem)) | reasons
+            continue
+        optimizer = contender.optimizer(modules[who])
+        for key in keys:
+            if key not in reasons:
+                steppers[key] = Stepper(modules[who], key[2] == "compiled", optimizer, inputs, device, key[1])
+    return steppers, reasons, prints
+
+
+def bench_group(stage, name, options, budget, world):
+    """The group of a stage and a case: its rows, and what they share."""
+    case, device = CASES[name], world.device
+    batch = options.batch or case.batch(device)
+    if options.compile:
+        torch.compiler.reset()
+    inputs = make_inputs(stage, case, batch, device)
+    steppers, reasons, prints = enter(stage, case, inputs, options, budget, device)
+    samples = {("product", dtype): product(device, DTYPES[dtype]) for dtype in options.dtypes
+               if any(key[1] == dtype for key in steppers)}             # first, since every row needs them
+    samples |= {key: stopwatch(stepper, device) for key, stepper in steppers.items()}
+    title = f"{stage} {name}, {case.img_size} px, batch {batch}"
+    text = f"{title}: {len(steppers)} contenders"
+    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text)
+
+    ours, *_ = STAGES[stage]
+    flops = {who: step_flops(stage, case, contender) for who, contender in STAGES[stage].items()
+             if seconds and not contender.adapt}
+    rates = {dtype: 2 * PRODUCT[device.type] ** 3 / median(seconds["product", dtype])
+             for dtype in options.dtypes if ("product", dtype) in seconds}
+    baseline = next((key for key in ((who, options.dtypes[0], "eager") for who in (BASELINES[stage], ours))
+                     if key in seconds), None)
+    rows = []
+    modes = ["eager"] + ["compiled"] * options.compile
+    for mode, dtype, who in itertools.product(modes, options.dtypes, STAGES[stage]):
+        key = who, dtype, mode
+        row = {"name": who, "dtype": dtype, "mode": mode}
+        if key in seconds:
+            row |= timed_row(seconds[key], batch, seconds.get(baseline), seconds.get((ours, dtype, mode)))
+            row |= {"loss": prints[who][0], "trained_values": prints[who][1]}
+            row["mfu"] = row["img_per_s"] * flops.get(who, flops[ours]) / rates[dtype]
+            row["peak_bytes"] = steppers[key].peak_bytes() if device.type == "cuda" else None
+        else:
+            row["not_run"] = reasons.get(key) or left_out[key]
+        rows.append(row)
+    return {"name": title, "stage": stage, "case": name, "model": case.model, "img_size": case.img_size,
+            "patch_size": case.patch_size, "decoder": case.decoder, "batch": batch,
+            "rounds": max(map(len, seconds.values()), default=0), "baseline": " ".join(baseline or ()),
+            "flops_per_image": flops, "product_flops_per_s": rates, "rows": rows}
+
+
+PRODUCT = {"cpu": 1024, "cuda": 8192}                                   # side of a plain product's matrices
+
+
+def product(device, dtype, side=None):
+    """A stopwatch of a plain matrix product."""
+    side = side or PRODUCT[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return stopwatch(lambda: a @ b, device)
+
+
+def slow_dtypes(dtypes, device):
+    """{dtype: reason} of the types that a CPU has no instructions for: their steps would take minutes."""
+    if device.type != "cpu":
+        return {}
+    rates = {}
+    for dtype in dict.fromkeys(("float32", *dtypes)):
+        sample = product(device, DTYPES[dtype], side=256)
+        rates[dtype] = 2 * 256 ** 3 / min(sample(1) for _ in range(4)) / 1e9     # others may use this CPU
+    return {dtype: f"this CPU multiplies no {dtype}: {rate:.1f} GFLOP/s, {rates['float32']:.1f} in float32"
+            for dtype, rate in rates.items() if rate < rates["float32"] / 4}
+
+
+# ---- peak memory on a CPU: a process for each contender
+
+def peak(args):
+    """Do two steps of one contender and print the peak of this process's memory, as JSON."""
+    torch.set_num_threads(args.threads)
+    case, device = CASES[args.case], torch.device("cpu")
+    contender = STAGES[args.stage][args.name]
+    module = contender.build(case, device)
+    before = resident()
+    inputs = make_inputs(args.stage, case, args.batch, device)
+    step = Stepper(module, False, contender.optimizer(module), inputs, device, args.dtype)
+    for _ in range(2):                                                  # the second has the optimizer's state
+        step()
+    print(json.dumps({"peak_bytes": resident(), "before_bytes": before}))
+
+
+def resident():
+    """Peak resident bytes of this process."""
+    try:
+        # Not getrusage, if there is a choice: it begins with what the parent had when it started this.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def add_peaks(group, budget, threads):
+    """Fill in peak_bytes of a group's rows, each from a process of its own, or why there is none."""
+    for row in group["rows"]:
+        if "not_run" in row:
+            continue
+        command = [sys.executable, "bench.py", "peak", "--stage", group["stage"], "--case", group["case"],
+                   "--name", row["name"], "--dtype", row["dtype"], "--batch", str(group["batch"]),
+                   "--threads", str(threads)]
+        try:
+            budget.check()
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=budget.left)
+            if done.returncode:
+                raise NotRun(f"its process ended with code {done.returncode}: "
+                             f"{(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+            row |= json.loads(done.stdout.splitlines()[-1])
+        except (NotRun, subprocess.TimeoutExpired) as problem:
+            row["peak_not_run"] = str(problem) if isinstance(problem, NotRun) else "its time was over"
+
+
+# ---- waiting for data
+
+def bench_waiting(name, options, budget, world):
+    """The share of a pre-training loop's time that it waits for images, for each way to load them.
+
+    Each loader runs alone, since it would fill its buffer while another is timed; the first half of the time
+    only empties it.
+    """
+    case, device, slow = CASES[name], world.device, slow_dtypes(options.dtypes, world.device)
+    dtype = [dtype for dtype in options.dtypes if dtype not in slow or dtype == "float32"][-1]
+    batch = options.batch or case.batch(device)
+    title = f"waiting for data, pretrain {name}, batch {batch}, {options.workers} workers"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data.draw_jpegs(Path(folder), options.images)
+        for who, load in data.LOADERS.items():
+            row = {"name": who, "dtype": dtype, "mode": "eager"}
+            try:
+                budget.check()
+                model = BASELINES["pretrain"] if who == "torchvision" else "mff_min MFF_MAE"
+                contender = STAGES["pretrain"][model]
+                module = contender.build(case, device)
+                batches = iter(load(Path(folder), case, batch, options.workers, device))
+                step = Stepper(module, False, contender.optimizer(module), None, device, dtype)
+                row |= waiting(step, batches, budget.share(len(data.LOADERS) - len(rows)), batch)
+            except NotRun as problem:
+                row["not_run"] = str(problem)
+            rows.append(row)
+    return {"name": title, "stage": "waiting", "case": name, "batch": batch, "workers": options.workers,
+            "rows": rows}
+
+
+def waiting(step, batches, budget, batch, most_seconds=20.0):
+    """{"data_wait", "img_per_s", ...} of the second half of a loop's time."""
+    limit = Budget(min(most_seconds, max(budget.left, 0.0)))
+    waited, count, began = 0.0, 0, None
+    while not count or limit.left > 0:
+        if began is None and limit.left <= limit.seconds / 2:
+            waited, began = 0.0, time.perf_counter()
+        asked = time.perf_counter()
+        step.inputs = next(batches)
+        waited += time.perf_counter() - asked
+        step()
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+        count += began is not None
+    total = time.perf_counter() - began
+    return {"median": total / count, "img_per_s": count * batch / total, "data_wait": waited / total,
+            "steps": count}
+
+
+# ---- the subject
+
+def bench_step(args):
+    """Every stage at every size that was asked for, into step_<device>.json."""
+    with start_world(args.device) as world:
+        on_gpu = world.device.type == "cuda"
+        threads = args.threads or os.cpu_count()
+        torch.set_num_threads(threads)
+        args.compile = args.compile or on_gpu
+        groups = [(stage, name) for name in args.cases for stage in args.stages]
+        for kind, names, known in (("--cases", args.cases, CASES), ("--stages", args.stages, STAGES),
+                                   ("--dtypes", args.dtypes, DTYPES)):
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise UserError(f"{kind} {unknown[0]}: expected some of {','.join(known)}")
+        record = Record("step", args.output_dir, world, rounds=args.rounds, minutes=args.minutes)
+        budget = Budget(60 * args.minutes)
+        for i, (stage, name) in enumerate(groups):
+            share = budget.share(len(groups) - i + args.waiting)
+            for_memory = args.peaks and not on_gpu
+            timing = Budget(0.7 * max(share.left, 0.0)) if for_memory else share
+            group = bench_group(stage, name, args, timing, world)
+            if for_memory:
+                add_peaks(group, share, threads)
+            finish(record, group, world)
+        if args.waiting:
+            name = args.cases[-1]
+            finish(record, bench_waiting(name, args, budget, world), world)
+        world.say(f"\nwrote {record.path}")
+
+
+def finish(record, group, world):
+    """Write a group down and show it."""
+    record.add(group)
+    world.say("\n".join(show_group(group)))
