@@ -33,7 +33,7 @@ from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, s
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, each_once, make_loader
-from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
 from mff_min.probe import accuracy, count_all, shown
 from mff_min.randaugment import fill_color, rand_augment
@@ -51,7 +51,7 @@ from mff_min.vit import MODELS
 @dataclass(frozen=True)
 class Config:
     # these change the result
-    checkpoint: str = opt("", "what to start from: a run folder, its encoder.pt, or a timm-named state dict")
+    checkpoint: str = opt("", "what to start from: a run folder, or a checkpoint of any family (convert.py)")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or an "
@@ -122,6 +122,10 @@ def check(cfg, world_size):
     if cfg.evaluate and cfg.robustness:
         raise UserError("--evaluate and --robustness are two measurements: expected one of them")
     if cfg.evaluate or cfg.robustness:
+        ignored = [name for name in ("random_init", "subset", "resume", "baseline") if getattr(cfg, name)]
+        if ignored:
+            raise UserError(f"--{ignored[0].replace('_', '-')} is for training: expected neither --evaluate "
+                            f"nor --robustness")
         return
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
     if cfg.batch_size % 2 and (cfg.mixup or cfg.cutmix):
@@ -157,7 +161,7 @@ def finetune(cfg, world, signals):
     check_labels(cfg.data, train_set, val_set)
     classes = train_set.classes
     if state:
-        check_classes(classes, state["classes"], f"the run in {cfg.output_dir}")
+        check_classes(classes, state["classes"], want=f"the run in {cfg.output_dir}")
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
@@ -198,15 +202,17 @@ def finetune(cfg, world, signals):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
     if state:
         load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average:
+        load_optimizer(optimizer, state["optimizer"])
+        if state["scaler"]:                                             # empty unless it was float16
+            scaler.load_state_dict(state["scaler"])
+        if average and "average" in state:
             average.load_state_dict(state["average"])
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
         trained = torch.compile(trained)
     folder = open_folder(cfg, world)
-    log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
+    log = Log(folder, world, start)
+    bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
     resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
                    "--clip-grad, a lower --lr or --dtype float32 may help")
 
@@ -271,7 +277,7 @@ def finetune(cfg, world, signals):
         if average:
             average.update_parameters(model)
 
-        saves = done % cfg.save_every == 0 or ends or stop_signal
+        saves = done % cfg.save_every == 0 or ends or passed or stop_signal
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):
@@ -312,23 +318,28 @@ def export(path, model, cfg, classes):
     write_atomically(path, lambda file: torch.save(content, file))
 
 
+COMPARED = ("acc1", "acc1_error")
+
+
 def read_baseline(folder):
     """What the finished run in folder reached, or None where no folder is given. Raises UserError."""
-    try:
-        metrics = json.loads((Path(folder) / "metrics.json").read_text()) if folder else None
-    except (OSError, ValueError):
-        metrics = {}
-    if metrics is None or "acc1" in metrics:
-        return metrics
-    raise UserError(f"--baseline {folder}: expected the folder of a finished run, with acc1 in metrics.json")
+    if not folder:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+        if isinstance(metrics, dict) and all(isinstance(metrics.get(name), float) for name in COMPARED):
+            return metrics
+    raise UserError(f"--baseline {folder}: expected the folder of a finished run, with numbers for "
+                    f"{' and '.join(COMPARED)} in metrics.json")
 
 
 def compared(metrics, other, folder):
     """This run's acc1 beside that of another one, as text."""
     difference = metrics["acc1"] - other["acc1"]
     error = math.hypot(metrics["acc1_error"], other["acc1_error"])
+    ratio = f", {difference / error:.1f} standard errors" if error else ""
     return (f"acc1 {metrics['acc1']:.2f} % here, {other['acc1']:.2f} % in {folder}: {difference:+.2f} +- "
-            f"{error:.2f}, {difference / error:.1f} standard errors")
+            f"{error:.2f}{ratio}")
 
 
 # ---------------------------------------------------------------- measuring
@@ -366,9 +377,9 @@ def measure(cfg, world):
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what this stage writes, "
                         f"or timm's names with head.weight among them")
     num_classes = len(pretrained.encoder["head.weight"])
-    global_pool = "avg" if "fc_norm.weight" in pretrained.encoder else "token"
+    cfg = replace(cfg, global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
     model = build_vit(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, num_classes=num_classes,
-                      global_pool=global_pool)
+                      global_pool=cfg.global_pool)
     load_classifier(model, pretrained)
     model.to(device)
     ops = pick_ops(cfg.ops, device)
@@ -376,13 +387,20 @@ def measure(cfg, world):
     source, classes = None, pretrained.classes
     if cfg.evaluate or not classes:
         source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say))
+        if not source.is_split:
+            raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*")
         check_classes(source.classes, classes or source.classes, want=f"checkpoint {pretrained.path}")
+        if not classes:
+            world.say(f"{pretrained.path} does not name its classes: taken for those of {cfg.data}, in order")
         classes = source.classes
     if len(classes) != num_classes:
         raise UserError(f"checkpoint {pretrained.path} has {num_classes} outputs and does not name them, and "
                         f"--data {cfg.data} has {len(classes)} classes: expected the data it was trained on")
     sets = (open_robustness(cfg.robustness, classes) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
+    if (Path(cfg.output_dir) / "last.pt").exists():
+        raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
+                        f"--output-dir")
     folder = open_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
     found = {}

@@ -25,15 +25,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
+from mff_min.checkpoint import load_weights, read_weights
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, collate, make_loader
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
-from mff_min.optim import cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
-                             describe_environment, load_state, open_folder, pick_dtype, read_checkpoint,
-                             resumed_state, run, save_run, start_world, write_atomically, write_json)
+                             describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
+                             save_run, start_world, write_atomically, write_json)
 from mff_min.sharded import check_sharding, exchange, full, own_part, shard, whole
 from mff_min.sources import open_data
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
@@ -74,7 +75,7 @@ class Config:
     weight_decay: float = opt(0.05, "AdamW's weight decay", least=0)
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
     seed: int = opt(0, "of the weights, the order, the crops and the masks", least=0)
-    init_from: str = opt("", "weights to start from: a checkpoint of this stage, or a timm-named encoder")
+    init_from: str = opt("", "weights to start from, of any family that convert.py reads; not the state")
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -126,14 +127,12 @@ def build_model(cfg, device):
 
 
 def load_initial_weights(model, path, say):
-    """Load a whole model of this stage, or an encoder alone."""
-    state = read_checkpoint(path)
-    state = state.get("model", state)
-    if any(name.startswith("encoder.") for name in state):
-        load_state(model, state, f"--init-from {path}")
-    else:
-        load_state(model.encoder, state, f"--init-from {path}")
+    """Load a checkpoint of any family, and say which parts of the model it does not hold."""
+    lacking = load_weights(model, read_weights(path), may_lack=("fusion", "decoder"), say=say)
+    if "decoder" in lacking:
         say(f"--init-from {path} holds an encoder alone: the decoder starts from random weights")
+    if "fusion" in lacking and len(model.out_indices) > 1:
+        say(f"--init-from {path} holds no fusion: its projections start from random weights")
 
 
 # ---------------------------------------------------------------- the run
@@ -186,13 +185,9 @@ def pretrain(cfg, world, signals):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
-        try:
-            optimizer.load_state_dict(own_part(state["optimizer"], optimizer))
-        except ValueError as error:                                     # --allow-change may merge groups
-            raise UserError(f"the resumed optimizer does not fit: {error}") from None
-        for group, wanted in zip(optimizer.param_groups, param_groups(model, cfg.weight_decay), strict=True):
-            group["weight_decay"] = wanted["weight_decay"]              # --allow-change weight_decay
-        scaler.load_state_dict(state["scaler"])
+        load_optimizer(optimizer, own_part(state["optimizer"], optimizer))
+        if state["scaler"]:                                             # empty unless it was float16
+            scaler.load_state_dict(state["scaler"])
 
     folder = open_folder(cfg, world)
     log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)

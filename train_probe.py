@@ -32,7 +32,7 @@ from mff_min.config import (UserError, check_batches, check_channels, check_rang
 from mff_min.data import Stream, Views, each_once, make_loader
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
-from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.optim import LARS, cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
 from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
                            pixel_features, pool_tokens, shown)
@@ -49,7 +49,7 @@ from mff_min.vit import MODELS
 @dataclass(frozen=True)
 class Config:
     # these change the result
-    checkpoint: str = opt("", "the encoder: a run folder, its encoder.pt, or a timm-named state dict")
+    checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that convert.py reads")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or an "
                               "image folder: train/<class>/*, val/<class>/*")
@@ -209,7 +209,7 @@ def probe(cfg, world, signals):
     optimizer = LARS(param_groups(head, cfg.weight_decay))
     if state:
         load_state(head, state["model"], f"the checkpoint in {cfg.output_dir}")
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
     # Ranks keep their own running statistics, and evaluation uses those of rank 0.
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
     log = Log(folder, world, start)
@@ -257,7 +257,7 @@ def probe(cfg, world, signals):
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
         passed = schedule.epoch(done) // cfg.eval_every > schedule.epoch(step) // cfg.eval_every
         stop_signal = world.highest(signals.number)
-        saves = done % cfg.save_every == 0 or ends or stop_signal
+        saves = done % cfg.save_every == 0 or ends or passed or stop_signal
         if logs or saves:
             loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
             if not math.isfinite(loss_value):

@@ -129,6 +129,20 @@ def cosine_lr(epoch, lr, min_lr, warmup_epochs, epochs):
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def load_optimizer(optimizer, saved):
+    """Load an optimizer's state; each group keeps its own lr_scale and weight_decay, which may have changed.
+
+    Raises UserError where the groups are others than those saved.
+    """
+    kept = [{name: group[name] for name in ("lr_scale", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise UserError(f"the resumed optimizer does not fit: {error}") from None
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group |= own
+
+
 def set_lr(optimizer, lr):
     """Give every group its learning rate: lr times the group's lr_scale."""
     for group in optimizer.param_groups:

@@ -1,6 +1,5 @@
 """What a pre-training run has learned: found, read, and built again for a stage that comes after it."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import torch
 from torch import nn
 
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
+from mff_min.checkpoint import find_grid, find_size, read_weights, refuse_losses
 from mff_min.config import UserError
+from mff_min.families import part_of
 from mff_min.mim import parse_out_indices
-from mff_min.runtime import load_state, read_checkpoint
+from mff_min.runtime import load_state
 from mff_min.vit import MODELS, VisionTransformer, init_linear, resize_pos_embed
 
 
@@ -20,50 +21,44 @@ class Pretrained:
     path: Path
     encoder: dict                                                       # parameters by timm's names
     fusion: dict                                                        # proj_layers.*, proj_weights; or none
-    config: dict                                                        # the run's flags; empty if unknown
+    config: dict                                                        # config_of
     classes: list                                                       # of a classifier; empty if unknown
 
 
 def read_pretrained(path):
-    """The Pretrained in a run folder (in its last.pt, else in its encoder.pt) or in a checkpoint file.
+    """The Pretrained in the folder of a run (in its last.pt, else in its encoder.pt) or in a checkpoint.
 
-    The file may be one of ours or hold a timm-named encoder alone. Raises UserError.
+    It may be of any family of checkpoint.py. Raises UserError.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [path / name for name in ("last.pt", "encoder.pt") if (path / name).exists()]
-        if not files:
-            raise UserError(f"{path} has neither last.pt nor encoder.pt: expected the folder of a run")
-        path = files[0]
-    saved = read_checkpoint(path)
-    state = saved.get("model", saved)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    encoder = {name.removeprefix("encoder."): value for name, value in tensors.items()
-               if name.startswith("encoder.")} or tensors
-    if "patch_embed.proj.weight" not in encoder:
-        found = ", ".join(map(str, list(state)[:3])) or "nothing"
-        raise UserError(f"checkpoint {path} holds no encoder: expected timm's names, patch_embed.proj.weight "
-                        f"among them, with or without encoder. before them; it holds {found} ...")
-    fusion = {name: value for name, value in tensors.items() if name.startswith("proj_")}
-    return Pretrained(path, encoder, fusion, saved.get("config", {}), saved.get("classes", []))
+    weights = read_weights(path)
+    refuse_losses(weights.path, {"unexpected": weights.unknown})
+    encoder = {name.removeprefix("encoder."): value for name, value in weights.state.items()
+               if part_of(name) == "encoder"}
+    fusion = {name: value for name, value in weights.state.items() if part_of(name) == "fusion"}
+    return Pretrained(weights.path, encoder, fusion, config_of(weights), weights.classes)
+
+
+def config_of(weights):
+    """The settings of the run that wrote Weights; model, sides, patch and channels from shapes if need be.
+
+    Raises UserError where the shapes are of no model.
+    """
+    size = find_size(weights)
+    told = {name: value for name, value in weights.config.items() if value is not None}
+    model = next(name for name, known in MODELS.items()
+                 if (known["embed_dim"], known["depth"]) == (size["embed_dim"], size["depth"]))
+    sides = tuple(count * size["patch_size"] for count in find_grid(weights))
+    return dict(model=model, img_size=sides) | told | dict(patch_size=size["patch_size"],
+                                                           in_chans=size["in_chans"])
 
 
 def settings_of(pretrained, model, img_size, patch_size, in_chans, mean=None, std=None):
-    """These settings as a dict, where those that are None are the checkpoint's own.
-
-    Where it does not tell: 224 pixels, the model's own patch size, 3 channels, ImageNet's mean and deviation.
-    Raises UserError where the model is not known.
-    """
+    """These settings as a dict; where one is None, the checkpoint's own, or ImageNet's mean and deviation."""
     saved = pretrained.config
-    model = model or saved.get("model")
-    if model not in MODELS:
-        raise UserError(f"checkpoint {pretrained.path} does not say which model it holds: give --model, and "
-                        f"--img-size and --patch-size where they are not 224 and the model's own")
-    return dict(model=model, img_size=tuple(img_size or saved.get("img_size") or (224, 224)),
-                patch_size=patch_size or saved.get("patch_size") or MODELS[model]["patch_size"],
-                in_chans=in_chans or saved.get("in_chans") or 3,
-                mean=tuple(mean or saved.get("mean") or IMAGENET_MEAN),
-                std=tuple(std or saved.get("std") or IMAGENET_STD))
+    return dict(model=model or saved["model"], img_size=tuple(img_size or saved["img_size"]),
+                patch_size=patch_size or saved["patch_size"], in_chans=in_chans or saved["in_chans"],
+                mean=tuple(mean or saved.get("mean", IMAGENET_MEAN)),
+                std=tuple(std or saved.get("std", IMAGENET_STD)))
 
 
 def build_vit(model, img_size, patch_size, in_chans, **options):
@@ -107,15 +102,9 @@ def load_classifier(model, pretrained):
 
 
 def fit_positions(pos_embed, pretrained, model):
-    """The checkpoint's positions on the model's grid. UserError where the checkpoint's own is unknown."""
-    length, side = pos_embed.shape[1] - 1, math.isqrt(pos_embed.shape[1] - 1)
-    grid = (side, side)
-    if "img_size" in pretrained.config:
-        patch = pretrained.config.get("patch_size") or MODELS[pretrained.config["model"]]["patch_size"]
-        grid = tuple(pixels // patch for pixels in pretrained.config["img_size"])
-    if grid[0] * grid[1] != length:
-        raise UserError(f"checkpoint {pretrained.path} has {length} positions, which are no square, and does "
-                        f"not tell its image's sides")
+    """The checkpoint's positions (1, 1 + L, D), resampled on the model's grid."""
+    patch_size = pretrained.config["patch_size"]
+    grid = tuple(side // patch_size for side in pretrained.config["img_size"])
     return resize_pos_embed(pos_embed, grid, model.grid)
 
 

@@ -5,7 +5,8 @@
 #
 # lr: 5e-6, quoted by DINO's authors, times 768 / 512, DeiT's scaling, is 7.5e-6, which they quote for
 # CIFAR-10 too.
-# The lowest learning rate is 0 here; DeiT's default, 1e-5, is higher than the peak of the CIFAR recipes.
+# Warm-up begins at 0, DeiT's at 1e-6. The lowest learning rate is 0; DeiT's default, 1e-5, is higher than
+# the peak of the CIFAR recipes.
 # Random erasing is iBOT's default and not in DINO's list: left out. Whether the paper pools the class
 # token or the patches is not said: --global-pool token is the other choice.
 #

@@ -106,6 +106,17 @@ def test_permutation_is_one_and_depends_on_its_key():
     assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 4 / math.sqrt(1000)
 
 
+def test_repeated_views_of_an_image_stand_side_by_side_and_each_has_its_own_key():
+    batches = list(Stream(num_samples=9, global_batch=6, batch_size=6, seed=0, start=0, stop=3, repeats=3))
+    keys = [key for batch in batches for key in batch]                  # 18 positions: two epochs of 9
+    views = [keys[first:first + 3] for first in range(0, 18, 3)]
+    for i, view in enumerate(views):
+        epoch = i // 3
+        assert len({index for _, index in view}) == 1
+        assert [key for key, _ in view] == [3 * epoch, 3 * epoch + 1, 3 * epoch + 2]
+    assert len(set(keys)) == 18 and len({view[0][1] for view in views[:3]}) == 3
+
+
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
 def test_workers_0_and_2_give_the_same_batches(folder, crop):
     views = Views(ImageFolder(folder, "train"), crop, (32, 24), 3, num_noise=12, seed=0)

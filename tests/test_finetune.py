@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_folders import assert_same_run, same_bits, state_of, torchrun
 
 import train_finetune
+from kernels import TORCH
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, draw_mix, mix_arguments
 from mff_min.config import UserError, parse
-from mff_min.pretrained import Pretrained, build_vit, load_classifier, load_for_tuning, read_pretrained
-from mff_min.runtime import Fault, read_log
+from mff_min.data import Stream, Views, collate
+from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained
+from mff_min.randaugment import rand_augment
+from mff_min.rng import MIX, Rng
+from mff_min.runtime import Fault, read_log, run
+from mff_min.sources import open_data
 from mff_min.vit import resize_pos_embed
-from runs import assert_same_run, same_bits, state_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --lr 1e-3 "
@@ -54,15 +60,15 @@ def test_another_image_size_resizes_the_positions(pretrained, img_size, grid):
     assert torch.equal(model.pos_embed, resize_pos_embed(saved.encoder["pos_embed"], (4, 4), grid))
 
 
-def test_positions_of_unknown_sides_are_a_square_or_refused(pretrained):
-    saved = read_pretrained(pretrained)
-    unknown = Pretrained(saved.path, saved.encoder, {}, {}, [])
+def test_positions_of_unknown_sides_are_a_square_or_refused(pretrained, tmp_path):
+    bare = torch.load(pretrained / "encoder.pt", weights_only=True)["model"]
+    torch.save(bare, tmp_path / "square.pt")
     model = build_vit("vit_test", (32, 32), 4, 3, num_classes=7, global_pool="avg")
-    load_for_tuning(model, unknown)
-    assert torch.equal(model.pos_embed, resize_pos_embed(saved.encoder["pos_embed"], (4, 4), (8, 8)))
-    unknown.encoder["pos_embed"] = torch.zeros(1, 13, 64)
-    with pytest.raises(UserError, match="has 12 positions, which are no square"):
-        load_for_tuning(model, unknown)
+    load_for_tuning(model, read_pretrained(tmp_path / "square.pt"))
+    assert torch.equal(model.pos_embed, resize_pos_embed(bare["pos_embed"], (4, 4), (8, 8)))
+    torch.save(bare | {"pos_embed": torch.zeros(1, 13, 64)}, tmp_path / "oblong.pt")
+    with pytest.raises(UserError, match=r"has positions of shape \(1, 13, 64\): expected"):
+        read_pretrained(tmp_path / "oblong.pt")
 
 
 # ---------------------------------------------------------------- the run
@@ -126,14 +132,49 @@ def test_layers_learn_at_their_own_rates(finetune, tmp_path):
         assert 0.8 * 1e-3 * scale < step < 1.001 * 1e-3 * scale + 1e-7, name     # weights are rounded to 1e-7
 
 
+STILL = ["--lr", "1e-30", "--weight-decay", "0", "--steps", "1"]
+
+
 def test_random_weights_start_from_the_sizes_and_nothing_else(finetune, tmp_path, capsys):
-    flags = ["--lr", "1e-30", "--weight-decay", "0", "--steps", "1"]
-    finetune(*flags, to="a")
-    finetune(*flags, "--random-init", "--baseline", str(tmp_path / "a"), to="b")
+    finetune(*STILL, to="a")
+    finetune(*STILL, "--random-init", "--baseline", str(tmp_path / "a"), to="b")
     assert "from random weights" in (output := capsys.readouterr().out) and "standard errors" in output
-    a, b = (state_of(tmp_path / to)["model"] for to in "ab")
-    assert a.keys() == b.keys()
-    assert not torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
+    torch.manual_seed(0)
+    fresh = build_vit("vit_test", (16, 16), 4, 3, num_classes=10, global_pool="avg").state_dict()
+    tuned, random = (state_of(tmp_path / to)["model"] for to in "ab")
+    assert tuned.keys() == random.keys() == fresh.keys()
+    for name in fresh.keys() - {"head.weight"}:
+        assert torch.equal(random[name], fresh[name]), name
+    assert not torch.equal(tuned["blocks.0.attn.qkv.weight"], fresh["blocks.0.attn.qkv.weight"])
+    for state in (tuned, random):                                       # MAE's: N(0, 2e-5), truncated
+        assert state["head.weight"].std().item() == pytest.approx(2e-5, rel=0.1)
+        assert not state["head.bias"].any()
+
+
+def test_the_optimizer_and_the_first_loss_are_those_of_the_recipe(finetune, tmp_path, pretrained, cache):
+    metrics = finetune("--steps", "1", "--batch-size", "16", "--layer-decay", "0.5")
+    groups = state_of(tmp_path / "a")["optimizer"]["param_groups"]
+    found = {name: group for group in groups for name in group["names"]}
+    assert found["pos_embed"]["weight_decay"] == found["cls_token"]["weight_decay"] == 0
+    assert found["head.weight"]["weight_decay"] == 0.05 and found["head.bias"]["weight_decay"] == 0
+    assert found["blocks.3.mlp.fc1.weight"]["lr_scale"] == 0.5 ** 9
+    assert {group["betas"] for group in groups} == {(0.9, 0.999)}
+
+    torch.manual_seed(0)
+    model = build_vit("vit_test", (16, 16), 4, 3, num_classes=10, global_pool="avg", drop_path=0.1)
+    torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    load_for_tuning(model, read_pretrained(pretrained))
+    source = open_data("shapes:100", "train", str(cache), print)
+    views = Views(source, "inception", (16, 16), 3, 24, 0, rand_augment)
+    batch = collate([views[key] for key in next(iter(Stream(100, 16, 16, 0, 0, 1)))])
+    mix = draw_mix(Rng(0, MIX, 0, 0), 16, 16, 0.8, 1.0)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    images = TORCH.prepare(batch["image"], mean, std, **mix_arguments(mix, 16, "cpu"))
+    logits = model(images, batch["noise"].view(16, 12, 2))
+    hard = torch.nn.functional.one_hot(batch["label"], 10) * 0.9 + 0.01
+    soft = mix.lam * hard + (1 - mix.lam) * hard.flip(0)
+    want = -(soft * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    assert metrics["loss"] == pytest.approx(want.item(), rel=1e-6) and 0 < mix.lam < 1
 
 
 def test_the_seed_decides_everything_and_each_part_of_the_recipe_matters(finetune, tmp_path):
@@ -201,8 +242,7 @@ def test_measuring_a_checkpoint_gives_what_its_run_ended_with(finetune, tmp_path
     assert not (tmp_path / "measured" / "last.pt").exists()
     bare = torch.load(tmp_path / "a" / "classifier.pt", weights_only=True)["model"]
     torch.save(bare, tmp_path / "bare.pt")                              # as others publish theirs
-    got = finetune("--checkpoint", str(tmp_path / "bare.pt"), "--evaluate", "--model", "vit_test",
-                   "--img-size", "16", to="measured")
+    got = finetune("--checkpoint", str(tmp_path / "bare.pt"), "--evaluate", to="measured")
     assert got == {name: want[name] for name in got}
 
 
@@ -214,6 +254,14 @@ def test_a_classifier_is_measured_at_another_image_size(finetune, tmp_path):
     model = build_vit("vit_test", (24, 24), 4, 3, num_classes=10, global_pool="avg")
     load_classifier(model, saved)
     assert torch.equal(model.head.weight, saved.encoder["head.weight"])
+
+
+def test_the_evaluation_crop_is_the_middle_224_of_256(finetune, tmp_path, monkeypatch):
+    crops, views = [], train_finetune.Views
+    monkeypatch.setattr(train_finetune, "Views", lambda *a: crops.append(a[1]) or views(*a))
+    finetune("--steps", "1", "--crop", "simple", "--ema", "0.9")
+    finetune("--checkpoint", str(tmp_path / "a"), "--evaluate", to="b")
+    assert crops == ["simple", "evaluation", "evaluation", "evaluation"]
 
 
 def test_an_unreadable_validation_image_counts_as_wrong(finetune, tmp_path):
@@ -230,3 +278,169 @@ def test_an_unreadable_validation_image_counts_as_wrong(finetune, tmp_path):
     assert finetune(*measure, "--max-bad", "0.5", to="b")["acc1"] == 75
     with pytest.raises(Fault, match="1 of 4 images cannot be read"):
         finetune(*measure, to="c")
+
+
+# ---------------------------------------------------------------- other data
+
+
+def class_folders(root, names, count=2, size=16):
+    """An image in each of these class folders whose colour is its class's: {name: colour} of all classes."""
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (size, size), (40 * k, 255 - 40 * k, 30)).save(root / name / f"{name}_{i}.png")
+
+
+WNIDS = ["n01", "n02", "n03", "n04", "n05"]
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """A tree of five classes that one colour tells apart."""
+    for split in ("train", "val"):
+        class_folders(tmp_path / "imagenet" / split, WNIDS)
+    return tmp_path / "imagenet"
+
+
+PLAIN = ("--mixup 0 --cutmix 0 --rand-augment 0 --drop-path 0 --layer-decay 1 --batch-size 16 --steps 60 "
+         "--lr 2e-3").split()
+
+
+def test_a_subset_trains_on_what_it_names_and_keeps_all_classes(finetune, imagenet, tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("# two of ten\nn02/n02_0.png\nn05_1.png\n\n")
+    flags = ["--data", str(imagenet), *PLAIN]
+    assert finetune(*flags, "--subset", str(tmp_path / "few.txt"))["acc1"] == 40
+    assert "2 images of" in (output := capsys.readouterr().out) and "5 classes" in output
+    assert finetune(*flags, to="all")["acc1"] == 100
+
+
+def test_robustness_finds_the_logit_of_each_folder(finetune, imagenet, tmp_path, capsys):
+    """Three of five classes, and labels from 0 that are not the checkpoint's."""
+    finetune("--data", str(imagenet), *PLAIN)
+    whole, part = tmp_path / "r", tmp_path / "part"
+    class_folders(whole, WNIDS)
+    for name in WNIDS[2:]:
+        (part / name).parent.mkdir(exist_ok=True)
+        (whole / name).rename(part / name)
+    flags = ["--checkpoint", str(tmp_path / "a"), "--robustness"]
+    assert finetune(*flags, f"imagenet-r:{part}", to="r")["acc1"] == 100
+    output = capsys.readouterr().out
+    assert "imagenet-r, acc1 %" in output and "published" in output
+    (part / "n03").rename(part / "swap")
+    (part / "n04").rename(part / "n03")
+    (part / "swap").rename(part / "n04")
+    assert finetune(*flags, f"imagenet-r:{part}", to="swapped")["acc1"] == pytest.approx(100 / 3)
+    saved = json.loads((tmp_path / "swapped" / "metrics.json").read_text())
+    assert saved["acc1"] == pytest.approx(100 / 3)
+
+
+def test_corruptions_are_measured_and_a_part_of_them_has_no_mce(finetune, imagenet, tmp_path, capsys):
+    finetune("--data", str(imagenet), *PLAIN)
+    for severity in "12345":
+        class_folders(tmp_path / "c" / "weather" / "fog" / severity, WNIDS)
+    flags = ["--checkpoint", str(tmp_path / "a"), "--robustness", f"imagenet-c:{tmp_path / 'c'}"]
+    metrics = finetune(*flags, to="c1")
+    assert metrics["ce"] == {"fog": 0.0} and metrics["mce"] is None and len(metrics["missing"]) == 70
+    assert "no mCE without" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """A folder of inputs that are each wrong in one way."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name, classes in (("good/train", "ab"), ("good/val", "ab"), ("differ/train", "abc"),
+                          ("differ/val", "abd"), ("flat", "."), ("unsplit/train", "az")):
+        for label in classes:
+            (folder / name / label).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / name / label / f"{label.strip('.')}0.png")
+    (folder / "absent.txt").write_text("".join(f"x{i}.png\n" for i in range(7)) + "a/a0.png\n")
+    for i in range(1, 6):
+        (folder / f"data_batch_{i}.bin").write_bytes(bytes(3072))
+    (folder / "test_batch.bin").write_bytes(bytes(3073))
+    classifier = build_vit("vit_test", (16, 16), 4, 3, num_classes=2).state_dict()
+    config = dict(model="vit_test", img_size=(16, 16), patch_size=4)
+    torch.save(dict(model=classifier, config=config, classes=["a", "z"]), folder / "az.pt")
+    torch.save(dict(model=classifier, config=config), folder / "unnamed.pt")
+    (folder / "norun").mkdir()
+    for name, text in (("torn", "{"), ("number", '{"acc1": 5.0}')):
+        (folder / name).mkdir()
+        (folder / name / "metrics.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--checkpoint=", "--checkpoint is not given"),
+    ("--batch-size 3 --global-batch 3", "--batch-size 3 is odd: mixup and cutmix mix pairs"),
+    ("--global-batch 17", "17 is not a multiple of --batch-size 8"),
+    ("--data WRONG/differ", "the classes differ: train has a, b, c (3), val has a, b, d (3)"),
+    ("--data WRONG/flat", "has no train folder"),
+    ("--data cifar10:WRONG", "3072 bytes"),
+    ("--data WRONG/good --subset WRONG/absent.txt", "x0.png, x1.png, x2.png, x3.png, x4.png, ... (7)"),
+    ("--data WRONG/good --subset WRONG/none.txt", "none.txt"),
+    ("--model vit_t", "is of another model"),
+    ("--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
+    ("--mean 0.5", "--mean has 1 numbers: expected 3"),
+    ("--drop-path 1", "--drop-path 1: expected 0.99 or less"),
+    ("--smoothing 1", "--smoothing 1: expected 0.99 or less"),
+    ("--rand-augment 11", "--rand-augment 11: expected 10 or less"),
+    ("--mixup -1", "--mixup -1.0: expected 0 or more"),
+    ("--layer-decay 0", "--layer-decay 0.0: expected more than 0"),
+    ("--baseline WRONG/norun", "expected the folder of a finished run"),
+    ("--baseline WRONG/torn", "expected the folder of a finished run"),
+    ("--evaluate", "holds no classifier"),
+    ("--evaluate --robustness imagenet-a:WRONG", "two measurements: expected one of them"),
+    ("--evaluate --random-init", "--random-init is for training"),
+    ("--evaluate --checkpoint WRONG/az.pt --data WRONG/unsplit", "has no val folder"),
+    ("--baseline WRONG/number", "expected the folder of a finished run"),
+    ("--evaluate --checkpoint WRONG/az.pt --data WRONG/good", "only the data: b (1)"),
+    ("--evaluate --checkpoint WRONG/unnamed.pt --data WRONG/differ", "has 2 outputs and does not name them"),
+    ("--robustness imagenet-a:WRONG/good/val --checkpoint WRONG/az.pt", "that the checkpoint has not: b"),
+    ("--robustness imagenet-q:WRONG --checkpoint WRONG/az.pt", "expected NAME:DIR"),
+])
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wrong, capfd, monkeypatch,
+                                                 flags, message):
+    monkeypatch.chdir(ROOT)
+    folders = ["--output-dir", str(tmp_path / "a"), "--cache-dir", str(cache)]
+    flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags.replace("WRONG", str(wrong)).split()]
+    with pytest.raises(SystemExit) as stop:
+        run(train_finetune.main, parse(train_finetune.Config, flags))
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1
+    assert errors[0].startswith("error: ") and message in errors[0]
+    assert not (tmp_path / "a").exists()
+
+
+def test_settings_that_may_change_do(finetune, tmp_path):
+    flags = ["--steps", "3", "--epochs", "10"]
+    finetune(*flags)
+    changed = "--weight-decay 0.5 --layer-decay 0.9 --ema 0.9 --dtype bfloat16 --steps 5".split()
+    named = "weight_decay,layer_decay,ema,dtype,steps"
+    finetune(*flags, "--resume", "auto", *changed, "--allow-change", named)
+    groups = state_of(tmp_path / "a")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.5}
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.9 ** 13)
+    with pytest.raises(UserError, match="the resumed optimizer does not fit"):
+        finetune(*flags, *changed, "--layer-decay", "1", "--resume", "auto", "--allow-change", "layer_decay")
+
+
+def test_equal_runs_are_compared_and_a_measurement_replaces_no_run(finetune, imagenet, tmp_path, capsys):
+    flags = ["--data", str(imagenet), *PLAIN]
+    finetune(*flags)
+    assert finetune(*flags, "--baseline", str(tmp_path / "a"), to="b")["acc1"] == 100
+    assert "acc1 100.00 % here, 100.00 % in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run, whose records this would replace"):
+        finetune("--checkpoint", str(tmp_path / "a"), "--evaluate", "--data", str(imagenet), to="a")
+
+
+def test_a_run_goes_on_with_the_classes_and_settings_it_began_with(finetune, imagenet):
+    flags = ["--data", str(imagenet), "--resume", "auto"]
+    finetune(*flags, "--steps", "1")
+    with pytest.raises(UserError, match=r"other settings \(mixup: 0.8 -> 0.5\)"):
+        finetune(*flags, "--steps", "1", "--mixup", "0.5")
+    for split in ("train", "val"):
+        (imagenet / split / "n05").rename(imagenet / split / "n06")
+    with pytest.raises(UserError, match=r"only the data: n06 \(1\); only the run in"):
+        finetune(*flags, "--steps", "1")

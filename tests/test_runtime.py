@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from mff_min.config import UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.config import REQUIRED, UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.runtime import Log, Progress, StopSignals, World, duration, pick_dtype, read_log, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -32,6 +32,19 @@ def test_flags_accept_dashes_and_underscores_alike():
 def test_flags_have_the_type_of_their_field():
     cfg = parse(Config, "--steps 3 --lr 1e-3 --mean 0.1,0.2 --img-size 32".split())
     assert cfg == Config(img_size=(32, 32), mean=(0.1, 0.2), steps=3, lr=1e-3)
+
+
+def test_fields_without_a_default_are_arguments_in_their_order(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Script:
+        source: str = opt(REQUIRED, "what to read")
+        target: str = opt(REQUIRED, "what to write")
+        seed: int = opt(0, "a flag", least=0)
+    assert parse(Script, ["a", "--seed", "3", "b"]) == Script("a", "b", seed=3)
+    check_ranges(Script("a", "b"))
+    with pytest.raises(SystemExit):
+        parse(Script, ["a"])
+    assert capsys.readouterr().err == "error: the following arguments are required: TARGET\n"
 
 
 def test_help_shows_every_default_as_it_is_typed(capsys):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from run_folders import ROOT, log_of, state_of, torchrun
 from torch.distributed.tensor.debug import CommDebugMode
 
 import train_pretrain
@@ -24,7 +25,6 @@ from mff_min.mim import MaskedAutoencoder
 from mff_min.runtime import World, read_log, run
 from mff_min.sharded import exchange, full, gathered, shard, whole
 from mff_min.vit import VisionTransformer
-from runs import ROOT, log_of, state_of, torchrun
 
 SMALL = ("train_pretrain.py --model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
          "--decoder-num-heads 2 --data shapes:100 --global-batch 16 --log-every 1 --save-every 4 "

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_folders import assert_same_run, same_bits, state_of, torchrun
 
 import train_pretrain
 from mff_min.config import UserError, parse
 from mff_min.optim import Schedule
 from mff_min.runtime import Fault, Meter, Stopped, World, read_log, run, write_atomically
 from mff_min.vit import MODELS, VisionTransformer
-from runs import assert_same_run, same_bits, state_of, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
