@@ -16,7 +16,6 @@ Published for vit_b after 800 epochs of ImageNet, linear probe / fine-tuning: MA
 83.5, MFF_MAE 67.0 / 83.6. Any number of processes makes up the batch of 4096 by accumulation.
 """
 
-import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from mff_min.picture import reconstruction_sheet
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
                              describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
                              save_run, start_world, write_atomically, write_json)
+from mff_min.sharded import check_sharding, exchange, full, own_part, shard, whole
 from mff_min.sources import open_data
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
@@ -89,7 +89,8 @@ class Config:
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
-    compile: bool = knob(False, "torch.compile the model")
+    compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
+    fsdp: bool = knob(False, "parameters and optimizer state spread over the processes (fully_shard)")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
@@ -103,6 +104,7 @@ def check(cfg, world_size):
     check_ranges(cfg)
     check_channels(cfg.in_chans, cfg.mean, cfg.std)
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
+    check_sharding(cfg.fsdp, world_size)
 
 
 # ---------------------------------------------------------------- model
@@ -171,18 +173,21 @@ def pretrain(cfg, world, signals):
         return images, batch["noise"].to(device, non_blocking=True), targets
 
     # ------------------------------------------------------------ optimizer
+    if state:
+        load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
+    elif cfg.init_from:
+        load_initial_weights(model, cfg.init_from, say)
+    if cfg.fsdp:                                                        # takes the parameters' place
+        trained = shard(model, world, schedule.accumulation > 1, cfg.compile)
+    else:
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+        trained = torch.compile(trained) if cfg.compile else trained
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
-        load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
-        load_optimizer(optimizer, state["optimizer"])
+        load_optimizer(optimizer, own_part(state["optimizer"], optimizer))
         if state["scaler"]:                                             # empty unless it was float16
             scaler.load_state_dict(state["scaler"])
-    elif cfg.init_from:
-        load_initial_weights(model, cfg.init_from, say)
-    trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-    if cfg.compile:
-        trained = torch.compile(trained)
 
     folder = open_folder(cfg, world)
     log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
@@ -199,8 +204,9 @@ def pretrain(cfg, world, signals):
 
     def draw(step):
         """Write a picture of what the model predicts for a few held-out images."""
+        drawn = whole(model, lambda: build_model(cfg, device), world)
         if world.is_main:
-            draw_reconstructions(cfg, model, val_set, to_device, folder, step)
+            draw_reconstructions(cfg, drawn, val_set, to_device, folder, step)
 
     # ------------------------------------------------------------ loop
     announce(cfg, schedule, model, start, say)
@@ -218,7 +224,7 @@ def pretrain(cfg, world, signals):
             batch = meter.next(batches)
             bad_samples.add(batch["bad"])
             more = micro + 1 < schedule.accumulation
-            with trained.no_sync() if more and world.size > 1 else contextlib.nullcontext():
+            with exchange(trained, more):
                 with autocast(device, dtype):
                     micro_loss = trained(*to_device(batch)) / schedule.accumulation
                 scaler.scale(micro_loss).backward()                     # ranks add up gradients once a step
@@ -233,7 +239,7 @@ def pretrain(cfg, world, signals):
         if cfg.clip_grad or logs:
             scaler.unscale_(optimizer)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
-            grad_norm = torch.nn.utils.get_total_norm(grads)
+            grad_norm = full(torch.nn.utils.get_total_norm(grads))
         if cfg.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
         scaler.step(optimizer)
@@ -249,7 +255,7 @@ def pretrain(cfg, world, signals):
         if logs:
             log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
                       grad_norm=grad_norm.item(), **meter.read(done, loss_value, lr),
-                      fusion_weights=model.fusion_weights().tolist())
+                      fusion_weights=full(model.fusion_weights()).tolist())
         if saves:
             save(done, loss_value)
         if stop_signal and not ends:
@@ -260,12 +266,13 @@ def pretrain(cfg, world, signals):
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
+    final = whole(model, lambda: build_model(cfg, device), world)
     if world.is_main:
-        weights = {name: value.cpu() for name, value in model.encoder.state_dict().items()}
+        weights = {name: value.cpu() for name, value in final.encoder.state_dict().items()}
         export = {"model": weights, "config": asdict(cfg)}
         write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
         most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
-        metrics |= evaluate(cfg, model, val_set, to_device, dtype, most)
+        metrics |= evaluate(cfg, final, val_set, to_device, dtype, most)
         log.write(done=True, **metrics)
         write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import kernels
 from mff_min.config import UserError
+from mff_min.sharded import gathered, local
 
 RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -197,15 +198,17 @@ def save_checkpoint(folder, state):
 
 
 def save_run(folder, world, model, step, hint, **state):
-    """Write last.pt, all that a run needs to go on from this step, on rank 0.
+    """Write last.pt, all that a run needs to go on from this step, on rank 0; all ranks call this together.
 
-    state holds RUN_STATE's other entries and what else the stage needs. Raises Fault, with the hint, where a
-    weight is not finite.
+    state holds RUN_STATE's other entries and what else the stage needs. What is sharded is written whole.
+    Raises Fault on every rank, with the hint, where a weight is not finite.
     """
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    broken = not all(local(parameter).isfinite().all() for parameter in model.parameters())
+    if world.highest(int(broken)):
         raise Fault(f"weights are not finite at step {step} and are not saved; {hint}")
+    state = gathered({"model": model.state_dict(), "step": step, **state}, world.is_main)
     if world.is_main:
-        save_checkpoint(folder, {"model": model.state_dict(), "step": step, **state})
+        save_checkpoint(folder, state)
 
 
 def read_checkpoint(path, needs=()):

@@ -127,7 +127,7 @@ def commands(markdown):
     shell = [block for language, block in blocks if language in ("bash", "sh", "console", "")]
     for line in "".join(shell).splitlines():
         for command in re.split(r"&&|;|\|", re.sub(r"(^| )#.*", "", line)):
-            words = re.sub(r"^\s*(\$ )?(\w+=\S* )*", "", command).split()
+            words = re.sub(r"^\s*(\$ )?(\w+=\S* )*(srun )?", "", command).split()
             if words and Path(words[0]).name in ("python", "python3", "torchrun", "make"):
                 yield words
 
@@ -168,6 +168,7 @@ def test_documented_commands_exist():
     ("python train_probe2.py --help", "train_probe2.py does not exist"),
     ("A=1 torchrun --nproc-per-node=8 train_pretrain.py --blr 1 \\\n  --batch_size=8 # as --published", None),
     ("cd x && python train_pretrain.py --no-norm-pix-loss --batchsize 8", "has no --batchsize"),
+    ("srun torchrun train_pretrain.py --no-bits", "train_pretrain.py has no --no-bits"),
     ("python train_pretrain.py --no-seed", "train_pretrain.py has no --no-seed"),
     ("python train_pretrain.py --blr 1 \\\n  --epoch 3", "train_pretrain.py has no --epoch"),
 ])
