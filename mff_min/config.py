@@ -7,6 +7,7 @@
     cfg = parse(Config)                                                 # reads sys.argv
 
 A field annotated bool becomes --flag and --no-flag; one annotated `X | None` is "not given" when it is None.
+One without a default, opt(REQUIRED, ...), is no flag but an argument; these stand in the order of the fields.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import dataclasses
 import difflib
 import math
 import sys
+
+REQUIRED = dataclasses.MISSING
 
 
 class UserError(Exception):
@@ -76,6 +79,9 @@ def parse(config_class, argv=None):
         flag = "--" + field.name
         names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
+        if field.default is REQUIRED:
+            parser.add_argument(field.name, metavar=field.name.upper(), help=text)
+            continue
         text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
         common = dict(default=field.default, help=text)
         if field.type is bool:
