@@ -168,9 +168,14 @@ def test_random_resized_boxes_have_the_stated_distribution():
 def test_random_resized_crop_is_pillows_crop_and_bicubic_resize():
     image = noise_image(60, 80)
     got = random_resized(image, (32, 24), Fixed(0.25, 0.5, 0.5, 0.5, 0.9))
-    top, left, h, w = random_resized_box(60, 80, Fixed(0.25, 0.5, 0.5, 0.5), (0.2, 1.0), (3 / 4, 4 / 3))
+    top, left, h, w = random_resized_box(60, 80, Fixed(0.25, 0.5, 0.5, 0.5))
     want = image.crop((left, top, left + w, top + h)).resize((24, 32), Image.Resampling.BICUBIC)
-    assert got.tobytes() == want.tobytes() and got.size == (24, 32)
+    assert got.shape == (32, 24, 3) and furthest(got, want) <= 2        # rounded twice: see test_packed
+
+
+def furthest(a, b):
+    """The largest difference between the values of two images."""
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b)).max()
 
 
 def test_simple_crop_keeps_the_scale_and_pads_by_reflection():
@@ -186,7 +191,7 @@ def test_simple_crop_keeps_the_scale_and_pads_by_reflection():
 @pytest.mark.parametrize("size", [(32, 32), (16, 48), (48, 16)])
 def test_center_crop_has_the_size_asked_for_and_nothing_random(size):
     image = noise_image(45, 70)
-    assert center(image, size).size == size[::-1]
+    assert center(image, size).shape == (*size, 3)
     assert center(image, size).tobytes() == center(image, size).tobytes()
 
 
