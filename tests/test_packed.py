@@ -129,6 +129,7 @@ def test_a_worker_gets_a_packs_path_and_not_its_pixels(folder):
     assert np.array_equal(pickle.loads(pickle.dumps(source)).open(3), image)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("kind", [Views, DeviceViews])
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
 def test_workers_0_2_and_4_give_the_same_bytes(folder, kind, crop):
@@ -366,7 +367,7 @@ def test_a_small_disk_is_refused_and_one_that_fills_up_keeps_what_is_packed(fold
         patch.setattr(pack.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match=r"needs about \d\.\d MB more, and 1.0 MB are free"):
             packing(folder)
-    packing(folder, "--short-side", "32")                               # other flags, since nothing was packed
+    packing(folder, "--short-side", "32")
     shutil.rmtree(folder.parent / "pack")
 
     monkeypatch.setattr(pack, "BLOCK", 3)
