@@ -28,7 +28,7 @@ from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_min.checkpoint import load_weights, read_weights
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Stream, Views, collate, make_loader
+from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
@@ -56,6 +56,7 @@ class Config:
     std: tuple[float, ...] = opt(IMAGENET_STD, "standard deviation of each channel", type=numbers)
     crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center",
                     choices=["random_resized", "simple", "center"])
+    device_crop: bool = opt(False, "the crops of a pack are made on the device, within rounding the same")
     mask_ratio: float = opt(0.75, "share of the patches that is masked")
     out_indices: str = opt("spread", "fused blocks: spread (0,2,4,6,8,11 of twelve), last (MAE), all, a list")
     detach_shallow: bool = opt(False, "no gradient to shallow blocks through the fusion (MFF, A.8)")
@@ -158,7 +159,8 @@ def pretrain(cfg, world, signals):
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
-    views = Views(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
+    kind = DeviceViews if cfg.device_crop else Views
+    views = kind(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
@@ -168,7 +170,8 @@ def pretrain(cfg, world, signals):
 
     def to_device(batch):
         """The images, the noise that masks them, and what to predict of them."""
-        images = model.ops.prepare(batch["image"].to(device, non_blocking=True), mean, std)
+        pixels, flip = crop_on_device(batch, cfg.img_size, device, model.ops)
+        images = model.ops.prepare(pixels, mean, std, flip=flip)
         targets = low_pass_target(images, mean, std, radius, model.ops) if radius else images
         return images, batch["noise"].to(device, non_blocking=True), targets
 

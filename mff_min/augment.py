@@ -1,12 +1,13 @@
-"""What is done to an image: crops, flips and channel conversion on Pillow's, erasing and mixing on a batch.
+"""What is done to an image: crops, flips and channel conversion, erasing and mixing on a batch.
 
-Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample, and returns a
-Pillow image of that size. Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises
-there, and mixes where nothing is erased. In fine-tuning the order is crop, rand_augment (randaugment.py),
-normalise, erase, mix. What is random is drawn on the CPU, all but the noise that an erased box is filled
-with.
+Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample. An image is
+Pillow's or an array (H, W, C) of uint8, which is read and never changed; a crop is a new array of that size.
+Random parts are resized by PyTorch, whole images by Pillow: docs/data.md, "Where the pixels are made".
+Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises there, and mixes where
+nothing is erased. In fine-tuning the order is crop, rand_augment (randaugment.py), normalise, erase, mix.
+What is random is drawn on the CPU, all but the noise that an erased box is filled with.
 
-Shapes: B images, C H W, G classes.
+Shapes: B images, C H W, H' W' the sides of a crop, G classes.
 """
 
 import math
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image
 
 from kernels.reference import mix_share
 from mff_min.rng import normal_noise
@@ -24,56 +26,47 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # in_chans to Pillow's mode
 
 
-def random_resized(image, size, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+def random_resized(image, size, rng):
     """A random part of the image, resized, and flipped half of the time.
 
     MAE, A.1; the crop is Inception's (arXiv 1409.4842).
     """
-    top, left, height, width = random_resized_box(image.height, image.width, rng, scale, ratio)
-    image = image.crop((left, top, left + width, top + height)).resize(size[::-1], BICUBIC)
-    return flip(image, rng)
+    return flip(resized_part(image, random_resized_box(*sides(image), rng), size), rng)
 
 
 def inception(image, size, rng):
     """random_resized of parts from 8 % of the area on, as for training with labels (arXiv 1409.4842)."""
-    return random_resized(image, size, rng, scale=(0.08, 1.0))
+    return flip(resized_part(image, random_resized_box(*sides(image), rng, scale=(0.08, 1.0)), size), rng)
 
 
-def single_draw(image, size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A random part of the image, resized, and flipped half of the time: MAE's crop for linear probing.
-
-    It draws one box and cuts it to what fits, as BYOL does (arXiv 2006.07733), where random_resized tries
-    again.
-    """
-    area = image.height * image.width * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))      # width / height
-    width = min(max(round(math.sqrt(area * aspect)), 1), image.width)
-    height = min(max(round(math.sqrt(area / aspect)), 1), image.height)
-    top, left = rng.integer(0, image.height - height + 1), rng.integer(0, image.width - width + 1)
-    image = image.crop((left, top, left + width, top + height)).resize(size[::-1], BICUBIC)
-    return flip(image, rng)
+def single_draw(image, size, rng):
+    """A random part of the image, resized, and flipped half of the time: MAE's crop for linear probing."""
+    return flip(resized_part(image, single_draw_box(*sides(image), rng), size), rng)
 
 
-def simple(image, size, rng, padding=4):
+def simple(image, size, rng):
     """The shorter side resized to the crop, padded by reflection, cropped at random and flipped.
 
     PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
     75 % mask is little enough.
     """
-    image = np.asarray(resize_to_cover(image, size, BILINEAR))          # (H, W, C), or (H, W) where grey
-    image = np.pad(image, [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2), mode="reflect")
-    height, width = size
-    top = rng.integer(0, image.shape[0] - height + 1)
-    left = rng.integer(0, image.shape[1] - width + 1)
-    return flip(Image.fromarray(image[top:top + height, left:left + width]), rng)
+    return flip(simple_part(image, size, rng), rng)
+
+
+def simple_part(image, size, rng, padding=4):
+    """simple's crop before it is flipped."""
+    image = to_array(resize_to_cover(image, size, BILINEAR))            # (H, W, C)
+    top = rng.integer(0, image.shape[0] + 2 * padding - size[0] + 1) - padding
+    left = rng.integer(0, image.shape[1] + 2 * padding - size[1] + 1) - padding
+    return reflected(image, top, left, size)
 
 
 def center(image, size, rng=None, margin=1.0):
     """The middle of the image at the scale at which `margin` times the crop just fits; nothing random."""
     height, width = size
-    image = resize_to_cover(image, (round(height * margin), round(width * margin)), BICUBIC)
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
+    image = to_array(resize_to_cover(image, (round(height * margin), round(width * margin)), BICUBIC))
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return np.array(image[top:top + height, left:left + width])
 
 
 def evaluation(image, size, rng=None):
@@ -85,7 +78,7 @@ CROPS = {"random_resized": random_resized, "inception": inception, "single_draw"
          "simple": simple, "center": center, "evaluation": evaluation}
 
 
-def random_resized_box(height, width, rng, scale, ratio):
+def random_resized_box(height, width, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
     """(top, left, height, width) of a random part: area uniform in scale, log aspect uniform in ratio.
 
     Where ten tries find no part that fits, it is the largest centred one whose aspect is in ratio, as in
@@ -102,27 +95,128 @@ def random_resized_box(height, width, rng, scale, ratio):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def single_draw_box(height, width, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """(top, left, height, width) of a random part: a draw that is cut to what fits (BYOL, arXiv 2006.07733).
+
+    random_resized_box tries again where a draw does not fit.
+    """
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))      # width / height
+    w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    return rng.integer(0, height - h + 1), rng.integer(0, width - w + 1), h, w
+
+
+def sides(image):
+    """(height, width) of an image, which of a file that is not decoded yet are its header's."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def to_array(image):
+    """The pixels of an image: (H, W, C) of uint8."""
+    return np.atleast_3d(np.asarray(image))
+
+
+def to_pillow(pixels):
+    """The Pillow image with these pixels, an array (H, W, C)."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def resized_part(image, box, size):
+    """The part of an image in box (top, left, height, width), antialiased bicubic: an array (H', W', C).
+
+    By PyTorch, whose resize of uint8 rounds more coarsely than Pillow's: docs/parity.md, "Pixels". A file
+    that can be decoded at a fraction of its size leaves a box that begins between pixels, and is Pillow's.
+    """
+    scale = decode_smaller(image, box, size)
+    if scale > 1:
+        top, left, height, width = (value / scale for value in box)
+        box = left, top, min(left + width, image.width), min(top + height, image.height)
+        return np.array(to_array(image.resize(size[::-1], BICUBIC, box=box)))
+    part = np.array(cut(image, box))                                    # (height, width, C)
+    x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)                # (1, C, height, width)
+    x = F.interpolate(x, size, mode="bicubic", antialias=True)          # (1, C, H', W')
+    return x[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def decode_smaller(image, box, size):
+    """Have a JPEG that is not decoded yet come at 1/2, 1/4 or 1/8 of its size; returns the divisor, or 1.
+
+    At least two pixels are left for each pixel of the crop on both axes, so that what the decoder's own
+    averaging changes stays small: docs/parity.md, "Pixels".
+    """
+    fits = min(box[2] // size[0], box[3] // size[1]) // 2
+    scale = next((scale for scale in (8, 4, 2) if scale <= fits), 1)
+    if scale == 1 or getattr(image, "format", None) != "JPEG":
+        return 1
+    drafted = image.draft(None, (image.width // scale, image.height // scale))
+    return scale if drafted else 1                                      # None: it is decoded already
+
+
+def cut(image, box):
+    """The pixels of an image in box (top, left, height, width): (height, width, C), of an array a view."""
+    top, left, height, width = box
+    if isinstance(image, np.ndarray):
+        return image[top:top + height, left:left + width]
+    return to_array(image.crop((left, top, left + width, top + height)))
+
+
+def reflected(image, top, left, size):
+    """size pixels of an array (H, W, C) from (top, left) on; past its edges stands its reflection."""
+    (height, width), (H, W) = size, image.shape[:2]
+    rows, columns = reflection(top, height, H), reflection(left, width, W)      # (height,), (width,)
+    first, last = np.clip([-left, W - left], 0, width).tolist()         # columns that are no reflection
+    out = np.empty((height, width, image.shape[2]), np.uint8)           # (height, width, C)
+    if top >= 0 and top + height <= H:
+        out[:, first:last] = image[top:top + height, left + first:left + last]
+    else:
+        out[:, first:last] = image[rows, left + first:left + last]      # rows are copied, not single pixels
+    for outside in (slice(0, first), slice(last, width)):
+        out[:, outside] = image[rows[:, None], columns[outside]]
+    return out
+
+
+def reflection(start, count, size):
+    """Where pixels start, start + 1, ... of a reflected line of this size stand in the line: (count,)."""
+    period = max(2 * (size - 1), 1)
+    at = np.abs(np.arange(start, start + count)) % period               # (count,)
+    return np.minimum(at, period - at)
+
+
 def resize_to_cover(image, size, resample):
-    """The image scaled, aspect kept, to the smallest size that covers (height, width)."""
-    height, width = size
-    factor = max(height / image.height, width / image.width)
-    new_size = max(width, round(image.width * factor)), max(height, round(image.height * factor))
-    return image.resize(new_size, resample)
+    """The image scaled by Pillow, aspect kept, to the smallest size that covers (height, width).
+
+    An image of that size is returned as it is.
+    """
+    (height, width), (H, W) = size, sides(image)
+    factor = max(height / H, width / W)
+    new = max(height, round(H * factor)), max(width, round(W * factor))
+    if new == (H, W):
+        return image
+    image = to_pillow(image) if isinstance(image, np.ndarray) else image
+    return image.resize(new[::-1], resample)
 
 
-def flip(image, rng):
-    """The image, mirrored left to right half of the time."""
-    return ImageOps.mirror(image) if rng.uniform() < 0.5 else image
+def flip(pixels, rng):
+    """An array (H, W, C), mirrored left to right half of the time."""
+    if rng.uniform() >= 0.5:
+        return pixels
+    x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)              # (1, C, H, W): fast to flip
+    return x.flip(-1)[0].permute(1, 2, 0).numpy()
 
 
 def to_mode(image, in_chans):
-    """The image with in_chans channels of 8 bits, by fixed rules.
+    """The image with in_chans channels of 8 bits, by fixed rules; undecoded where it has them already.
 
     16-bit values are scaled to 8 bits, which Pillow's own convert would saturate; palettes and CMYK become
     colour; alpha is dropped, not blended; grey is repeated; of an animation the first frame counts; EXIF
     orientation is ignored, as it is by the published pipelines. Raises ValueError for 32-bit and float
     images, whose range is unknown.
     """
+    if isinstance(image, np.ndarray):
+        if image.shape[2] == in_chans:
+            return image
+        image = to_pillow(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.uint32)                    # (H, W)
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
@@ -130,7 +224,7 @@ def to_mode(image, in_chans):
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
     if image.mode in ("LA", "La", "PA"):                                # Pillow needs RGBA in between
         image = image.convert("RGBA")
-    return image.convert(MODES[in_chans])
+    return image if image.mode == MODES[in_chans] else image.convert(MODES[in_chans])
 
 
 def erasing_box(height, width, rng, probability, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3), tries=10):

@@ -6,6 +6,7 @@ epoch, index), so nothing depends on the number of workers or ranks, and a run r
 Shapes: B images, C H W, L patches.
 """
 
+import math
 import signal
 import struct
 from functools import lru_cache
@@ -15,8 +16,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from mff_min import rng
-from mff_min.augment import CROPS, erasing_box, to_mode
+from mff_min import augment, rng
+from mff_min.config import UserError
 from mff_min.runtime import Fault
 
 # What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
@@ -31,40 +32,94 @@ class Views(Dataset):
     and bad, the (name, reason) of every file that could not be read; such a file is replaced by another one
     chosen by (seed, epoch, index). augment(image, rng) changes the crop, a Pillow image. With reprob > 0 it
     also holds what augment.erase takes: erase, a box that is empty but with that probability, and erase_key.
+    Raises UserError for a pack whose images are smaller than the crop.
     """
 
     def __init__(self, source, crop, size, in_chans, num_noise, seed, augment=None, reprob=0.0):
+        if 0 < source.short_side < min(size):
+            raise UserError(f"the pack has images of short side {source.short_side}, and the crop is "
+                            f"{size[0]}x{size[1]}: expected a smaller --img-size, or a pack made with a "
+                            f"larger --short-side")
         self.source, self.crop, self.size, self.seed = source, crop, size, seed
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label, bad = self.read(epoch, index)
-        crop = CROPS[self.crop](image, self.size, rng.Rng(self.seed, rng.CROP, epoch, index))
-        if self.augment:
-            crop = self.augment(crop, rng.Rng(self.seed, rng.AUGMENT, epoch, index))
+        item = self.read(epoch, index)
         noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_noise)
-        pixels = torch.tensor(np.asarray(crop)).reshape(*self.size, -1)     # (H, W, C)
-        pixels = pixels.permute(2, 0, 1)                                # (C, H, W)
-        item = dict(image=pixels, label=label, noise=torch.tensor(noise, dtype=torch.float32), bad=bad)
+        item["noise"] = torch.from_numpy(noise.astype(np.float32))
         if self.reprob:
-            box = erasing_box(*self.size, rng.Rng(self.seed, rng.ERASE, epoch, index), self.reprob)
+            box = augment.erasing_box(*self.size, rng.Rng(self.seed, rng.ERASE, epoch, index), self.reprob)
             key = rng.int64_key(self.seed, rng.NOISE, epoch, index)
-            item |= dict(erase=torch.tensor(box), erase_key=torch.tensor(key))
+            item |= dict(erase=box, erase_key=key)
         return item
 
     def read(self, epoch, index):
-        """(Pillow image, label, bad): of the image at index, or of another one and what was bad before it."""
-        bad, replacements = [], rng.Rng(self.seed, rng.REPLACE, epoch, index)
-        for _ in range(20):
+        """What view gives of the image at index, or of another one, its label, and what was bad before it."""
+        bad, shown = [], index
+        for attempt in range(20):
             try:
-                return to_mode(self.source.open(index), self.in_chans), self.source.label(index), bad
+                image = augment.to_mode(self.source.open(shown), self.in_chans)
+                return self.view(image, epoch, index) | dict(label=self.source.label(shown), bad=bad)
             except DECODE_ERRORS as error:
                 unknown = isinstance(error, UnidentifiedImageError)
                 reason = "not an image" if unknown else f"{type(error).__name__}: {error}"
-                bad.append((self.source.name(index), reason))
-                index = replacements.integer(0, len(self.source))
+                bad.append((self.source.name(shown), reason))
+                draws = rng.Rng(self.seed, rng.REPLACE, epoch, index)
+                shown = [draws.integer(0, len(self.source)) for _ in range(attempt + 1)][-1]
         raise Fault(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
+
+    def view(self, image, epoch, index):
+        """image, the crop of this image: Pillow's, which may not be decoded yet, or an array."""
+        draws = rng.Rng(self.seed, rng.CROP, epoch, index)
+        crop = augment.CROPS[self.crop](image, self.size, draws)        # (H, W, C)
+        if self.augment:
+            crop = self.augment(augment.to_pillow(crop), rng.Rng(self.seed, rng.AUGMENT, epoch, index))
+            crop = np.array(augment.to_array(crop))                     # (H, W, C)
+        return dict(image=torch.from_numpy(crop).permute(2, 0, 1))
+
+
+class DeviceViews(Views):
+    """Views of a pack whose pixels are made on the device, by crop_on_device: here they are only copied.
+
+    image is uint8 (C, side, side) with the part that the crop shows in its upper left corner, of box (4,),
+    or (C, H, W), the simple crop itself, which resizes nothing; flip () says whether it is mirrored. Of the
+    same (seed, epoch, index) it is the part that Views shows. Raises UserError where the source is no pack,
+    or not one of a size that this crop can be made of.
+    """
+
+    def __init__(self, source, crop, size, in_chans, num_noise, seed):
+        super().__init__(source, crop, size, in_chans, num_noise, seed)
+        if not source.short_side:
+            raise UserError("--device-crop needs packed images of one short side: expected --data PACK, a "
+                            "folder that pack.py wrote without --short-side 0")
+        if crop not in ("random_resized", "simple"):
+            raise UserError(f"--device-crop makes the crops random_resized and simple, not {crop}")
+        if crop == "simple" and set(size) != {source.short_side}:
+            raise UserError(f"--device-crop with --crop simple resizes nothing: expected --img-size "
+                            f"{source.short_side}, the pack's short side, not {size[0]}x{size[1]}")
+        self.side = math.ceil(source.short_side * 4 / 3) + 1            # a part's aspect is 3/4 to 4/3
+
+    def view(self, image, epoch, index):
+        draws = rng.Rng(self.seed, rng.CROP, epoch, index)
+        if self.crop == "simple":
+            crop, box = augment.simple_part(image, self.size, draws), {}
+        else:
+            top, left, height, width = augment.random_resized_box(*augment.sides(image), draws)
+            crop = np.zeros((self.side, self.side, self.in_chans), np.uint8)        # (side, side, C)
+            crop[:height, :width] = augment.cut(image, (top, left, height, width))
+            box = dict(box=(0, 0, height, width))
+        return dict(image=torch.from_numpy(crop).permute(2, 0, 1), flip=draws.uniform() < 0.5, **box)
+
+
+def crop_on_device(batch, size, device, ops):
+    """(images (B, C, H, W) uint8, flip (B,) or None) on the device, of a batch of Views or DeviceViews."""
+    moved = {name: batch[name].to(device, non_blocking=True) for name in ("image", "box", "flip")
+             if name in batch}
+    if "box" not in moved:
+        return moved["image"], moved.get("flip")
+    with torch.autocast(device.type, enabled=False):                    # pixels are not rounded to bfloat16
+        return ops.resized_crop(moved["image"], moved["box"], size), moved["flip"]
 
 
 class Stream:
@@ -111,12 +166,17 @@ def each_once(count, batch_size, world):
 
 
 def collate(items):
-    """A batch of what Views gives: bad and replaced (B,), where bad names the image; the rest is stacked."""
-    batch = dict(label=torch.tensor([item["label"] for item in items]),
-                 replaced=torch.tensor([len(item["bad"]) > 0 for item in items]),
-                 bad=[entry for item in items for entry in item["bad"]])
-    stacked = [name for name in items[0] if name not in batch]
-    return batch | {name: torch.stack([item[name] for item in items]) for name in stacked}
+    """A batch of what Views gives: stacked, but bad, one list of all, and replaced (B,), where it names some.
+
+    image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice.
+    """
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    bad, noise = columns.pop("bad"), torch.stack(columns.pop("noise"))  # noise (B, num_noise)
+    pixels = torch.stack([image.permute(1, 2, 0) for image in columns.pop("image")])        # (B, H, W, C)
+    batch = {name: torch.tensor(values) for name, values in columns.items()}
+    return batch | dict(image=pixels.permute(0, 3, 1, 2), noise=noise,
+                        replaced=torch.tensor([len(found) > 0 for found in bad]),
+                        bad=[entry for found in bad for entry in found])
 
 
 def leave_signals_to_the_trainer(worker):

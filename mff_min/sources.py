@@ -1,9 +1,10 @@
 """Image sources: where images, their labels and the names of their classes come from.
 
-A source has `len(source)`, `source.open(i)` (a Pillow image), `source.label(i)`, `source.name(i)`,
-`source.classes`, and `source.labels`, the labels of all images by what they are about: {"class": (n,)}, or
-{"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of them, which classes names.
-`source.spellings(i)` are the names by which a list may call image i.
+A source has `len(source)`, `source.open(i)` (a Pillow image, or its pixels, an array (H, W, 3) of uint8 that
+is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.short_side` (of all its images,
+where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
+about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
+them, which classes names. `source.spellings(i)` are the names by which a list may call image i.
 
 Shapes: n images, H W.
 """
@@ -19,6 +20,7 @@ from PIL import Image
 from mff_min.cifar import read_cifar
 from mff_min.config import UserError
 from mff_min.lists import listed, printable, read_cars, read_lines
+from mff_min.packed import open_packed
 from mff_min.shapes import SHAPES, load_shapes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
@@ -28,6 +30,8 @@ MAX_PIXELS = 50_000_000                                                 # a head
 
 class ImageFiles:
     """Image files at paths below a folder, with labels (n,); is_split says whether the split was found."""
+
+    short_side = 0
 
     def __init__(self, root, paths, labels, classes, is_split=True):
         # One array of bytes: millions of Python strings would be copied into every worker, touch by touch.
@@ -88,6 +92,8 @@ class ImageFolder(ImageFiles):
 class ImageArray:
     """Images in one uint8 array (n, H, W, 3), with labels {name: (n,)}; classes names those of the first."""
 
+    short_side = 0
+
     def __init__(self, images, labels, classes, kind):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
 
@@ -95,7 +101,7 @@ class ImageArray:
         return len(self.images)
 
     def open(self, i):
-        return Image.fromarray(self.images[i])
+        return self.images[i]
 
     def label(self, i):
         return int(next(iter(self.labels.values()))[i])
@@ -113,6 +119,7 @@ class Subset:
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
         self.classes, self.is_split = source.classes, source.is_split
+        self.short_side = source.short_side
         self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
 
     def __len__(self):
@@ -169,6 +176,7 @@ def open_data(spec, split, cache_dir, say):
     cars:DIR                    Stanford Cars: train.txt and val.txt or test.txt with a path and a label a
                                 line, the devkit's .mat files, or train/<class>/* and val/ or test/<class>/*
     DIR                         a folder of images: train/<class>/* and val/<class>/*, or images alone
+    PACK, FILE.pack             what pack.py wrote: the folder, or one of its files
     """
     kind, _, argument = spec.partition(":")
     if kind == "shapes":
@@ -190,7 +198,7 @@ def open_data(spec, split, cache_dir, say):
         if files:
             return ImageFiles(root, *files)
         return ImageFolder(root, "test" if split == "val" and not (root / "val").is_dir() else split)
-    return ImageFolder(spec, split)
+    return open_packed(spec, split) or ImageFolder(spec, split)
 
 
 def check_labels(spec, train, val):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from run_folders import assert_same_run, log_of, same_bits, state_of, torchrun
-from test_data import noise_image
+from test_data import furthest, noise_image
 
 import train_probe
 from kernels import TORCH
@@ -118,7 +118,7 @@ def test_single_draw_draws_one_box_and_cuts_it_to_the_image():
     y, x = int(up * (40 - h + 1)), int(left * (90 - w + 1))
     want = image.crop((x, y, x + w, y + h)).resize((32, 24), Image.Resampling.BICUBIC)
     want = want.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored < 0.5 else want
-    assert np.array_equal(np.asarray(got), np.asarray(want))
+    assert furthest(got, want) <= 2                                     # rounded twice: see test_packed
 
 
 def test_the_evaluation_crop_is_the_middle_224_of_256():

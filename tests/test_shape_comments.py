@@ -18,7 +18,7 @@ from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
 from mff_min import augment, cifar, mim, picture, probe, shapes, targets, vit
-from mff_min.data import Views
+from mff_min.data import DeviceViews, Views, collate
 from mff_min.sources import ImageArray
 
 
@@ -115,7 +115,8 @@ class Witness:
 
 # No two letters share a size. D, h, d and T have one in the encoder and one in the decoder, which is E wide.
 TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100], M=[7],
-             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], G=[13], H_=[9, 10], W_=[11, 10])
+             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], G=[13], H_=[9, 10, 36],
+             W_=[11, 10, 44])
 
 
 def exercise():
@@ -152,8 +153,12 @@ def exercise():
     probe.count_hits(scores, labels)
     probe.knn_scores(torch.rand(8, 60), torch.arange(8), 13, features, 3, 0.07)
 
-    source = ImageArray(np.zeros((1, 72, 88, 3), np.uint8), {"class": [0]}, [""], "")
-    Views(source, "simple", (36, 44), 3, 99, seed=0)[0, 0]
+    source = ImageArray(np.zeros((6, 72, 88, 3), np.uint8), {"class": [0] * 6}, [""], "")
+    for crop in augment.CROPS:
+        view = Views(source, crop, (36, 44), 3, 99, 0, lambda image, rng: image, 1.0)
+        collate([view[0, i] for i in range(6)])
+    source.short_side = 72
+    DeviceViews(source, "random_resized", (36, 44), 3, 99, 0)[0, 0]
     augment.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
     augment.erase(images, box, torch.arange(6))
     for mix in (augment.Mix(0.3), augment.Mix(0.75, (0, 0, 18, 22))):

@@ -1,0 +1,167 @@
+"""Pack a folder of images into one memory-mapped file a split, so that no image is decoded again and again.
+
+    python pack.py IMAGENET PACK                                        the shorter side at 256 pixels
+    python pack.py IMAGENET PACK --short-side 224 --resample bilinear   what --crop simple shows at 224
+    python pack.py IMAGENET PACK --jpeg 95                              a fifth of the disk, slower to read
+    python pack.py IMAGENET PACK --verify                               read a pack again: every checksum
+
+Then --data PACK is read as IMAGENET was: the same images in the same order, with the same labels and names.
+It may be stopped at any time: the same line goes on, to the same bytes. Given once more, it says whether the
+folder has changed since. docs/data.md, "Packing", says what is stored.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
+from mff_min.data import DECODE_ERRORS, leave_signals_to_the_trainer
+from mff_min.packed import Journal, Packed, check_same, encode, files_of, plan_of
+from mff_min.runtime import Fault, Progress, World, leave, run
+from mff_min.sources import ImageFolder
+
+BLOCK = 256                                                             # images that are flushed together
+
+
+@dataclass(frozen=True)
+class Config:
+    # these change the result
+    source: str = opt(REQUIRED, "the folder of images: train/<class>/* and val/<class>/*, or images alone")
+    output: str = opt(REQUIRED, "the folder for train.pack and val.pack")
+    short_side: int = opt(256, "pixels of the shorter side; 0: keep every image as it is", least=0)
+    resample: str = opt("bicubic", "how Pillow resizes", choices=["bicubic", "bilinear"])
+    jpeg: int = opt(0, "store JPEG files of this quality, 1 to 100, instead of pixels", least=0)
+
+    # these change only how it is reached
+    workers: int = knob(0, "processes that decode and resize", least=0)
+    verify: bool = knob(False, "read a finished pack and check every record; write nothing")
+
+
+class Records(Dataset):
+    """(record, height, width, reason) of a folder's images; of one that cannot be read the reason alone."""
+
+    def __init__(self, source, settings):
+        self.source, self.settings = source, settings
+
+    def __getitem__(self, i):
+        try:
+            return *encode(self.source, i, **self.settings), ""
+        except DECODE_ERRORS as error:
+            return b"", 0, 0, f"{type(error).__name__}: {error}"
+
+
+def main(cfg):
+    """Pack both splits, or verify them; returns the paths of their files."""
+    check_ranges(cfg)
+    if cfg.jpeg > 100:
+        raise UserError(f"--jpeg {cfg.jpeg}: expected a quality of 1 to 100, or 0 for pixels")
+    try:
+        return verify(Path(cfg.output)) if cfg.verify else pack(cfg)
+    except OSError as error:
+        raise Fault(f"{error}; what is packed is kept, and the same line goes on from there") from None
+    except KeyboardInterrupt:
+        leave("stopped: interrupted; the same line goes on from there", 130)
+
+
+def pack(cfg):
+    output = Path(cfg.output)
+    settings = dict(short_side=cfg.short_side, resample=cfg.resample, jpeg=cfg.jpeg)
+    sources = {split: ImageFolder(cfg.source, split) for split in ("val", "train")}     # train.pack is last
+    if not sources["val"].is_split:
+        del sources["val"]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from None
+
+    paths, journals = {split: output / f"{split}.pack" for split in sources}, {}
+    for split, path in paths.items():
+        plan = dict(settings=settings, files=files_of(sources[split]))
+        if path.exists():
+            check_same(path, plan_of(path), plan)
+            say(f"{path} is there already")
+        else:
+            journals[split] = Journal(path, plan)
+    announce(sources, journals, settings, output)
+
+    for split, journal in journals.items():
+        source = sources[split]
+        write_records(source, journal, cfg.workers, settings)
+        journal.finish(source.labels["class"], source.classes, split if source.is_split else "")
+        unread = sum(bool(reason) for *_, reason in journal.entries)
+        say(f"{paths[split]}: {len(source)} images of {len(source.classes)} classes, "
+            f"{amount(paths[split].stat().st_size)}; {unread} cannot be read")
+    return list(paths.values())
+
+
+def say(text):
+    """Print a line."""
+    print(text, flush=True)
+
+
+def announce(sources, journals, settings, output):
+    """Say how large the packs will be. Raises UserError where the disk is too small for what is missing."""
+    needed = 0
+    for split, journal in journals.items():
+        records, count = Records(sources[split], settings), len(sources[split])
+        some = range(0, count, -(-count // 256))                        # spread over the classes
+        total = sum(len(records[i][0]) for i in some) / len(some) * count
+        done = len(journal.entries)
+        say(f"{split}: {count} images, about {amount(total)}; {done} are packed already")
+        needed += total * (count - done) / count
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise UserError(f"{output} needs about {amount(needed)} more, and {amount(free)} are free: expected "
+                        f"a smaller --short-side, --jpeg 95, or another disk")
+
+
+def amount(count):
+    """A number of bytes as text."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def write_records(source, journal, workers, settings):
+    """Write the records that are missing, block by block."""
+    first, count = len(journal.entries), len(source)
+    loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
+                        num_workers=workers, collate_fn=unchanged, generator=torch.Generator(),
+                        worker_init_fn=leave_signals_to_the_trainer, prefetch_factor=64 if workers else None)
+    progress = Progress(count, first, World(0, 1, 0, torch.device("cpu")), every=5.0, text=journal.pack.name)
+    block = []
+    for i, record in enumerate(loader, first + 1):
+        block.append(record)
+        if len(block) == BLOCK or i == count:
+            journal.add(block)
+            block = []
+            progress.tick(i)
+
+
+def unchanged(record):
+    """What a worker hands over, as it is: bytes stay bytes."""
+    return record
+
+
+def verify(folder):
+    """Read every record of a folder's packs. UserError with how many are altered, and the first of them."""
+    paths = sorted(folder.glob("*.pack"))
+    if not paths:
+        raise UserError(f"{folder} holds no pack: expected a folder that pack.py wrote")
+    for path in paths:
+        source, altered = Packed(path, ""), []
+        for i in range(len(source)):
+            try:
+                source.record(i)
+            except ValueError as error:
+                if str(i) not in source.header["bad"]:
+                    altered.append(f"{source.name(i)}: {error}")
+        if altered:
+            raise UserError(f"{len(altered)} of {len(source)} images are altered, first {altered[0]}")
+        say(f"{path}: {len(source)} images, every checksum is right")
+    return paths
+
+
+if __name__ == "__main__":
+    run(main, parse(Config))
