@@ -29,6 +29,7 @@ from mff_min.checkpoint import load_weights, read_weights
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
+from mff_min.flops import product_tflops, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
@@ -91,7 +92,10 @@ class Config:
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
+    cuda_graphs: bool = knob(False, "compile, and launch a pass as one CUDA graph; for small models on a GPU")
     fsdp: bool = knob(False, "parameters and optimizer state spread over the processes (fully_shard)")
+    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
+                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
@@ -100,12 +104,16 @@ class Config:
     cache_dir: str = knob("runs/cache", "where the embedded images are kept")
 
 
-def check(cfg, world_size):
+def check(cfg, world):
     """Raise UserError for values that cannot be meant, before anything is done."""
     check_ranges(cfg)
     check_channels(cfg.in_chans, cfg.mean, cfg.std)
-    check_batches(cfg.global_batch, cfg.batch_size, world_size)
-    check_sharding(cfg.fsdp, world_size)
+    check_batches(cfg.global_batch, cfg.batch_size, world.size)
+    check_sharding(cfg.fsdp, world.size)
+    if cfg.cuda_graphs and world.device.type != "cuda":
+        raise UserError(f"--cuda-graphs: expected a GPU, and this run is on --device {world.device}")
+    if cfg.cuda_graphs and cfg.fsdp:
+        raise UserError("--cuda-graphs and --fsdp do not go together: expected one of them")
 
 
 # ---------------------------------------------------------------- model
@@ -142,7 +150,7 @@ def load_initial_weights(model, path, say):
 def main(cfg):
     """Pre-train as cfg says; returns the final metrics: step, loss, and on rank 0 what evaluate returns."""
     with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
-        check(cfg, world.size)
+        check(cfg, world)
         return pretrain(cfg, world, signals)
 
 
@@ -169,11 +177,15 @@ def pretrain(cfg, world, signals):
         radius = low_pass_radius_at(radius, cfg.img_size)
 
     def to_device(batch):
-        """The images, the noise that masks them, and what to predict of them."""
+        """Images, the noise that masks them, and what to predict: other images, or pixels, mean and std."""
         pixels, flip = crop_on_device(batch, cfg.img_size, device, model.ops)
+        noise = batch["noise"].to(device, non_blocking=True)
         images = model.ops.prepare(pixels, mean, std, flip=flip)
-        targets = low_pass_target(images, mean, std, radius, model.ops) if radius else images
-        return images, batch["noise"].to(device, non_blocking=True), targets
+        if radius:
+            return images, noise, low_pass_target(images, mean, std, radius, model.ops)
+        if flip is not None:                                            # the pixels are not mirrored yet
+            return images, noise, images
+        return images, noise, pixels, mean, std
 
     # ------------------------------------------------------------ optimizer
     if state:
@@ -184,7 +196,12 @@ def pretrain(cfg, world, signals):
         trained = shard(model, world, schedule.accumulation > 1, cfg.compile)
     else:
         trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-        trained = torch.compile(trained) if cfg.compile else trained
+        if cfg.cuda_graphs:
+            trained = torch.compile(trained, mode="reduce-overhead")
+            for parameter in model.parameters():                        # else they would lie in the graph's
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        elif cfg.compile:
+            trained = torch.compile(trained)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
@@ -216,7 +233,8 @@ def pretrain(cfg, world, signals):
     if start == 0:
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    meter = Meter(schedule, start, world)
+    peak = cfg.peak_tflops or (product_tflops(device) if device.type == "cuda" else 0)
+    meter = Meter(schedule, start, world, peak * 1e12 * world.size / step_flops(model))
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
@@ -247,7 +265,7 @@ def pretrain(cfg, world, signals):
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
 
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:
@@ -291,7 +309,8 @@ def announce(cfg, schedule, model, start, say):
     """Say what is about to run."""
     count = sum(p.numel() for p in model.parameters())
     say(f"{cfg.model}: {count / 1e6:.1f} M parameters with the decoder; fused blocks: "
-        f"{','.join(map(str, model.out_indices))}; {schedule.num_samples} images of {cfg.data}\n"
+        f"{','.join(map(str, model.out_indices))}; {step_flops(model) / 1e9:.3g} GFLOP an image; "
+        f"{schedule.num_samples} images of {cfg.data}\n"
         f"{schedule.plan(start)}")
 
 
@@ -317,11 +336,12 @@ def evaluate(cfg, model, source, to_device, dtype, most):
     for first in range(0, len(chosen), cfg.batch_size):
         indices = chosen[first:first + cfg.batch_size]
         batch = held_out(cfg, source, indices, model.encoder.num_patches)
-        images, noise, targets = to_device(batch)
+        images, noise, targets, *statistics = to_device(batch)
         with autocast(images.device, dtype):
-            loss = model(images, noise, targets)
+            loss = model(images, noise, targets, *statistics)
         ids = random_masking(noise, model.num_visible)[0][:, model.num_visible:]
-        of_means = patch_mean_loss(targets, ids, model.encoder.patch_size, cfg.norm_pix_loss, model.ops)
+        of_means = patch_mean_loss(targets, ids, model.encoder.patch_size, cfg.norm_pix_loss, model.ops,
+                                   *statistics)
         totals += torch.tensor([loss.item(), of_means.item()]) * len(indices)
         replaced += len(batch["bad"])
     val_loss, of_means = (totals / len(chosen)).tolist()
@@ -332,7 +352,8 @@ def evaluate(cfg, model, source, to_device, dtype, most):
 def draw_reconstructions(cfg, model, source, to_device, folder, step):
     """Write reconstruction.png, and a copy of it that keeps the step in its name."""
     indices = spaced(cfg.picture_images, source)
-    images, noise, targets = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
+    images, noise, targets, *statistics = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
+    targets = images if statistics else targets                         # the same, as numbers
     pred, ids, mask = model.predict(images, noise)
     mean, std = images.new_tensor(cfg.mean), images.new_tensor(cfg.std)
     sheet = reconstruction_sheet(images, targets, pred, ids, mask, model.encoder.patch_size,

@@ -9,8 +9,8 @@ With one level in out_indices the fusion is the identity and the model is MAE. P
 changes only the target and the crop: targets.py and augment.py.
 
 What is unusual about this implementation: the decoder works on tokens in shuffled order (its positions are
-shuffled instead), and predicts masked patches only; both give the same numbers as un-shuffling and predicting
-all of them.
+shuffled instead), its last block computes masked tokens only, and only they are predicted and scored. All of
+it gives the numbers of un-shuffling and predicting everything.
 
 Shapes: B images, C H W, P patch side, L patches, V visible patches, K = L - V masked patches, D width of the
 encoder, E width of the decoder, T = V + 1 tokens, M fused levels, N = P * P * C.
@@ -114,9 +114,11 @@ class MaskedAutoencoder(nn.Module):
         positions = self.decoder_pos_embed[:, 1:].expand(B, -1, -1)     # (B, L, E)
         positions = take_tokens(positions, ids_shuffle)
         x = x + torch.cat([self.decoder_pos_embed[:, :1].expand(B, -1, -1), positions], dim=1)
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = run_block(block, x, self.encoder.grad_checkpointing)
-        return self.decoder_pred(self.decoder_norm(x[:, T:]))           # (B, K, N)
+        x = run_block(last, x, self.encoder.grad_checkpointing, None, T)    # (B, K, E): the rest is not read
+        return self.decoder_pred(self.decoder_norm(x))                  # (B, K, N)
 
     def predict(self, images, noise):
         """What is behind the mask: pred (B, K, N), of the patches ids (B, K), and mask (B, L), 1 removed."""
@@ -124,14 +126,15 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encode(images, ids_shuffle[:, :self.num_visible])                 # (B, T, D)
         return self.decode(latent, ids_shuffle), ids_shuffle[:, self.num_visible:], mask
 
-    def forward(self, images, noise, targets=None):
+    def forward(self, images, noise, targets=None, mean=None, std=None):
         """The loss on masked patches, a scalar: images (B, C, H, W) normalised, noise (B, L) uniform.
 
-        targets (B, C, H, W) are the images to predict where they are not the input itself (PixMIM).
+        targets (B, C, H, W) are what to predict, where it is not the images: filtered ones (PixMIM), or the
+        uint8 pixels with their mean and std (C,), a quarter of the bytes for the same numbers.
         """
         pred, ids, _ = self.predict(images, noise)
         return self.ops.patch_loss(pred, images if targets is None else targets, ids,
-                                   self.encoder.patch_size, self.norm_pix_loss)
+                                   self.encoder.patch_size, self.norm_pix_loss, mean, std)
 
 
 def fuse(levels, proj_layers, proj_weights, norm, ops):

@@ -439,14 +439,18 @@ class Progress:
 class Meter(Progress):
     """The progress line of a training loop, which takes its micro-batches through next.
 
-    It measures throughput and the time spent waiting for data, and says early how long the run will take.
+    It measures throughput and the time lost to waiting for data, and says early how long the run will take.
+    peak_img_per_s is the throughput of devices that do nothing but multiply, of which mfu is the share; 0
+    where it is not known.
     """
 
-    def __init__(self, schedule, start, world):
+    def __init__(self, schedule, start, world, peak_img_per_s=0.0):
         super().__init__(schedule.stop * schedule.global_batch, start * schedule.global_batch, world)
         self.schedule, self.start, self.device = schedule, start, world.device
+        self.peak_img_per_s, self.advised = peak_img_per_s, False
         self.micro, self.asked = 0, time.monotonic()
         self.waited, self.read_at, self.read_step = 0.0, self.asked, start
+        self.queued = torch.cuda.Event() if world.device.type == "cuda" else None
 
     def next(self, batches):
         """The next of these micro-batches."""
@@ -456,8 +460,11 @@ class Meter(Progress):
             self.estimate(time.monotonic() - self.asked)
         self.tick(self.start * self.schedule.global_batch + self.micro * self.schedule.together)
         self.asked = time.monotonic()
+        if self.queued:
+            self.queued.record()
         batch = next(batches)
-        self.waited += time.monotonic() - self.asked
+        if not self.queued or self.queued.query():                      # a GPU with work left loses no time
+            self.waited += time.monotonic() - self.asked
         self.micro += 1
         return batch
 
@@ -470,15 +477,22 @@ class Meter(Progress):
                      "minutes, and --steps ends this run early")
 
     def read(self, done, loss, lr):
-        """Show the line at step `done`; {img_per_s, data_wait} since it was last read."""
+        """Show the line at step `done`; {img_per_s, data_wait, perhaps mfu} since it was last read."""
         now = time.monotonic()
         img_per_s = (done - self.read_step) * self.schedule.global_batch / (now - self.read_at)
-        data_wait = self.waited / (now - self.read_at)
+        found = dict(img_per_s=img_per_s, data_wait=self.waited / (now - self.read_at))
+        text = (f"step {done}/{self.schedule.stop}  loss {loss:.4f}  lr {lr:.1e}  {img_per_s:.0f} img/s  "
+                f"{100 * found['data_wait']:.0f} % waiting for data")
+        if self.peak_img_per_s:
+            found["mfu"] = img_per_s / self.peak_img_per_s
+            text += f"  {100 * found['mfu']:.1f} % MFU"
+        self.show(done * self.schedule.global_batch, text)
+        if found["data_wait"] > 0.1 and self.read_step > self.start and not self.advised:   # not the first
+            self.advised = True
+            self.say(f"{100 * found['data_wait']:.0f} % of the time was lost to waiting for data: more "
+                     f"--workers, data packed by pack.py, or --device-crop would help")
         self.waited, self.read_at, self.read_step = 0.0, now, done
-        self.show(done * self.schedule.global_batch,
-                  f"step {done}/{self.schedule.stop}  loss {loss:.4f}  lr {lr:.1e}  {img_per_s:.0f} img/s  "
-                  f"{100 * data_wait:.0f} % waiting for data")
-        return dict(img_per_s=img_per_s, data_wait=data_wait)
+        return found
 
 
 def duration(seconds):

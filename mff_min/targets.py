@@ -5,7 +5,7 @@ Shapes: B images, C H W, L patches, K masked patches, N = P * P * C.
 
 import torch
 
-from kernels.reference import patch_statistics, patchify, take_tokens, unpatchify
+from kernels.reference import patch_statistics, patchify, take_tokens, target_patches, unpatchify
 
 
 def low_pass_target(images, mean, std, radius, ops):
@@ -41,14 +41,15 @@ def reconstruction(pred, targets, ids, patch_size, norm_pix):
     return unpatchify(patches, patch_size, (H // patch_size, W // patch_size))
 
 
-def patch_mean_loss(images, ids, patch_size, norm_pix, ops):
+def patch_mean_loss(targets, ids, patch_size, norm_pix, ops, mean=None, std=None):
     """The loss of predicting each masked patch by its own mean, the baseline to get below: a scalar.
 
-    With norm_pix this is (N - 1) / N for every patch that is not flat.
+    With norm_pix this is (N - 1) / N for every patch that is not flat. targets, mean and std as in
+    patch_loss.
     """
-    target = take_tokens(patchify(images, patch_size), ids).float()     # (B, K, N)
+    target = target_patches(targets, ids, patch_size, False, mean, std, torch.float32)      # (B, K, N)
     if norm_pix:
         pred = torch.zeros_like(target)
     else:
         pred = target.mean(dim=-1, keepdim=True).expand_as(target)
-    return ops.patch_loss(pred, images, ids, patch_size, norm_pix)
+    return ops.patch_loss(pred, targets, ids, patch_size, norm_pix, mean, std)

@@ -8,7 +8,7 @@ What is unusual about this one:
 - positions are fixed sin-cos by default, heights and widths may differ, and any number of channels will do.
 
 Shapes: B images, C H W, P patch side, L patches, V visible patches, D width, T tokens (class token first),
-h heads, d head width, N = P * P * C.
+Q of which ask, h heads, d head width, N = P * P * C.
 """
 
 import torch
@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.reference import patchify, take_tokens
+
+CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()                    # else it is slower there than float32
 
 # ViT-S is DeiT's (arXiv 2012.12877), ViT-B and L are ViT's, ViT-H with 14-pixel patches is MAE's. vit_test is
 # for tests and for the demo: twelve thin blocks, so that the paper's fusion indices mean the same there.
@@ -54,13 +56,32 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, first=0):
+        """What the tokens from `first` on gather from all: (B, T, D) -> (B, Q, D), Q = T - first."""
         B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, -1)          # (B, T, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, T, d)
-        x = F.scaled_dot_product_attention(q, k, v)                     # (B, h, T, d)
-        x = x.transpose(1, 2).reshape(B, T, D)                          # (B, T, D)
-        return self.proj(x)
+        if first:
+            q_weight, kv_weight = self.qkv.weight.split((D, 2 * D))     # (D, D), (2 * D, D)
+            q_bias, kv_bias = self.qkv.bias.split((D, 2 * D))           # (D,), (2 * D,)
+            q = F.linear(x[:, first:], q_weight, q_bias)                # (B, Q, D)
+            k, v = F.linear(x, kv_weight, kv_bias).chunk(2, dim=-1)     # each (B, T, D)
+        else:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)                      # each (B, T, D)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = attend(q, k, v)                                             # (B, h, Q, d)
+        return self.proj(x.transpose(1, 2).flatten(2))                  # (B, Q, D)
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for every head, in the faster of two forms: (B, h, Q, d) -> same.
+
+    k and v are (B, h, T, d).
+    """
+    # In bfloat16 on a CPU that multiplies it, the backward pass of the fused form takes longer than that of
+    # these products, which keep B h Q T weights for it: docs/walkthrough.md, Encoder.
+    if CPU_HAS_BF16 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)      # (B, h, Q, T)
+        return weights @ v                                              # (B, h, Q, d)
+    return F.scaled_dot_product_attention(q, k, v)                      # (B, h, Q, d)
 
 
 class Mlp(nn.Module):
@@ -78,7 +99,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm Transformer block, (B, T, D) -> (B, T, D).
 
-    branches (B, 2) is what each image's two residual branches are multiplied by (drop path); None: by 1.
+    branches (B, 2) is what each image's two residual branches are multiplied by (drop path); None: by 1. With
+    `first`, only tokens from there on are computed, (B, Q, D); the others are keys and values for them.
     """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
@@ -88,13 +110,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x, branches=None):
+    def forward(self, x, branches=None, first=0):
+        y, x = self.attn(self.norm1(x), first), x[:, first:]            # each (B, Q, D)
         if branches is None:
-            x = x + self.attn(self.norm1(x))
+            x = x + y
             return x + self.mlp(self.norm2(x))
-        first, second = branches[:, :, None, None].unbind(dim=1)        # each (B, 1, 1)
-        x = x + first * self.attn(self.norm1(x))
-        return x + second * self.mlp(self.norm2(x))
+        scale_attn, scale_mlp = branches[:, :, None, None].unbind(dim=1)    # each (B, 1, 1)
+        x = x + scale_attn * y
+        return x + scale_mlp * self.mlp(self.norm2(x))
 
 
 def run_block(block, x, recompute, *more):

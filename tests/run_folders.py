@@ -10,7 +10,7 @@ import torch
 from mff_min.runtime import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("img_per_s", "data_wait", "seconds")                           # may differ between equal runs
+TIMES = ("img_per_s", "data_wait", "mfu", "seconds")                    # may differ between equal runs
 
 
 def state_of(folder):

@@ -181,6 +181,48 @@ def test_loss_ignores_visible_patches():
     assert not torch.equal(model(images, noise, changed), model(images, noise, images))
 
 
+def test_pixels_as_targets_give_the_loss_and_the_gradients_of_normalised_images(ops):
+    pixels, noise = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8), torch.rand(2, 24)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
+    images = reference.prepare(pixels, mean, std)
+    for norm_pix in (True, False):
+        model = small((0, 2), norm_pix_loss=norm_pix, ops=ops)
+        want, got = model(images, noise), model(images, noise, pixels, mean, std)
+        close(got, want, factor=8)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        for a, b in zip(torch.autograd.grad(got, wanted), torch.autograd.grad(want, wanted), strict=True):
+            close(a, b)
+
+
+def test_the_last_decoder_block_computes_masked_tokens_alone():
+    model, sizes = small(), []
+    for block in model.decoder_blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[1]))
+    model(torch.randn(2, 3, 16, 24), torch.rand(2, 24))
+    assert sizes == [1 + 24, 24 - model.num_visible]
+
+
+def test_ten_compiled_steps_in_bfloat16_lose_what_ten_eager_ones_lose(ops):
+    """One graph for the forward pass and one for the backward, with the custom ops in them."""
+    pixels, noise = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8), torch.rand(2, 24)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    losses = []
+    for compiled in (False, True):
+        model = small((0, 2), ops=ops)
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.95), fused=True)
+        losses.append([])
+        for _ in range(10):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = run(reference.prepare(pixels, mean, std), noise, pixels, mean, std)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=torch.finfo(torch.bfloat16).eps)
+
+
 def test_shuffling_inverts_and_keeps_the_smallest_noise():
     noise = torch.rand(5, 30)
     ids_shuffle, mask = random_masking(noise, 7)

@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,9 +115,9 @@ class Witness:
 
 
 # No two letters share a size. D, h, d and T have one in the encoder and one in the decoder, which is E wide.
-TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100], M=[7],
-             N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], G=[13], H_=[9, 10, 36],
-             W_=[11, 10, 44])
+TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100],
+             Q=[25, 100, 75], M=[7], N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], G=[13],
+             H_=[9, 10, 36], W_=[11, 10, 44])
 
 
 def exercise():
@@ -139,6 +140,9 @@ def exercise():
     levels, pairs = [torch.rand(6, 25, 60)] * 7, [(torch.rand(60, 60), torch.rand(60))] * 6
     reference.merge_projections(levels, torch.rand(7), pairs)
     model.fusion_weights()
+    with mock.patch.object(vit, "CPU_HAS_BF16", True):
+        q, k, v = (torch.rand(6, 5, n, 12, dtype=torch.bfloat16, requires_grad=True) for n in (75, 100, 100))
+        vit.attend(q, k, v)
     for norm_pix in (False, True):
         targets.patch_mean_loss(images, ids, 4, norm_pix, TORCH)
         picture.reconstruction_sheet(images, filtered, pred, ids, mask, 4, norm_pix, mean, std, "")

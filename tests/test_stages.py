@@ -14,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 from mff_min.config import UserError, parse
+from mff_min.flops import step_flops
 from mff_min.optim import Schedule
 from mff_min.runtime import Fault, Meter, Stopped, World, read_log, run, write_atomically
 from mff_min.vit import MODELS, VisionTransformer
@@ -112,6 +115,134 @@ def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
     states = [state_of(tmp_path / to)["optimizer"]["state"].values() for to in ("free", "clipped")]
     moments = [sum(state["exp_avg"].norm() ** 2 for state in of_run) ** 0.5 for of_run in states]
     assert moments[1] < 1.01e-4 * 0.2 and moments[0] > 1e-2             # two steps of 0.1 * gradient each
+
+
+# ---------------------------------------------------------------- what a step costs
+
+
+class Waits(TorchFunctionMode):
+    """Notes in `found` all that would stop a CPU until its GPU is done: values that leave the device."""
+    LEAVE = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.equal,
+             torch.allclose, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
+             torch.Tensor.__index__, torch.Tensor.__repr__}
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.LEAVE:
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class HiddenWaits(TorchDispatchMode):
+    """The same for what PyTorch does inside: a value that is read, a shape that depends on values."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(pretrain, monkeypatch):
+    """waits(*flags): what would wait for the GPU in each of the six steps of a run that logs the first."""
+    make_loader, next_batch, in_steps = train_pretrain.make_loader, Meter.next, []
+
+    def made_before(*arguments):
+        return iter(list(make_loader(*arguments)))                      # loading may wait for its own tensors
+
+    def next_and_note(meter, batches):
+        if meter.micro % meter.schedule.accumulation == 0:
+            in_steps.append([])
+        return next_batch(meter, batches)
+
+    def call(*flags):
+        class Noted:
+            def append(self, name):
+                if in_steps:
+                    in_steps[-1].append(name)
+        monkeypatch.setattr(train_pretrain, "make_loader", made_before)
+        monkeypatch.setattr(Meter, "next", next_and_note)
+        with Waits(Noted()), HiddenWaits(Noted()):
+            pretrain(*"--steps 6 --log-every 99 --save-every 99 --picture-every 99".split(), *flags)
+        return in_steps
+    return call
+
+
+@pytest.mark.parametrize("flags", ["", "--clip-grad 0.1", "--low-pass-radius 40", "--dtype bfloat16"])
+def test_steps_that_are_not_logged_never_wait_for_the_gpu(waits, flags):
+    first, *others, last = waits(*flags.split())
+    assert others == [[]] * 4
+    assert {"item", "tolist", "_local_scalar_dense"} <= set(first)      # what it would see
+
+
+def test_a_wait_that_creeps_into_the_loop_is_caught(waits, monkeypatch):
+    autocast = train_pretrain.autocast
+
+    def nosy(device, dtype):
+        return autocast(device, dtype) if torch.ones(1) > 0 else None
+    monkeypatch.setattr(train_pretrain, "autocast", nosy)
+    assert all(step for step in waits()[1:-1])
+
+
+def test_mfu_is_logged_where_a_peak_is_known(pretrain, tmp_path, capsys):
+    pretrain("--steps", "2", to="unknown")
+    assert "MFU" not in capsys.readouterr().out
+    pretrain("--steps", "2", "--peak-tflops", "0.5", to="known")
+    said = capsys.readouterr().out
+    for line in read_log(tmp_path / "unknown" / "log.jsonl"):
+        assert "mfu" not in line
+    model = train_pretrain.build_model(parse(train_pretrain.Config, SMALL), torch.device("cpu"))
+    for line in read_log(tmp_path / "known" / "log.jsonl")[:2]:
+        assert line["mfu"] == pytest.approx(line["img_per_s"] * step_flops(model) / 0.5e12)
+        assert f"  {100 * line['mfu']:.1f} % MFU" in said
+    assert f"{step_flops(model) / 1e9:.3g} GFLOP an image" in said
+
+
+def test_waiting_for_data_is_said_once_with_what_would_help(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    meter = Meter(Schedule(100, 8, together=8, stop=10, epochs=1, warmup_epochs=0, lr=1.0), 0,
+                  World(0, 1, 0, torch.device("cpu")))
+
+    def slow():
+        for wait in (50.0, 0.5, 2.0, 2.0):                              # the first one starts the loader
+            now[0] += wait
+            yield {}
+    batches, found = slow(), []
+    for done in range(1, 5):
+        meter.next(batches)
+        now[0] += 10
+        found.append(meter.read(done, 0.5, 1e-3)["data_wait"])
+        said = capsys.readouterr().out
+        assert ("more --workers" in said) == (done == 3), said
+    assert found == pytest.approx([50 / 60, 0.5 / 10.5, 2 / 12, 2 / 12])
+
+
+def test_data_that_arrives_while_the_gpu_still_computes_costs_no_time(monkeypatch):
+    class Event:
+        done = False
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.done
+    meter = Meter(Schedule(100, 8, together=8, stop=10, epochs=1, warmup_epochs=0, lr=1.0), 0,
+                  World(0, 1, 0, torch.device("cpu")))
+    meter.queued = Event()
+    meter.next(iter([{}]))
+    assert meter.waited == 0
+    meter.queued.done = True
+    meter.next(iter([{}]))
+    assert meter.waited > 0
 
 
 # ---------------------------------------------------------------- interruptions
@@ -270,6 +401,22 @@ def test_two_ranks_equal_one_with_accumulation_to_the_bit(tmp_path, cache):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)          # one adds micro-batches in float32
 
 
+COMPILED = """
+import functools, runpy, sys, torch
+sys.path.insert(0, ".")
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+runpy.run_path("train_pretrain.py", run_name="__main__")
+"""
+
+
+def test_two_ranks_compile(pretrain, tmp_path, cache):
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    command = [*SMALL, "--steps", "2", "--lr", "1e-3", "--cache-dir", str(cache), "--batch-size", "4"]
+    torchrun(2, str(tmp_path / "compiled.py"), *command, "--compile", "--output-dir", str(tmp_path / "two"))
+    want = pretrain("--steps", "2", "--lr", "1e-3", to="one")["loss"]
+    assert read_log(tmp_path / "two" / "log.jsonl")[-1]["loss"] == pytest.approx(want, rel=1e-5)
+
+
 # ---------------------------------------------------------------- other data
 
 
@@ -341,7 +488,8 @@ def on_gpu(tmp_path, cache):
     return call
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile"], ["--dtype", "float16"], ["--ops", "torch"]])
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--cuda-graphs"], ["--dtype", "float16"],
+                                   ["--ops", "torch"]])
 def test_a_gpu_gives_the_losses_of_the_cpu_within_rounding(pretrain, on_gpu, flags):
     want = pretrain("--steps", "6", "--lr", "1e-3", to="cpu")["loss"]
     assert on_gpu(*flags, to="gpu") == pytest.approx(want, rel=2 ** -6)
@@ -376,6 +524,7 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(on_gpu, tmp_pat
     ("--data cifar10:/nowhere", "/nowhere/data_batch_1.bin does not exist"),
     ("--global-batch 17", "is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
     ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
+    ("--cuda-graphs", "--cuda-graphs: expected a GPU, and this run is on --device cpu"),
     ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu: expected auto, cpu, cuda or"),
     ("--epochs inf", "--epochs inf: expected a finite number"), ("--std nan,1,1", "is not a list of numbers"),
     (f"--seed {2 ** 80}", "expected a finite number"), ("--epochs 1e-9", "is not one step of 16"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mff_min import vit as module
 from mff_min.vit import MODELS, VisionTransformer, drop_path_branches, resize_pos_embed, sincos_pos_embed
 
 
@@ -54,6 +55,86 @@ def test_embedding_only_the_visible_patches_equals_embedding_all_and_then_choosi
     images, ids = torch.randn(2, 3, 32, 48), torch.tensor([[5, 0, 20], [1, 7, 3]])
     chosen = vit.embed(images)[:, 1:].gather(1, ids[..., None].expand(-1, -1, vit.embed_dim))
     torch.testing.assert_close(vit.embed(images, ids)[:, 1:], chosen, rtol=0, atol=rounding(chosen))
+
+
+def heads(Q, T, d, dtype):
+    """q (2, 3, Q, d), k and v (2, 3, T, d), and what their output's gradient is."""
+    q, k, v, dy = (torch.randn(2, 3, n, d).to(dtype) for n in (Q, T, T, Q))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy
+
+
+def attended(monkeypatch, products, q, k, v, dy):
+    """Output and gradients of attend, by products or fused."""
+    monkeypatch.setattr(module, "CPU_HAS_BF16", products)
+    out = module.attend(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dy)]
+
+
+def exact(q, k, v, dy):
+    """Output and gradients of attention in float64."""
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    out = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dy.double())]
+
+
+@pytest.mark.parametrize("Q, T, d", [(50, 50, 64), (197, 197, 32), (147, 197, 32)])
+def test_both_forms_of_attention_are_attention_within_rounding(monkeypatch, Q, T, d):
+    q, k, v, dy = heads(Q, T, d, torch.bfloat16)
+    truth = exact(q, k, v, dy)
+    # A rounded score of size s moves its weight by s * eps / 2, and so does the rounded q; the weight, its
+    # gradient, a product and the scale add eps / 2 each. So sums of magnitudes are off by this share at most:
+    eps, s = torch.finfo(torch.bfloat16).eps, (q @ k.mT).abs().max().item() / d ** 0.5
+    share, weights = (2 * s + 4) * eps / 2, (q.double() @ k.double().mT / d ** 0.5).softmax(dim=-1)
+    dw = (dy.double() @ v.double().mT).abs()
+    ds = 2 * weights * (dw + (weights * dw).sum(dim=-1, keepdim=True)) / d ** 0.5
+    magnitudes = [weights @ v.abs().double(), ds @ k.abs().double(), ds.mT @ q.abs().double(),
+                  weights.mT @ dy.abs().double()]
+    fused, products = (attended(monkeypatch, form, q, k, v, dy) for form in (False, True))
+    assert not torch.equal(fused[0], products[0])                       # they are two forms
+    for results in (fused, products):
+        for got, want, size in zip(results, truth, magnitudes, strict=True):
+            assert got.dtype == torch.bfloat16
+            assert ((got - want).abs() <= share * size + eps * want.abs()).all()
+
+
+def test_attention_is_by_products_in_bfloat16_on_a_cpu_that_has_it_and_with_gradients(monkeypatch):
+    def form(x, has_bf16=True):
+        monkeypatch.setattr(module, "CPU_HAS_BF16", has_bf16)
+        fused = F.scaled_dot_product_attention(x, x, x)
+        return "fused" if torch.equal(module.attend(x, x, x), fused) else "products"
+
+    x = torch.randn(2, 3, 50, 32, requires_grad=True)
+    assert form(x.bfloat16()) == "products"
+    assert form(x.bfloat16(), has_bf16=False) == form(x.detach().bfloat16()) == form(x) == "fused"
+
+
+def test_products_work_under_autocast_recomputed_and_compiled(monkeypatch):
+    monkeypatch.setattr(module, "CPU_HAS_BF16", True)
+    images, results = torch.randn(2, 3, 16, 16), []
+    for recompute, compiled in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(0)
+        vit = VisionTransformer(16, num_classes=3, grad_checkpointing=recompute,
+                                **(MODELS["vit_test"] | dict(depth=2)))
+        run = torch.compile(vit, fullgraph=True, backend="aot_eager") if compiled else vit
+        with torch.autocast("cpu", torch.bfloat16):
+            run(images).sum().backward()
+        results.append([p.grad for p in vit.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("branches", [None, torch.tensor([[0.5, 2.0], [0.0, 1.0]])])
+def test_a_block_for_the_last_tokens_gives_what_the_whole_block_gives_them(branches):
+    block, x = module.Block(24, num_heads=3), torch.randn(2, 9, 24, requires_grad=True)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)                       # no zero bias hides a wrong wire
+    wanted = x, *block.parameters()
+    whole, some = block(x, branches)[:, 4:], block(x, branches, 4)
+    torch.testing.assert_close(some, whole, rtol=0, atol=rounding(whole))
+    dy = torch.randn_like(whole)
+    for got, want in zip(torch.autograd.grad(some, wanted, dy), torch.autograd.grad(whole, wanted, dy),
+                         strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=rounding(want))
 
 
 def test_recomputing_activations_changes_no_gradient():
