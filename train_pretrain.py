@@ -282,7 +282,8 @@ def pretrain(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, done, schedule.stop, folder)
         if done % picture_every == 0 or ends:
-            draw(done)
+            with meter.paused():
+                draw(done)
     signals.release()
 
     # ------------------------------------------------------------ evaluation

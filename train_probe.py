@@ -271,7 +271,8 @@ def probe(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, done, schedule.stop, folder)
         if passed and not ends:
-            metrics = evaluate()
+            with meter.paused():
+                metrics = evaluate()
             log.write(step=done, epoch=schedule.epoch(done), **metrics)
             meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
     signals.release()

@@ -468,6 +468,13 @@ class Meter(Progress):
         self.micro += 1
         return batch
 
+    @contextlib.contextmanager
+    def paused(self):
+        """A context whose time counts neither as training nor as waiting: evaluations."""
+        began = time.monotonic()
+        yield
+        self.read_at += time.monotonic() - began
+
     def estimate(self, seconds):
         """Say how long the run will take, with micro-batches of so many seconds."""
         total = seconds * self.schedule.accumulation * (self.schedule.stop - self.start)
