@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
-from mff_min.runtime import Log, Progress, StopSignals, World, duration, pick_dtype, read_log, start_world
+from mff_min.optim import Schedule
+from mff_min.runtime import Log, Meter, Progress, StopSignals, World, duration, pick_dtype, read_log, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -151,3 +152,14 @@ def test_a_process_alone_is_rank_0_of_1_and_averages_itself(monkeypatch):
 def test_automatic_dtype_is_float32_on_a_cpu():
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_an_evaluation_counts_neither_as_training_nor_as_waiting(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    schedule = Schedule(1000, 64, together=64, stop=10, epochs=1, warmup_epochs=0, lr=1.0)
+    meter = Meter(schedule, 0, ALONE)
+    now[0] += 4
+    with meter.paused():
+        now[0] += 1000
+    assert meter.read(1, 0.0, 0.0) == dict(img_per_s=16, data_wait=0)
