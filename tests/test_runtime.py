@@ -7,9 +7,10 @@ import signal
 import pytest
 import torch
 
+from mff_min import runtime
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.optim import Schedule
-from mff_min.runtime import Log, Meter, Progress, StopSignals, World, duration, pick_dtype, read_log, start_world
+from mff_min.runtime import Log, Progress, StopSignals, World, duration, pick_dtype, read_log, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -158,7 +159,7 @@ def test_an_evaluation_counts_neither_as_training_nor_as_waiting(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     schedule = Schedule(1000, 64, together=64, stop=10, epochs=1, warmup_epochs=0, lr=1.0)
-    meter = Meter(schedule, 0, ALONE)
+    meter = runtime.Meter(schedule, 0, ALONE)
     now[0] += 4
     with meter.paused():
         now[0] += 1000
