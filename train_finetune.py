@@ -55,7 +55,7 @@ class Config:
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
-                              "image folder: train/<class>/*, val/<class>/*")
+                              "folder or pack of images: train/<class>/*, val/<class>/*")
     subset: str = opt("", "a file that names the training images to use, one a line (low-shot)")
     img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)

@@ -52,7 +52,7 @@ class Config:
     checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that convert.py reads")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
-                              "image folder: train/<class>/*, val/<class>/*")
+                              "folder or pack of images: train/<class>/*, val/<class>/*")
     img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the checkpoint's", above=0)
