@@ -111,7 +111,7 @@ def test_what_has_no_place_is_let_go_on_request(folder):
 @pytest.mark.parametrize("flags, message", [
     ("nowhere.pt x.pt", "checkpoint nowhere.pt does not exist"),
     ("nowhere.safetensors x.pt", "checkpoint nowhere.safetensors does not exist"),
-    (". x.pt", ". holds none of last.pt, encoder.pt, model.safetensors, pytorch_model.bin"),
+    (". x.pt", ". holds none of last.pt, classifier.pt, encoder.pt, model.safetensors, pytorch_model.bin"),
     ("torn.pt x.pt", "checkpoint torn.pt cannot be read"),
     ("torn.safetensors x.pt", "checkpoint torn.safetensors cannot be read"),
     ("resnet.pt x.pt", "resnet.pt is of no known family (ours, MAE, timm, mmpretrain, Transformers); it "

@@ -364,7 +364,7 @@ def bad(tmp_path_factory):
 
 @pytest.mark.parametrize("flags, message", [
     ("--checkpoint BAD/headless.pt", "is of no known family"),
-    ("--checkpoint BAD/norun", "holds none of last.pt, encoder.pt"),
+    ("--checkpoint BAD/norun", "holds none of last.pt, classifier.pt, encoder.pt"),
     ("--checkpoint /nowhere", "checkpoint /nowhere does not exist"),
     ("--checkpoint LICENSE", "checkpoint LICENSE cannot be read"),
     ("--checkpoint=", "--checkpoint is not given"),
