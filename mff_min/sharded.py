@@ -8,14 +8,13 @@ does so again whenever it draws or evaluates.
 
 The arithmetic is DDP's. Parameters are gathered in float32, and autocast rounds them as it does there;
 fully_shard's own mixed precision would also round the residual stream and the norms' parameters.
+
+PyTorch's modules for it take long to import, longer than all of this project's: functions do it, when called.
 """
 
 import contextlib
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mff_min.config import UserError
 from mff_min.vit import Block
@@ -37,6 +36,8 @@ def shard(model, world, accumulates, compile):
     pass to its last backward pass: that step gathers once and adds gradients up once, for the memory of
     whole parameters and gradients. With compile, each block's forward pass is compiled.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if compile:                                                     # without the gathering around it
@@ -48,7 +49,7 @@ def shard(model, world, accumulates, compile):
 
 def exchange(trained, more):
     """A context for a micro-batch: with more to come in this step, ranks do not add up its gradients yet."""
-    if isinstance(trained, FSDPModule):
+    if hasattr(trained, "set_requires_gradient_sync"):                  # fully_shard's
         trained.set_requires_gradient_sync(not more)
         trained.set_reshard_after_backward(not more)
     elif more and hasattr(trained, "no_sync"):                          # DDP, compiled or not
@@ -56,14 +57,19 @@ def exchange(trained, more):
     return contextlib.nullcontext()
 
 
+def is_part(value):
+    """Whether value is a sharded tensor, a DTensor."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "full_tensor")
+
+
 def full(tensor):
     """A sharded tensor as a whole, which all ranks must ask for together; any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def local(tensor):
     """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def gathered(value, keep):
@@ -75,7 +81,7 @@ def gathered(value, keep):
         return {key: gathered(item, keep) for key, item in value.items()}
     if isinstance(value, list):
         return [gathered(item, keep) for item in value]
-    if not isinstance(value, DTensor):
+    if not is_part(value):
         return value
     value = full(value.detach())
     return value.to("cpu", copy=True) if keep else None                 # a copy leaves the padding behind
@@ -86,8 +92,9 @@ def own_part(state, optimizer):
     params = [param for group in optimizer.param_groups for param in group["params"]]
 
     def cut(value, param):
-        if not isinstance(param, DTensor) or value.ndim == 0:           # AdamW's count of steps
+        if not is_part(param) or value.ndim == 0:                       # AdamW's count of steps
             return value
+        from torch.distributed.tensor import distribute_tensor
         part = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
         return part.clone()                                             # else it keeps the whole alive
     parts = {i: {key: cut(value, param) for key, value in state["state"][i].items()}
@@ -100,7 +107,7 @@ def whole(model, build, world):
 
     All ranks must call this together; the others get None for a sharded model.
     """
-    if not isinstance(model, FSDPModule):
+    if not any(map(is_part, model.parameters())):
         return model
     weights = gathered(model.state_dict(), world.is_main)
     if not world.is_main:
