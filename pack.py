@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
 from mff_min.data import DECODE_ERRORS, leave_signals_to_the_trainer
-from mff_min.packed import Journal, Packed, check_same, encode, files_of, plan_of
+from mff_min.packed import Journal, Packed, check_same, encode, files_of, journal_of, plan_of
 from mff_min.runtime import Fault, Progress, World, leave, run
 from mff_min.sources import ImageFolder
 
@@ -82,6 +82,7 @@ def pack(cfg):
         plan = dict(settings=settings, files=files_of(sources[split]))
         if path.exists():
             check_same(path, plan_of(path), plan)
+            journal_of(path).unlink(missing_ok=True)                    # of one that was killed when it was done
             say(f"{path} is there already")
         else:
             journals[split] = Journal(path, plan)

@@ -42,6 +42,7 @@ from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
                              describe_environment, load_state, open_folder, pick_dtype, pick_ops,
                              resumed_state, run, save_run, start_world, write_atomically, write_json)
+from mff_min.sharded import exchange
 from mff_min.sources import check_classes, check_labels, open_data, subset
 from mff_min.vit import MODELS
 
@@ -250,7 +251,7 @@ def finetune(cfg, world, signals):
             mix = draw_mix(Rng(cfg.seed, MIX, step, place), *cfg.img_size, cfg.mixup, cfg.cutmix)
             targets = soft_targets(batch["label"].to(device), len(classes), cfg.smoothing, mix.lam)
             more = micro + 1 < schedule.accumulation
-            with trained.no_sync() if more and world.size > 1 else contextlib.nullcontext():
+            with exchange(trained, more):
                 with autocast(device, dtype):
                     logits = trained(*to_device(batch, mix))
                 micro_loss = F.cross_entropy(logits.float(), targets) / schedule.accumulation

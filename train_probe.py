@@ -17,7 +17,6 @@ depends on --batch-size, and from rank 0's running statistics comes the evaluati
 Shapes: B images of a micro-batch, n images of a split, D width.
 """
 
-import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +39,7 @@ from mff_min.rng import ORDER, permutation
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, Progress, StopSignals, Stopped, autocast,
                              describe_environment, load_state, open_folder, pick_dtype, pick_ops,
                              resumed_state, run, save_run, start_world, write_atomically, write_json)
+from mff_min.sharded import exchange
 from mff_min.sources import check_labels, open_data
 from mff_min.vit import MODELS
 
@@ -246,7 +246,7 @@ def probe(cfg, world, signals):
             bad_samples.add(batch["bad"])
             features, labels = extract(prepare(batch)), batch["label"].to(device)
             more = micro + 1 < schedule.accumulation
-            with trained.no_sync() if more and world.size > 1 else contextlib.nullcontext():
+            with exchange(trained, more):
                 micro_loss = F.cross_entropy(trained(features), labels) / schedule.accumulation
                 micro_loss.backward()                                   # ranks add up gradients once a step
             loss += micro_loss.detach()

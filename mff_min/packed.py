@@ -174,7 +174,7 @@ class Journal:
 
     def __init__(self, pack, plan):
         self.pack, self.plan, self.entries = Path(pack), plan, []
-        self.partial, self.path = Path(f"{pack}.partial"), Path(f"{pack}.journal")
+        self.partial, self.path = Path(f"{pack}.partial"), journal_of(pack)
         lines = read_whole_lines(self.path) if self.partial.exists() else []
         if len(lines) > 1:
             check_same(self.pack, lines[0], plan)
@@ -226,6 +226,11 @@ class Journal:
             flush(file)
         os.replace(self.partial, self.pack)
         self.path.unlink()
+
+
+def journal_of(pack):
+    """Where the journal of a pack lies while it grows."""
+    return Path(f"{pack}.journal")
 
 
 def as_line(value):

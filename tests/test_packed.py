@@ -293,6 +293,13 @@ def test_a_pack_that_is_killed_goes_on_to_the_same_bytes(folder):
     assert content(packing(folder, to="killed")) == want
 
 
+def test_a_pack_that_is_killed_when_it_is_done_leaves_no_journal_behind(folder):
+    want = content(packing(folder))
+    output = packing(folder)
+    (output / "val.pack.journal").write_text("{}\n")                    # killed before it was removed
+    assert content(packing(folder)) == want
+
+
 def test_workers_pack_the_same_bytes(folder):
     assert content(packing(folder, "--workers", "2", to="two")) == content(packing(folder, to="none"))
 
