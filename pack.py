@@ -82,7 +82,7 @@ def pack(cfg):
         plan = dict(settings=settings, files=files_of(sources[split]))
         if path.exists():
             check_same(path, plan_of(path), plan)
-            journal_of(path).unlink(missing_ok=True)                    # of one that was killed when it was done
+            journal_of(path).unlink(missing_ok=True)                    # killed when it was done
             say(f"{path} is there already")
         else:
             journals[split] = Journal(path, plan)
