@@ -67,7 +67,7 @@ def bench(results):
 def machine(result):
     """The title and the tables of one record of bench.py."""
     environment = result["environment"]
-    threads = f", {environment['threads']} threads" if result["device"] == "cpu" else ""
+    threads = f", threads: {environment['threads']}" if result["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items() if version)
     yield f"`{result['command']}` on {result['device']}{threads} ({versions}):"
     for group in result["groups"]:
