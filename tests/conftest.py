@@ -54,4 +54,8 @@ def pretrained(tmp_path_factory, cache):
 
 @pytest.fixture(autouse=True)
 def one_seed():
+    """A test begins with this seed, and ends with as many threads as it began with: sums depend on them."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
