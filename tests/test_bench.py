@@ -304,7 +304,7 @@ def test_the_readme_copes_with_what_was_not_run(tmp_path, monkeypatch):
               "command": "python bench.py step", "groups": [{"name": "pretrain", "rows": rows}]}
     (tmp_path / "results" / "step_cpu.json").write_text(json.dumps(record))
     text = generated.written("bench")
-    for line in ("`python bench.py step` on cpu, 2 threads (torch 2.15):",
+    for line in ("`python bench.py step` on cpu, threads: 2 (torch 2.15):",
                  "| ours float32 eager | 8 | 1.50 [1.25, 2.00] | 50.0 | 2 |  |",
                  "| lightly | not run: absent | | | | |", "| a loop | 1.00 s |  |  |  | 25.0 |"):
         assert line in text.splitlines()
