@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+from mff_min import checkpoint
 from mff_min.checkpoint import find_grid, find_size, fit, read_weights, refuse_losses, table, write_weights
 from mff_min.config import REQUIRED, UserError, check_ranges, opt, parse, side_or_sides
 from mff_min.families import FAMILIES, count_blocks, part_of, parts_of, to_family
 from mff_min.mim import MaskedAutoencoder
 from mff_min.runtime import run, write_json
-from mff_min.vit import MODELS, VisionTransformer
+from mff_min.vit import VisionTransformer
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -57,8 +58,7 @@ def main(cfg):
     fitting, found = fit(weights, shapes_of(weights, size, sides), grid, new_grid)
     state, found["lost"] = to_family(fitting, cfg.to)
     found["left behind"] = behind
-    model = next(name for name, known in MODELS.items()
-                 if (known["embed_dim"], known["depth"]) == (size["embed_dim"], size["depth"]))
+    model = checkpoint.find_model(size)
     print(f"{weights.path}, names of {weights.family}: {model}, {sides[0]}x{sides[1]} pixels in patches of "
           f"{size['patch_size']}\n{table(found)}")
     if not cfg.allow_missing:

@@ -197,6 +197,12 @@ def find_size(weights, num_heads=None):
                 global_pool="avg" if "encoder.fc_norm.weight" in weights.state else "token")
 
 
+def find_model(size):
+    """The name in MODELS of an encoder of this size, which is one of find_size's."""
+    return next(name for name, known in MODELS.items()
+                if (known["embed_dim"], known["depth"]) == (size["embed_dim"], size["depth"]))
+
+
 def find_grid(weights, img_size=None):
     """The (rows, columns) of the positions in a checkpoint.
 

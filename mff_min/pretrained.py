@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
-from mff_min.checkpoint import find_grid, find_size, read_weights, refuse_losses
+from mff_min.checkpoint import find_grid, find_model, find_size, read_weights, refuse_losses
 from mff_min.config import UserError
 from mff_min.families import part_of
 from mff_min.mim import parse_out_indices
@@ -45,11 +45,9 @@ def config_of(weights):
     """
     size = find_size(weights)
     told = {name: value for name, value in weights.config.items() if value is not None}
-    model = next(name for name, known in MODELS.items()
-                 if (known["embed_dim"], known["depth"]) == (size["embed_dim"], size["depth"]))
     sides = tuple(count * size["patch_size"] for count in find_grid(weights))
-    return dict(model=model, img_size=sides) | told | dict(patch_size=size["patch_size"],
-                                                           in_chans=size["in_chans"])
+    return dict(model=find_model(size), img_size=sides) | told | dict(patch_size=size["patch_size"],
+                                                                      in_chans=size["in_chans"])
 
 
 def settings_of(pretrained, model, img_size, patch_size, in_chans, mean=None, std=None):
