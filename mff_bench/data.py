@@ -10,9 +10,9 @@ Peers hand over normalised floats and we bytes, which are normalised on the devi
 comparison, since each is what its loader gives to training.
 """
 
+import contextlib
 import functools
-import subprocess
-import sys
+import io
 import tempfile
 import time
 from pathlib import Path
@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+import pack
 from mff_bench.measure import (
     FAILURES,
     Budget,
-    NotRun,
     Record,
     in_rounds,
     need,
@@ -35,12 +35,12 @@ from mff_bench.measure import (
     timed_row,
 )
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
+from mff_min.config import parse
 from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
 from mff_min.randaugment import rand_augment
 from mff_min.runtime import pick_ops, start_world
 from mff_min.sources import ImageFolder, open_data
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = (224, 224)
 
 
@@ -106,8 +106,8 @@ def packed_source(folder, *flags):
     """The images of a folder, as pack.py packs them with these flags."""
     packed = folder / "_".join(["packed", *flags])
     if not packed.exists():
-        command = [sys.executable, "pack.py", str(folder / "train"), str(packed), *flags]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        with contextlib.redirect_stdout(io.StringIO()):
+            pack.main(parse(pack.Config, [str(folder / "train"), str(packed), *flags]))
     return open_data(str(packed), "train", "", print)
 
 
@@ -135,10 +135,8 @@ class TimmViews(Dataset):
                 pass
 
 
-def crop_on_gpu(folder, device, count):
-    """A sample: a GPU's part of --device-crop, of a batch that it has already."""
-    if device.type != "cuda":
-        raise NotRun("crops on the device need a GPU")
+def device_part(folder, device, count):
+    """A sample: the device's part of --device-crop, of a batch that it has already; a CPU uses one thread."""
     views, ops = device_views(packed_source(folder), "random_resized"), pick_ops("auto", device)
     mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
     batch = collate(views.__getitems__([(0, i) for i in range(count)]))
@@ -163,7 +161,7 @@ PIPELINES = {                                                           # the fi
             lambda folder: (device_views(packed_source(folder), "random_resized"), collate),
         "mff_min, packed, simple, --device-crop":
             lambda folder: (device_views(packed_small(folder), "simple"), collate),
-        "mff_min, the GPU's part of --device-crop": crop_on_gpu},
+        "mff_min, the device's part of --device-crop": device_part},
     "fine-tuning, RandAugment": {
         "timm": lambda folder: (TimmViews(folder), default_collate),
         "mff_min, JPEG": lambda folder: (our_views(
@@ -176,12 +174,12 @@ def bench_pipelines(name, folder, options, budget, world):
     count, samples, problems = options.images, {}, {}
     for who, build in PIPELINES[name].items():
         try:
-            samples[who] = (crop_on_gpu(folder, world.device, count) if build is crop_on_gpu else
+            samples[who] = (device_part(folder, world.device, count) if build is device_part else
                             worker_clock(*build(folder), count))
         except FAILURES as problem:
             problems[who] = reason_of(problem)
     text = f"{name}: {len(samples)} pipelines"
-    compiled = [who for who in samples if PIPELINES[name][who] is crop_on_gpu]      # Triton's kernels
+    compiled = [who for who in samples if PIPELINES[name][who] is device_part]      # by Triton
     seconds, left_out = in_rounds(samples, options.rounds, budget, world, text, compiled)
     baseline, rows = next(iter(PIPELINES[name])), []
     for who in PIPELINES[name]:

@@ -131,7 +131,7 @@ def bench_group(stage, name, options, budget, world):
     samples |= {key: stopwatch(stepper, device) for key, stepper in steppers.items()}
     title = f"{stage} {name}, {case.img_size} px, batch {batch}"
     text = f"{title}: {len(steppers)} contenders"
-    compiled = [key for key in steppers if key[2] == "compiled" or device.type == "cuda"]   # Triton's kernels
+    compiled = [key for key in steppers if key[2] == "compiled" or device.type == "cuda"]   # by Triton
     seconds, left_out = in_rounds(samples, options.rounds, budget, world, text, compiled)
 
     ours, *_ = STAGES[stage]
