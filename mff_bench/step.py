@@ -255,11 +255,12 @@ def bench_waiting(name, options, budget, world):
         data.draw_jpegs(Path(folder), options.images)
         for who, load in data.LOADERS.items():
             row = {"name": who, "dtype": dtype, "mode": mode}
+            model = BASELINES["pretrain"] if who == "torchvision" else "mff_min MFF_MAE"
             try:
+                need(STAGES["pretrain"][model].package)
                 budget.check()
                 if slow:
                     raise NotRun(slow[dtype])
-                model = BASELINES["pretrain"] if who == "torchvision" else "mff_min MFF_MAE"
                 if model not in steps:                                  # compiled once for all its loaders
                     steps[model] = pretraining_step(model, case, mode, device, dtype)
                 with contextlib.closing(load(Path(folder), case, batch, options.workers, device)) as batches:
@@ -274,12 +275,14 @@ def bench_waiting(name, options, budget, world):
 def pretraining_step(name, case, mode, device, dtype):
     """A contender's Stepper in pre-training, without inputs."""
     contender = STAGES["pretrain"][name]
-    need(contender.package)
     module = contender.build(case, device)
     return Stepper(module, mode == "compiled", contender.optimizer(module), None, device, dtype)
 
 
-def waiting(step, batches, budget, batch, most_seconds=20.0):
+LOOP_SECONDS = 20.0                                                     # of a loop, at most
+
+
+def waiting(step, batches, budget, batch):
     """{"data_wait", "img_per_s", ...} of the second half of a loop's time, after a step that warms up.
 
     As in training, a GPU is asked to do a step while it does the one before: what is waited for while it has
@@ -290,7 +293,7 @@ def waiting(step, batches, budget, batch, most_seconds=20.0):
     step.inputs = next(batches)
     step()                                                              # compiles
     wait()
-    limit = Budget(min(most_seconds, max(budget.left, 0.0)))
+    limit = Budget(min(LOOP_SECONDS, max(budget.left, 0.0)))
     waited, count, began = 0.0, 0, None
     while not count or limit.left > 0:
         if began is None and limit.left <= limit.seconds / 2:

@@ -122,9 +122,10 @@ def test_step_records_every_stage_beside_its_peers(benched, monkeypatch):
 
 def test_waiting_is_measured_with_a_compiled_step_where_compiling_is(benched, monkeypatch):
     compiled = []
+    monkeypatch.setattr(step, "LOOP_SECONDS", 0.2)
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: compiled.append(module) or module)
     without(monkeypatch, "timm")
-    found = benched(f"{STEP.replace('5', '0.2')} --stages probe --compile")
+    found = benched(f"{STEP} --stages probe --compile")
     check_record(found, "step")
     waiting = found["groups"][-1]
     *ours, peer = waiting["rows"]
@@ -167,7 +168,7 @@ def test_a_contender_without_memory_is_a_row_that_says_so(monkeypatch, benched):
     assert step.peak_on_gpu(stepper) == {"peak_not_run": "out of memory"}
     planted(monkeypatch, out_of_memory)
     monkeypatch.setattr(step, "pretraining_step", out_of_memory)
-    found = benched(f"{STEP.replace('5', '0.2')} --stages probe")
+    found = benched(f"{STEP} --stages probe")
     check_record(found, "step")
     (_, peer), loaders = (group["rows"] for group in found["groups"])
     assert {row["not_run"] for row in (peer, *loaders)} == {"out of memory"}
@@ -223,9 +224,11 @@ def test_the_device_crops_as_many_images_as_the_workers(tmp_path, monkeypatch):
 
 
 def test_imports_are_recorded(benched, monkeypatch):
-    monkeypatch.setattr(imports, "STATEMENTS", {"timm": ("nowhere", ""), "mff_min": ("torch", "import json")})
-    timm, ours = check_record(benched("imports --rounds 1"), "imports")
+    monkeypatch.setattr(imports, "STATEMENTS", {"timm": ("nowhere", ""), "mff_min": ("torch", "import json"),
+                                                "lightly": ("torch", "import json.nothing")})
+    timm, ours, broken = check_record(benched("imports --rounds 1"), "imports")
     assert timm["not_run"] == "nowhere is not installed" and ours["statement"] == "import json"
+    assert broken["not_run"].startswith("ModuleNotFoundError: No module named 'json.nothing'")
 
 
 def test_all_lists_what_did_not_run(benched, monkeypatch):
@@ -296,7 +299,8 @@ def fake_gpu(monkeypatch):
             ("peak_on_gpu", lambda stepper: {"peak_bytes": 1}),
             ("pretraining_step", lambda *_: spend(40.0, 0.1))):
         monkeypatch.setattr(step, name, value)
-    monkeypatch.setattr(data, "draw_jpegs", lambda *_: None)
+    for name in ("draw_jpegs", "packed_source"):
+        monkeypatch.setattr(data, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU / 2")
     return now
 
@@ -325,8 +329,8 @@ def test_on_a_gpu_pretraining_in_bfloat16_is_measured_first_and_in_time(tmp_path
 def planted(monkeypatch, peer):
     """Let a peer of ours take part in the probe: peer(case, device) builds it."""
     ours = contenders.STAGES["probe"]["mff_min"]
-    stages = {"probe": {"ours": ours, "timm": dataclasses.replace(ours, build=peer,
-                                                                  adapt=contenders.same_names)}}
+    peer = dataclasses.replace(ours, build=peer, adapt=contenders.same_names)
+    stages = contenders.STAGES | {"probe": {"ours": ours, "timm": peer}}
     monkeypatch.setattr(contenders, "STAGES", stages)
     monkeypatch.setattr(step, "STAGES", stages)
 
