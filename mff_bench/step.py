@@ -264,7 +264,7 @@ def bench_waiting(name, options, budget, world):
                 if model not in steps:                                  # compiled once for all its loaders
                     steps[model] = pretraining_step(model, case, mode, device, dtype)
                 with contextlib.closing(load(Path(folder), case, batch, options.workers, device)) as batches:
-                    row |= waiting(steps[model], batches, budget.share(len(data.LOADERS) - len(rows)), batch)
+                    row |= waiting(steps[model], batches, budget, len(data.LOADERS) - len(rows), batch)
             except FAILURES as problem:
                 row["not_run"] = reason_of(problem)
             rows.append(row)
@@ -282,10 +282,10 @@ def pretraining_step(name, case, mode, device, dtype):
 LOOP_SECONDS = 20.0                                                     # of a loop, at most
 
 
-def waiting(step, batches, budget, batch):
+def waiting(step, batches, budget, parts, batch):
     """{"data_wait", "img_per_s", ...} of the second half of a loop's time, after a step that warms up.
 
-    As in training, a GPU is asked to do a step while it does the one before: what is waited for while it has
+    Its time is one of so many parts of what the warming up leaves of the budget. As in training, a GPU is asked to do a step while it does the one before: what is waited for while it has
     work left is not lost.
     """
     queued = torch.cuda.Event() if step.device.type == "cuda" else None
@@ -293,7 +293,7 @@ def waiting(step, batches, budget, batch):
     step.inputs = next(batches)
     step()                                                              # compiles
     wait()
-    limit = Budget(min(LOOP_SECONDS, max(budget.left, 0.0)))
+    limit = Budget(min(LOOP_SECONDS, budget.share(parts).seconds))
     waited, count, began = 0.0, 0, None
     while not count or limit.left > 0:
         if began is None and limit.left <= limit.seconds / 2:

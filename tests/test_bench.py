@@ -147,7 +147,7 @@ def test_a_gpu_that_has_work_left_waits_for_no_data(monkeypatch, idle):
 
         def __call__(self):
             order.append("step")
-    found = step.waiting(Queued(), iter(range(10 ** 9)), measure.Budget(0.05), 4)
+    found = step.waiting(Queued(), iter(range(10 ** 9)), measure.Budget(0.05), 1, 4)
     assert (found["data_wait"] > 0) == idle and found["steps"] > 0
     assert order[:3] == ["step", "wait", "record"] and order.count("wait") == 3     # not one a step
 
@@ -286,9 +286,9 @@ def fake_gpu(monkeypatch):
         steppers = {key: spend(40.0 if key[2] == "compiled" else 5.0, 0.1) for key in keys}
         return steppers, {}, dict.fromkeys(contenders.STAGES[stage], (1.0, 1))
 
-    def waiting(stepper, batches, budget, batch):
+    def waiting(stepper, batches, budget, parts, batch):
         stepper(1)
-        now[0] += min(20.0, max(budget.left, 0.0))
+        now[0] += min(20.0, budget.share(parts).seconds)
         return {"median": 0.1, "img_per_s": 10 * batch, "data_wait": 0.0, "steps": 10}
     for module in (measure, step):
         monkeypatch.setattr(module, "time", clock)
