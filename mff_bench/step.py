@@ -285,8 +285,8 @@ LOOP_SECONDS = 20.0                                                     # of a l
 def waiting(step, batches, budget, parts, batch):
     """{"data_wait", "img_per_s", ...} of the second half of a loop's time, after a step that warms up.
 
-    Its time is one of so many parts of what the warming up leaves of the budget. As in training, a GPU is asked to do a step while it does the one before: what is waited for while it has
-    work left is not lost.
+    Its time is one of so many parts of what the warming up leaves of the budget. As in training, a GPU is
+    asked for a step while it does the one before: what is waited for while it has work left is not lost.
     """
     queued = torch.cuda.Event() if step.device.type == "cuda" else None
     wait = torch.cuda.synchronize if queued else lambda: None
