@@ -26,10 +26,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mff_min.augment import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
 from mff_min.config import UserError
+from mff_min.decode import open_image
 from mff_min.lists import printable
 
 NAME, VERSION = b"mff_min pack ", 1
@@ -58,7 +58,7 @@ class Packed:
     def open(self, i):
         record = self.record(i)
         if self.header["jpeg"]:
-            return Image.open(io.BytesIO(record), formats=("JPEG",))
+            return open_image(io.BytesIO(record), formats=("JPEG",))
         return np.frombuffer(record, np.uint8).reshape(self.index["height"][i], self.index["width"][i], 3)
 
     def record(self, i):
