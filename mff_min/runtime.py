@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ import torch.distributed as dist
 
 import kernels
 from mff_min.config import UserError
+from mff_min.lists import listed, printable
 from mff_min.sharded import gathered, local
+from mff_min.torchfile import look_through
 
 RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -214,17 +217,30 @@ def save_run(folder, world, model, step, hint, **state):
 def read_checkpoint(path, needs=()):
     """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
     try:
+        look_through(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
+    except UserError:
+        raise
     except Exception as error:                                          # a damaged file raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines() or [type(error).__name__]
+        # What PyTorch says of the flag is how to have the file's code run.
+        reason = "it holds more than weights" if "weights_only" in str(error) else printable(lines[0][:200])
         raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
     missing = [key for key in needs if key not in state]
     if missing:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is not the state of a run")
+    for key in set(needs) & {"model", "config"}:
+        if not isinstance(state[key], dict):
+            raise UserError(f"checkpoint {path} has a {key} that is no dict: it is not the state of a run")
+        # They reach the terminal where they do not fit the run that is resumed.
+        texts = [str(part) for item in state[key].items() for part in item if not torch.is_tensor(part)]
+        forged = [text for text in texts if re.search(r"[\x00-\x1f\x7f-\x9f]", text)]
+        if forged:
+            raise UserError(f"checkpoint {path} has control characters in its {key}: {listed(forged)}")
     return state
 
 
