@@ -67,6 +67,9 @@ def read_weights(path):
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).exists()]
+        if (path / ".metadata").exists() and not found:
+            raise UserError(f"{path} is a folder of torch.distributed.checkpoint, whose .metadata may run "
+                            f"code: expected a file that torch.save or safetensors wrote")
         if not found:
             raise UserError(f"{path} holds none of {', '.join(IN_FOLDER)}: expected a checkpoint, or a "
                             f"folder with one of these")
