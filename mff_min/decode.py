@@ -5,6 +5,7 @@ that cannot be read.
 """
 
 import contextlib
+import logging
 import os
 import stat
 import struct
@@ -17,6 +18,7 @@ from mff_min.lists import printable
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
 MAX_PIXELS = 50_000_000                                                 # a header with more is not decoded
 MAX_BYTES = 8 * MAX_PIXELS                                              # four channels of 16 bits
+logging.getLogger("PIL").addHandler(logging.NullHandler())              # else its errors reach stderr
 TILE_WIDTH, TILE_HEIGHT = 322, 323                                      # tags of TIFF 6.0
 
 # What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
