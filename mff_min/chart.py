@@ -27,7 +27,7 @@ class Series:
 
     errors are half lengths of the bars, or () for none; band is (low, high) at each point, a translucent
     area, or (). dash is the length in pixels of strokes and gaps, 0 for a solid line. Points have dots unless
-    the line is dashed, which is a level.
+    the line is dashed, which is a level; without line, dots alone.
     """
     name: str
     points: list
@@ -36,6 +36,7 @@ class Series:
     dash: int = 0
     band: list = ()
     dots: bool = True
+    line: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def draw(figure, pen_class, command):
             draw_tiles(pen, panel, *box)
     for x, row, line in legend:
         y = panels_end + 12 + 20 * row
-        pen.line([(x, y + 8), (x + 34, y + 8)], line.colour, 2, line.dash)
+        if line.line:
+            pen.line([(x, y + 8), (x + 34, y + 8)], line.colour, 2, line.dash)
+        else:
+            pen.dot(x + 17, y + 8, line.colour)
         pen.text(x + 42, y, line.name)
     for i, text in enumerate(texts):
         pen.text(14, below + 16 * i, text, size=10, colour="grey")
@@ -274,6 +278,9 @@ def tick_text(value):
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or letter == "M" and abs(value) >= size:
             return f"{value / size:.6g}{letter}"
+    if 0 < abs(value) < 9.99e-4:
+        digits, power = f"{value:.5e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.6g}"
 
 
@@ -282,7 +289,7 @@ def tick_text(value):
 
 def frame(left, top, width, height):
     """(x0, x1, y0, y1) of the axes in a panel's box, y0 below y1."""
-    return left + 62, left + width - 18, top + height - 44, top + 26
+    return left + 68, left + width - 18, top + height - 44, top + 26
 
 
 def place_in(panel, box, y_range):
@@ -307,7 +314,7 @@ def draw_panel(pen, panel, left, top, width, height, y_range):
         pen.text(x, y0 + 8, panel.ticks[i] if panel.ticks else tick_text(tick), anchor="ma")
     pen.line([(x0, y0), (x0, y1)], "ink")
     pen.text((x0 + x1) / 2, y0 + 26, panel.x_label, anchor="ma")
-    pen.text(left + 12, (y0 + y1) / 2, panel.y_label, upright=True)
+    pen.text(left + 11, (y0 + y1) / 2, panel.y_label, upright=True)
 
     for line in panel.series:
         if line.band:                                                   # all bands lie below all lines
@@ -316,7 +323,7 @@ def draw_panel(pen, panel, left, top, width, height, y_range):
             pen.area(sides[0] + sides[1][::-1], line.colour)
     for line in panel.series:
         points = [place(x, y) for x, y in line.points]
-        if len(points) > 1:
+        if line.line and len(points) > 1:
             pen.line(points, line.colour, 2, line.dash)
         for (x, y), bar in zip(line.points, line.errors, strict=False):
             if bar:
@@ -335,12 +342,15 @@ def draw_heat_map(pen, panel, left, top, width, height):
         for j, value in enumerate(row):
             share = (value - panel.low) / (panel.high - panel.low)
             pen.box(x0 + j * across, y0 - (i + 1) * up, across, up, between(HEAT, share))
+            if min(across, up) >= 26:                                   # room for the number
+                pen.text(x0 + (j + 0.5) * across, y0 - (i + 0.5) * up, f"{value:.2f}", size=10, anchor="mm",
+                         colour="white" if share > 0.5 else "black")
     for j, name in enumerate(panel.x_ticks):
         pen.text(x0 + (j + 0.5) * across, y0 + 6, name, size=11, anchor="ma")
     for i, name in enumerate(panel.y_ticks):
         pen.text(x0 - 7, y0 - (i + 0.5) * up, name, size=11, anchor="rm")
     pen.text((x0 + x1) / 2, y0 + 26, panel.x_label, anchor="ma")
-    pen.text(left + 12, (y0 + y1) / 2, panel.y_label, upright=True)
+    pen.text(left + 11, (y0 + y1) / 2, panel.y_label, upright=True)
     steps = 24
     for i in range(steps):
         pen.box(x1 + 14, y0 - (i + 1) * (y0 - y1) / steps, 12, (y0 - y1) / steps,

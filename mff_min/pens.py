@@ -1,7 +1,7 @@
 """Two pens with the same strokes: one draws pixels with Pillow, the other writes an SVG.
 
 Units are pixels of the SVG; the PNG has SCALE of its own for each. A colour is a name of COLOURS, or a number
-from 0 to 1, a place on the way from orange to blue. An SVG has a dark palette too, which a reader's browser
+from 0 to 1, a place on the way from orange over purple to green. An SVG has a dark palette too, which a reader's browser
 takes where it prefers dark; a PNG is light. Places of an SVG's text are computed without measuring it, so the
 same drawing is the same text on every machine.
 """
@@ -22,6 +22,8 @@ ASCENT, DESCENT = 0.97, 0.23                                            # of Pil
 ADVANCE = 0.5                                                           # of a letter on average, rounded up
 
 COLOURS = {                                                             # in the light, in the dark
+    "white": ((255, 255, 255), (255, 255, 255)),
+    "black": ((40, 40, 40), (40, 40, 40)),
     "paper": ((255, 255, 255), (22, 24, 29)),
     "ink": ((40, 40, 40), (226, 226, 226)),
     "grid": ((226, 226, 226), (58, 62, 70)),
@@ -34,7 +36,8 @@ COLOURS = {                                                             # in the
     "teal": ((0, 130, 140), (84, 200, 206)),
 }
 LINES = ("blue", "orange", "green", "purple", "red", "teal")            # for series, in this order
-RAMP = ((214, 110, 18), (160, 60, 122), (31, 97, 168)), ((250, 172, 92), (226, 128, 184), (106, 168, 240))
+RAMP = (((214, 110, 18), (192, 44, 84), (112, 58, 160), (31, 97, 168), (0, 140, 116)),
+        ((250, 172, 92), (246, 120, 146), (190, 146, 238), (106, 168, 240), (90, 212, 182)))
 
 
 def colour_of(colour, dark=False):
