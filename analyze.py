@@ -80,10 +80,12 @@ def draw_weights(cfg, runs):
         points = [(each.seen(line), line["fusion_weights"]) for line in each.log if "fusion_weights" in line]
         series = [Series(f"block {block}", [(x, weights[i]) for x, weights in points], (),
                          block / max(depth - 1, 1), dots=len(points) == 1) for i, block in enumerate(blocks)]
-        equal = [(x, 1 / len(blocks)) for x in (points[0][0], points[-1][0])]
-        levels = f"{len(blocks)} levels" if len(blocks) > 1 else "1 level"
-        panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None,
-                            [*series, Series("all equal", equal, (), "grey", dash=4)], zero=False))
+        levels = "1 level"
+        if len(blocks) > 1:
+            equal = [(x, 1 / len(blocks)) for x in (points[0][0], points[-1][0])]
+            series.append(Series("all equal", equal, (), "grey", dash=4))
+            levels = f"{len(blocks)} levels"
+        panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
     return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
                   width=760 if len(panels) == 1 else 400)
@@ -114,7 +116,7 @@ def draw_reconstructions(cfg, runs):
     for each in runs:
         found = each.pictures()
         steps = list(found)
-        if len(steps) > cfg.columns:                                    # the last is among them, and the first
+        if len(steps) > cfg.columns:                                    # first and last are among them
             chosen = np.linspace(len(steps) - 1, 0, cfg.columns).round()
             steps = [steps[int(i)] for i in chosen[::-1]]
         sheets = [read_sheet(found[step], each.config["img_size"]) for step in steps]
@@ -131,8 +133,11 @@ def draw_reconstructions(cfg, runs):
         names = ["image", "masked", *(f"step {step}" for step in steps)]
         panels.append(Tiles(each.name if len(runs) > 1 else "", names, rows, images))
     across, down = (max(len(getattr(panel, side)) for panel in panels) for side in ("columns", "rows"))
+    normed = any(each.config["norm_pix_loss"] for each in runs)
     return Figure("Held-out images, masked patches as the model predicts them", panels, columns=1,
-                  width=118 * across + 22, height=118 * down + 44)
+                  width=118 * across + 22, height=118 * down + 44,
+                  note="Normalised patches are predicted: the true mean and deviation of each are put back."
+                  if normed else "")
 
 
 def draw_layers(cfg, runs):
@@ -224,10 +229,11 @@ def draw_spectrum(runs, found, about):
         depth = len(blocks)
         series = [Series(tap, curves[tap], (), i / max(depth - 1, 1)) for i, tap in enumerate(blocks)]
         panels.append(Panel(f"{each.name}: every block", *labels, None, series, zero=False))
-        last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "blue"),
-                ("fused", "fused blocks, normed", "orange"))
+        last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "teal"),
+                ("fused", "fused blocks, normed", "purple"))
         series = [Series(name, curves[tap], (), colour) for tap, name, colour in last if tap in curves]
-        panels.append(Panel(f"{each.name}: before and after fusion", *labels, None, series, zero=False))
+        title = "before and after fusion" if "fused" in curves else "no fusion"
+        panels.append(Panel(f"{each.name}: {title}", *labels, None, series, zero=False))
         points = [(i, curves[tap][-1][1]) for i, tap in enumerate(blocks)]
         highest.append(Series(each.name if len(runs) > 1 else "", points, (), each.colour))
     ends = sorted({f"{frequencies(findings.grid)[-1]:.3f}" for findings in found})
@@ -235,10 +241,10 @@ def draw_spectrum(runs, found, about):
     panels.append(Panel(f"every block at the highest frequency, {' or '.join(ends)} pi", "block", labels[1],
                         ticks, highest, zero=False))
     return Figure("Fourier-transformed patch tokens: log amplitude, less that at frequency 0", panels,
-                  columns=3 if len(runs) == 1 else 2, width=420,
-                  note=f"{about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean over images "
-                       f"and channels after the log. The last block is what transfers, with the final norm; the "
-                       f"fused blocks with that norm are what MFF's decoder gets. block i is before any norm.")
+                  columns=3 if len(runs) == 1 else 2, width=420, share_y=True,
+                  note=f"{about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean over "
+                       f"images and channels after the log. Blocks are as they are, before any norm. The last "
+                       f"one, normed, is what transfers; the fused ones, normed, are what the decoder gets.")
 
 
 def draw_cka(runs, found, about):
@@ -247,7 +253,7 @@ def draw_cka(runs, found, about):
     for (one, a), (other, b) in list(combinations(numbered, 2)) or [numbered * 2]:
         values = [[cka(of_a, of_b) for of_a in a.grams] for of_b in b.grams]
         ticks = [str(i) for i in range(len(values))]
-        panels.append(HeatMap(f"{one.name} and {other.name}", f"block of {one.name}", f"block of {other.name}", ticks, ticks, values))
+        panels.append(HeatMap("", f"block of {one.name}", f"block of {other.name}", ticks, ticks, values))
     return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(2, len(panels)),
                   width=520, height=460, note=f"{about} Unbiased HSIC, summed over minibatches. 1: equal but "
                                               f"for rotation and scale; about 0: independent.")

@@ -161,12 +161,11 @@ def draw(figure, pen_class, command):
 
 
 def legend_places(panels, width):
-    """(x, row, series) of each name in the legend, once each, as many in a row as fit."""
+    """(x, row, series) of each name in the legend, once each, as many in a row as fit; the ramp comes first."""
     named = {}
-    for panel in panels:
-        for line in getattr(panel, "series", ()):
-            if line.name:
-                named.setdefault(line.name, line)
+    lines = [line for panel in panels for line in getattr(panel, "series", ()) if line.name]
+    for line in sorted(lines, key=lambda line: 2 if isinstance(line.colour, str) else line.colour):
+        named.setdefault(line.name, line)
     entry = max((text_width(name, 12) for name in named), default=0) + 62
     in_row = max(int((width - 28) // entry), 1)
     if len(named) <= in_row:

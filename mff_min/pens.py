@@ -1,9 +1,9 @@
 """Two pens with the same strokes: one draws pixels with Pillow, the other writes an SVG.
 
 Units are pixels of the SVG; the PNG has SCALE of its own for each. A colour is a name of COLOURS, or a number
-from 0 to 1, a place on the way from orange over purple to green. An SVG has a dark palette too, which a reader's browser
-takes where it prefers dark; a PNG is light. Places of an SVG's text are computed without measuring it, so the
-same drawing is the same text on every machine.
+from 0 to 1, a place on the way from orange over purple to green. An SVG has a dark palette too, for browsers
+that prefer it; a PNG is light. Places of an SVG's text are computed without measuring it, so that the same
+drawing is the same file on every machine.
 """
 
 import base64
