@@ -83,12 +83,12 @@ def draw_weights(cfg, runs):
         levels = "1 level"
         if len(blocks) > 1:
             equal = [(x, 1 / len(blocks)) for x in (points[0][0], points[-1][0])]
-            series.append(Series("all equal", equal, (), "grey", dash=4))
+            series.append(Series("equal", equal, (), "grey", dash=4))
             levels = f"{len(blocks)} levels"
         panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
     return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
-                  width=760 if len(panels) == 1 else 400)
+                  width=800 if len(panels) == 1 else 400)
 
 
 def draw_curves(cfg, runs):
@@ -186,17 +186,18 @@ def examine(cfg, source, encoders, world):
     ops, device = pick_ops(cfg.ops, world.device), world.device
     count = min(cfg.images, len(source))
     keys = [(0, i * len(source) // count) for i in range(count)]        # classes may come one after the other
-    batches = [keys[first:first + cfg.batch_size] for first in range(0, count, cfg.batch_size)]
+    starts = range(0, max(count - 3, 1), cfg.batch_size)                # HSIC needs four: fewer join the last
+    batches = [keys[start:end] for start, end in zip(starts, [*starts[1:], count], strict=True)]
     progress, found, bad = Progress(count * len(encoders), 0, world, text="looking at images"), [], {}
     for number, (encoder, fusion, *statistics) in enumerate(encoders):
         mean, std = (torch.tensor(values, device=device) for values in statistics)
         sides = [patches * encoder.patch_size for patches in encoder.grid]
         views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)
         amplitudes, distances, grams, seen = {}, 0, [[] for _ in encoder.blocks], 0
-        for i, batch in enumerate(make_loader(views, batches, cfg.workers, device.type == "cuda")):
+        for batch in make_loader(views, batches, cfg.workers, device.type == "cuda"):
             bad.update(batch["bad"])
             pixels = batch["image"][~batch["replaced"]].to(device)
-            if len(pixels) < 4:                                         # HSIC needs four
+            if len(pixels) < 4:                                         # of the others, none could be read
                 continue
             seen += len(pixels)
             taps, of_heads = look_at(encoder, fusion, ops.prepare(pixels, mean, std), ops)
@@ -206,7 +207,7 @@ def examine(cfg, source, encoders, world):
                 amplitudes[tap] = amplitudes.get(tap, 0) + logs
             for block, of_block in enumerate(grams):
                 of_block.append(gram(taps[f"block {block}"][:, 1:]))
-            progress.tick(number * count + min((i + 1) * cfg.batch_size, count))
+            progress.tick(number * count + seen)
         if not seen:
             raise UserError(f"{count - len(bad)} images can be read: expected 4 or more")
         amplitudes = {tap: (total / seen).tolist() for tap, total in amplitudes.items()}
@@ -243,7 +244,7 @@ def draw_spectrum(runs, found, about):
     return Figure("Fourier-transformed patch tokens: log amplitude, less that at frequency 0", panels,
                   columns=3 if len(runs) == 1 else 2, width=420, share_y=True,
                   note=f"{about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean over "
-                       f"images and channels after the log. Blocks are as they are, before any norm. The last "
+                       f"images and channels after the log. Blocks are before any norm. The last "
                        f"one, normed, is what transfers; the fused ones, normed, are what the decoder gets.")
 
 

@@ -161,7 +161,7 @@ def draw(figure, pen_class, command):
 
 
 def legend_places(panels, width):
-    """(x, row, series) of each name in the legend, once each, as many in a row as fit; the ramp comes first."""
+    """(x, row, series) of each name in the legend, once each, as many in a row as fit: the ramp first."""
     named = {}
     lines = [line for panel in panels for line in getattr(panel, "series", ()) if line.name]
     for line in sorted(lines, key=lambda line: 2 if isinstance(line.colour, str) else line.colour):

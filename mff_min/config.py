@@ -93,7 +93,9 @@ def parse(config_class, argv=None):
             kind, choices = field.metadata["type"] or _plain_type(field.type), field.metadata["choices"]
             metavar = None if choices else field.name.upper()
             parser.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
-    return config_class(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in values.items()})
 
 
 def side_or_sides(text):
