@@ -27,7 +27,7 @@ class Series:
 
     errors are half lengths of the bars, or () for none; band is (low, high) at each point, a translucent
     area, or (). dash is the length in pixels of strokes and gaps, 0 for a solid line. Points have dots unless
-    the line is dashed, which is a level; without line, dots alone.
+    the line is dashed, which is a level; without line, dots alone. tag is a short name at the line's end.
     """
     name: str
     points: list
@@ -37,6 +37,7 @@ class Series:
     band: list = ()
     dots: bool = True
     line: bool = True
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -330,6 +331,21 @@ def draw_panel(pen, panel, left, top, width, height, y_range):
         if line.dots and not line.dash:
             for x, y in points:
                 pen.dot(x, y, line.colour)
+
+    tagged = sorted((line for line in panel.series if line.tag), key=lambda line: -line.points[-1][1])
+    heights = apart([place(*line.points[-1])[1] for line in tagged], 11, y0)
+    for line, y in zip(tagged, heights, strict=True):
+        pen.text(place(*line.points[-1])[0] + 4, y, line.tag, size=10, anchor="lm", colour=line.colour)
+
+
+def apart(heights, gap, bottom):
+    """Ascending heights, moved as little as it takes to be a gap apart and none below the bottom."""
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], bottom - gap * (len(moved) - 1 - i))
+    return moved
 
 
 def draw_heat_map(pen, panel, left, top, width, height):

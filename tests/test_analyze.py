@@ -17,6 +17,7 @@ import analyze
 import train_pretrain
 from kernels import TORCH
 from mff_min.config import UserError, parse
+from mff_min.examine import look_at
 from mff_min.mim import MaskedAutoencoder
 from mff_min.pens import drawn_by
 from mff_min.picture import grid, tiles_of
@@ -112,12 +113,12 @@ def test_a_torn_line_is_named_and_the_others_are_drawn(tmp_path, capsys):
     make_run(tmp_path / "a")
     lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
     lines[2] = lines[2][:40]
-    (tmp_path / "a" / "log.jsonl").write_text("\n".join([*lines, "3", "[1]"]) + "\n")
+    (tmp_path / "a" / "log.jsonl").write_text("\n".join([*lines, "3", "[1]"]) + "\n\xff{", encoding="latin1")
     found = analyzed(tmp_path / "a", "--figures", "curves")
     assert len(found["curves"]["panels"][0]["series"][0]["points"]) == 4
     said = capsys.readouterr().out
     assert f"warning: line 3 of {tmp_path}/a/log.jsonl is torn and is left out" in said
-    assert said.count("warning") == 1
+    assert all(f"line {number} of" in said for number in (7, 8, 9)) and said.count("warning") == 4
 
 
 def sheets_for(folder, steps, rows=3):
@@ -200,7 +201,7 @@ def test_taps_are_those_of_the_model(pretrained):
     weights = read_pretrained(pretrained)
     encoder = build_encoder(weights)
     fusion, images = build_fusion(weights, encoder), torch.randn(5, 3, 16, 16)
-    taps, distances = analyze.look_at(encoder, fusion, images, TORCH)
+    taps, distances = look_at(encoder, fusion, images, TORCH)
     with torch.no_grad():
         levels = encoder.forward_blocks(encoder.embed(images), range(12))
         assert all(torch.equal(taps[f"block {i}"], level) for i, level in enumerate(levels))
@@ -353,6 +354,9 @@ def bad(tmp_path_factory, pretrained):
     sheets_for(folder / "size", [0])
     (folder / "text.json").write_text("{}")
     shutil.copytree(pretrained, folder / "wide")
+    make_run(folder / "model", model="vit_g")
+    make_run(folder / "levels", out_indices="all")
+    make_run(folder / "indices", out_indices="some")
     return folder
 
 
@@ -361,6 +365,10 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/norun", "BAD/norun is no folder of a run: it holds no config.json"),
     ("BAD/text.json", "BAD/text.json is of no run: its config has no model"),
     ("BAD/config", "BAD/config is of no run: its config has no model"),
+    ("BAD/model", "BAD/model is of a model vit_g: expected one of vit_test, vit_t"),
+    ("BAD/levels", "BAD/levels: its log has other levels than the 12 of its --out-indices"),
+    ("BAD/indices", "BAD/indices: --out-indices some: expected spread, last, all"),
+    ("BAD/run --output-dir BAD/text.json/x", "--output-dir BAD/text.json/x cannot be written"),
     ("BAD/list", "config.json holds a list: expected an object"),
     ("BAD/json", "BAD/json/metrics.json cannot be read: Expecting value"),
     ("BAD/nolog", "no figure can be drawn of what is there"),

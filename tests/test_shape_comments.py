@@ -18,7 +18,7 @@ from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
-from mff_min import augment, cifar, measures, mim, picture, probe, shapes, targets, vit
+from mff_min import augment, cifar, examine, measures, mim, picture, probe, shapes, targets, vit
 from mff_min.data import DeviceViews, Views, collate
 from mff_min.sources import ImageArray
 
@@ -157,6 +157,7 @@ def exercise():
     weights = measures.attention_weights(model.encoder.blocks[0].attn, tokens)
     measures.attention_distance(weights, (9, 11), 4)
     measures.unbiased_hsic(measures.gram(tokens), measures.gram(levels[0]))
+    examine.look_at(model.encoder, None, images, TORCH)
 
     features, labels = torch.rand(6, 60), torch.arange(6)
     scores = probe.logistic_scores(torch.rand(8, 60), torch.arange(8), 13, features)
