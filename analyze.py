@@ -245,9 +245,9 @@ def main(cfg):
     """Draw the figures that cfg asks for; returns {figure: path of its .png}."""
     check_ranges(cfg)
     paths = [Path(path).resolve() for path in cfg.runs]
-    names = cfg.names.split(",") if cfg.names else [path.stem for path in paths]
+    names = cfg.names.split(",") if cfg.names else [path.name.removesuffix(".json") for path in paths]
     if not cfg.names and len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{path.stem}" for path in paths]
+        names = [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
     if len(names) != len(paths) or len(set(names)) < len(names):
         raise UserError(f"--names {','.join(names)}: expected {len(paths)} names that differ, one a run")
     colours = LINES if len(names) <= len(LINES) else [i / (len(names) - 1) for i in range(len(names))]
@@ -265,6 +265,7 @@ def main(cfg):
 
 
 def draw(cfg, chosen, world):
+    """Draw and write the chosen figures; returns {figure: path of its .png}."""
     alone = len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir()
     folder = Path(cfg.output_dir or (Path(cfg.runs[0]) / "figures" if alone else "runs/figures"))
     figures = {name: FROM_FILES[name](cfg, able) for name, able in chosen.items() if name in FROM_FILES}

@@ -132,17 +132,20 @@ def draw(figure, pen_class, command):
     """The pen after it has drawn the figure: a title, the panels, the legend, the note and the command."""
     columns = figure.columns or len(figure.panels)
     rows = math.ceil(len(figure.panels) / columns)
-    width, panels_end = columns * figure.width, 34 + rows * figure.height
-    legend = legend_places(figure.panels, width)
-    texts = [part for text, most in ((figure.note, 11), (command, 10)) if text
-             for part in wrapped(text, width - 28, most)]
+    width = columns * figure.width
+    titles = wrapped(figure.title, width - 28, 15)
+    panels_at = 14 + 20 * len(titles)
+    panels_end, legend = panels_at + rows * figure.height, legend_places(figure.panels, width)
+    texts = [part for text in (figure.note, command) if text for part in wrapped(text, width - 28, 10)]
     below = panels_end + 12 + 20 * (legend[-1][1] + 1 if legend else 0)
     pen = pen_class(width, below + 16 * len(texts) + 10)
-    pen.text(14, 10, figure.title, size=15)
+    for i, text in enumerate(titles):
+        pen.text(14, 10 + 20 * i, text, size=15)
 
     shared = y_axis(figure.panels) if figure.share_y else None
     for i, panel in enumerate(figure.panels):
-        box = i % columns * figure.width, 34 + i // columns * figure.height, figure.width, figure.height
+        left, top = i % columns * figure.width, panels_at + i // columns * figure.height
+        box = left, top, figure.width, figure.height
         if isinstance(panel, Panel):
             draw_panel(pen, panel, *box, shared or y_axis([panel]))
         elif isinstance(panel, HeatMap):
@@ -191,7 +194,7 @@ def wrapped(text, width, size):
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of numbers and the ticks on it."""
+    """A range of numbers and the ticks on it; log where it is one of their logarithms."""
     low: float
     high: float
     ticks: list
@@ -266,6 +269,7 @@ def reach(line):
 
 
 def check_finite(values):
+    """Raise ValueError unless there are values and all of them are finite."""
     if not values:
         raise ValueError("a panel without a point: expected one or more")
     for value in values:

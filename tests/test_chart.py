@@ -17,6 +17,7 @@ from mff_min.chart import (
     Panel,
     Series,
     Tiles,
+    apart,
     draw,
     linear_axis,
     log_axis,
@@ -213,6 +214,25 @@ def test_a_series_is_in_the_legend_once_and_levels_are_in_their_order():
     panels[0].series.append(Series("", [(0, 1.0), (1, 1.0)], (), "grey"))
     texts = [element.text for element in svg_of(Figure("", panels)).iter("text")]
     assert [text for text in texts if text.startswith("block")] == ["block 0", "block 11"]
+
+
+def test_names_at_the_ends_of_lines_are_apart_and_in_order():
+    assert apart([10, 50, 52, 53], 11, 100) == [10, 50, 61, 72]
+    assert apart([80, 98, 99], 11, 100) == [78, 89, 100]
+    series = [Series("a line", [(0, 1.0), (1, 2.0 + i / 1000)], (), i / 11, tag=str(i)) for i in range(12)]
+    root = svg_of(Figure("", [Panel("", "x", "y", None, series)]))
+    tags = {int(e.text): float(e.get("y")) for e in root.iter("text") if e.get("font-size") == "10"
+            and e.text.isdecimal()}
+    assert sorted(tags) == list(range(12))
+    assert all(tags[i] - tags[i + 1] > 10.9 for i in range(11))         # the highest line's is above
+
+
+def test_a_long_title_goes_on_below():
+    figure = replace(FIGURE, panels=FIGURE.panels[:1])
+    short, long = (svg_of(replace(figure, title=title)) for title in ("short", "a title of many words " * 8))
+    assert float(long.get("height")) == float(short.get("height")) + 40
+    lines = [e.text for e in long.iter("text") if e.get("font-size") == "15"]
+    assert len(lines) == 3 and " ".join(lines) == ("a title of many words " * 8).strip()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
