@@ -33,17 +33,19 @@ from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, s
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, each_once, make_loader
+from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
 from mff_min.probe import accuracy, count_all, shown
 from mff_min.randaugment import fill_color, rand_augment
 from mff_min.rng import MIX, Rng
 from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
-from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
+from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, pick_ops,
-                             resumed_state, run, save_run, start_world, write_atomically, write_json)
+                             resumed_state, run, save_run, start_world, warn_of_space)
+from mff_min.saving import write_json, write_tensors
 from mff_min.sharded import exchange
-from mff_min.sources import check_classes, check_labels, open_data, subset
+from mff_min.sources import check_classes, check_labels, fingerprint, open_data, subset
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config
@@ -105,6 +107,8 @@ class Config:
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
+    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
+                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
@@ -165,6 +169,8 @@ def finetune(cfg, world, signals):
         check_classes(classes, state["classes"], want=f"the run in {cfg.output_dir}")
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
+    seen = fingerprint(train_set)
+    check_same_data(cfg, state, seen)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(100, 5))
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
@@ -212,6 +218,7 @@ def finetune(cfg, world, signals):
     if cfg.compile:
         trained = torch.compile(trained)
     folder = open_folder(cfg, world)
+    warn_of_space(folder, world, model, copies=4 if cfg.ema else 3)     # its weights, their average, moments
     log = Log(folder, world, start)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
     resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
@@ -220,8 +227,8 @@ def finetune(cfg, world, signals):
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
         more = {"average": average.state_dict()} if average else {}
-        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), classes=classes,
-                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **more)
+        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
+                 classes=classes, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **more)
 
     def evaluate():
         """Accuracy on all validation images, and of the averaged weights as ema_acc1 and so on."""
@@ -231,13 +238,27 @@ def finetune(cfg, world, signals):
             found |= {f"ema_{name}": value for name, value in accuracy(*counts).items()}
         return found
 
+    def passes(done):
+        """Whether an evaluation is due after this many steps."""
+        return schedule.epoch(done) // cfg.eval_every > schedule.epoch(done - 1) // cfg.eval_every
+
+    def note_accuracy(done):
+        """Log the accuracy after this many steps."""
+        with meter.paused():
+            metrics = evaluate()
+        log.write(step=done, epoch=schedule.epoch(done), **metrics)
+        meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+
     # ------------------------------------------------------------ loop
     say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from "
         f"{'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of {cfg.data}, "
         f"{len(classes)} classes\n{schedule.plan(start)}")
     loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    meter = Meter(schedule, start, world)
+    flops = classifier_flops(model, model.head, False)
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
+    if 0 < start < schedule.stop and passes(start) and not log.evaluated:
+        note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
@@ -265,7 +286,7 @@ def finetune(cfg, world, signals):
 
         done, grad_norm = step + 1, None
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = schedule.epoch(done) // cfg.eval_every > schedule.epoch(step) // cfg.eval_every
+        passed = passes(done)
         if cfg.clip_grad or logs:
             scaler.unscale_(optimizer)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -292,10 +313,7 @@ def finetune(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, done, schedule.stop, folder)
         if passed and not ends:
-            with meter.paused():
-                metrics = evaluate()
-            log.write(step=done, epoch=schedule.epoch(done), **metrics)
-            meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+            note_accuracy(done)
     signals.release()
 
     # ------------------------------------------------------------ evaluation
@@ -317,7 +335,7 @@ def export(path, model, cfg, classes):
     """Write a classifier alone, with timm's names, and what it takes to build it again."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     content = {"model": weights, "config": asdict(cfg), "classes": classes}
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_tensors(path, content)
 
 
 COMPARED = ("acc1", "acc1_error")
