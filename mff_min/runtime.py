@@ -338,14 +338,22 @@ class Log:
             saving.append_line(self.path, values)
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none."""
+def read_log(path, say=lambda text: None):
+    """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none.
+
+    say(text) is told the number of a line that is skipped.
+    """
     if not Path(path).exists():
         return []
     lines = []
-    for text in Path(path).read_text().splitlines():
+    for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        line = None
         with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+            line = json.loads(text)
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            say(f"warning: line {number} of {path} is torn and is left out")
     return lines
 
 
