@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kernels.reference import mix_share
+from mff_min.decode import MAX_PIXELS
 from mff_min.rng import normal_noise
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of pixels in [0, 1]
+BITS_PER_SAMPLE = 258                                                   # a tag of TIFF
+EVALUATION_MARGIN = 256 / 224
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # in_chans to Pillow's mode
 
 
@@ -64,14 +67,19 @@ def simple_part(image, size, rng, padding=4):
 def center(image, size, rng=None, margin=1.0):
     """The middle of the image at the scale at which `margin` times the crop just fits; nothing random."""
     height, width = size
-    image = to_array(resize_to_cover(image, (round(height * margin), round(width * margin)), BICUBIC))
+    image = to_array(resize_to_cover(image, cut_from(size, margin), BICUBIC))
     top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
     return np.array(image[top:top + height, left:left + width])
 
 
+def cut_from(size, margin):
+    """(height, width) of what center cuts a crop of this size out of."""
+    return round(size[0] * margin), round(size[1] * margin)
+
+
 def evaluation(image, size, rng=None):
     """The crop that accuracies are measured on: shorter side to 256 for a crop of 224, then the middle."""
-    return center(image, size, margin=256 / 224)
+    return center(image, size, margin=EVALUATION_MARGIN)
 
 
 CROPS = {"random_resized": random_resized, "inception": inception, "single_draw": single_draw,
@@ -193,13 +201,15 @@ def reflection(at, size):
 def resize_to_cover(image, size, resample):
     """The image scaled by Pillow, aspect kept, to the smallest size that covers (height, width).
 
-    An image of that size is returned as it is.
+    An image of that size is returned as it is. Raises ValueError where that is more than MAX_PIXELS.
     """
     (height, width), (H, W) = size, sides(image)
     factor = max(height / H, width / W)
     new = max(height, round(H * factor)), max(width, round(W * factor))
     if new == (H, W):
         return image
+    if new[0] * new[1] > MAX_PIXELS:                                    # a line of pixels, say
+        raise ValueError(f"{W} x {H} pixels would become {new[1]} x {new[0]}, more than {MAX_PIXELS}")
     image = to_pillow(image) if isinstance(image, np.ndarray) else image
     return image.resize(new[::-1], resample)
 
@@ -215,23 +225,37 @@ def flip(pixels, rng):
 def to_mode(image, in_chans):
     """The image with in_chans channels of 8 bits, by fixed rules; undecoded where it has them already.
 
-    16-bit values are scaled to 8 bits, which Pillow's own convert would saturate; palettes and CMYK become
-    colour; alpha is dropped, not blended; grey is repeated; of an animation the first frame counts; EXIF
-    orientation is ignored, as it is by the published pipelines. Raises ValueError for 32-bit and float
-    images, whose range is unknown.
+    Values of 12 and 16 bits and floats of 0 to 1 are scaled to 8 bits, where Pillow's own convert would
+    saturate; palettes and CMYK become colour; alpha is dropped, not blended; grey is repeated; of an
+    animation the first frame counts; EXIF orientation is ignored, as it is by the published pipelines, but
+    Pillow turns a TIFF by it. Raises ValueError for 32-bit integers and other floats: their range is unknown.
     """
     if isinstance(image, np.ndarray):
         if image.shape[2] == in_chans:
             return image
         image = to_pillow(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        values = np.asarray(image).astype(np.uint32)                    # (H, W)
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
-    if image.mode in ("LA", "La", "PA"):                                # Pillow needs RGBA in between
+    most = most_of(image)
+    if most:
+        values = np.asarray(image).astype(np.float32)                   # (H, W)
+        if not (values.min() >= 0 and values.max() <= most):            # NaN is not either
+            raise ValueError(f"pixels of {values.min():g} to {values.max():g}: expected 0 to {most}")
+        values *= 255 / most                                            # in place: it may be large
+        values += 0.5
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBa"):                        # Pillow needs RGBA in between
         image = image.convert("RGBA")
     return image if image.mode == MODES[in_chans] else image.convert(MODES[in_chans])
+
+
+def most_of(image):
+    """The value that is white in an image of more than 8 bits, else 0. ValueError where it is unknown."""
+    if image.mode == "F":
+        return 1
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):        # those hold 16 bits in it
+        raise ValueError("integers of 32 bits have no known range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return 4095 if getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,) else 65535
+    return 0
 
 
 def erasing_box(height, width, rng, probability, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3), tries=10):

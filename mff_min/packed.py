@@ -21,15 +21,17 @@ import io
 import json
 import mmap
 import os
+import zipfile
 import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
 
 from mff_min.augment import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
 from mff_min.config import UserError
+from mff_min.decode import open_image
 from mff_min.lists import printable
 
 NAME, VERSION = b"mff_min pack ", 1
@@ -48,9 +50,10 @@ class Packed:
         self.path = Path(path)
         self.header, self.index = read_index(self.path)
         self.classes, self.short_side = self.header["classes"], self.header["short_side"]
-        self.labels = {"class": self.index["label"]}
+        self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
         self.is_split = self.header["split"] == split
-        self.checked = np.zeros(len(self), bool)                        # by this process
+        # Which records were read before: by this process, or by the workers that it forks, who share this.
+        self.checked = torch.zeros(len(self), dtype=torch.bool).share_memory_().numpy()
 
     def __len__(self):
         return len(self.index["label"])
@@ -58,7 +61,7 @@ class Packed:
     def open(self, i):
         record = self.record(i)
         if self.header["jpeg"]:
-            return Image.open(io.BytesIO(record), formats=("JPEG",))
+            return open_image(io.BytesIO(record), formats=("JPEG",))
         return np.frombuffer(record, np.uint8).reshape(self.index["height"][i], self.index["width"][i], 3)
 
     def record(self, i):
@@ -110,14 +113,14 @@ def open_packed(spec, split):
 
 def read_index(path):
     """(header, index) of a pack, both dicts; what can be checked without reading its records is checked."""
-    damaged = UserError(f"{path} is damaged or was cut short: pack the images again")
+    damaged = UserError(f"{path} is damaged or was cut short: delete it, and pack the images again")
     with open(path, "rb") as file:
         start = file.read(len(START))
         if not start.startswith(NAME):
             raise UserError(f"{path} is no pack: expected a file that pack.py wrote")
         if start != START:
             raise UserError(f"{path} is a pack of version {printable(start[len(NAME):].decode('latin-1'))}: "
-                            f"expected {VERSION:03d}; pack the images again")
+                            f"expected {VERSION:03d}; delete it, and pack the images again")
         size = os.fstat(file.fileno()).st_size
         file.seek(max(size - END, 0))
         end = file.read()
@@ -128,12 +131,38 @@ def read_index(path):
         content = file.read(length)
     if hashlib.sha256(content).digest() != end[8:40]:
         raise damaged
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        index = dict(arrays)
-    header = json.loads(index.pop("header").tobytes())
-    if index["offsets"][-1] != size - END - length:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            packs = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            index = {} if packs else dict(arrays)                       # it may inflate to anything
+        header = json.loads(index.pop("header").tobytes())
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, MemoryError, RecursionError):
+        raise damaged from None
+    if not is_sound(header, index, size - END - length):
         raise damaged
     return header, index
+
+
+def is_sound(header, index, stop):
+    """Whether Journal.finish could have written this header and index, of records that end at stop.
+
+    A checksum tells what was altered by chance, and a stranger's is right too.
+    """
+    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str, jpeg=int)
+    lengths = dict.fromkeys(("height", "width", "label", "crc", "bytes", "path"), 0) | {"offsets": 1}
+    is_dict = isinstance(header, dict)
+    if not is_dict or any(type(header.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    if index.keys() != lengths.keys() or not all(isinstance(name, str) for name in header["classes"]):
+        return False
+    for name, array in index.items():
+        if array.dtype.kind not in ("S" if name == "path" else "iu") or array.ndim != 1:
+            return False
+        if len(array) != len(index["label"]) + lengths[name]:
+            return False
+    offsets = index["offsets"]
+    return bool(offsets[0] == len(START) and offsets[-1] == stop and (offsets[1:] >= offsets[:-1]).all())
 
 
 # ---------------------------------------------------------------- writing
@@ -206,6 +235,12 @@ class Journal:
                    for record, height, width, reason in block]
         self.append(entries)
         self.entries += entries
+
+    def discard_empty(self):
+        """Delete the files of a pack of which no image is written yet."""
+        if not self.entries:
+            self.partial.unlink()
+            self.path.unlink()
 
     def finish(self, labels, classes, split):
         """Write the index, and give the file its name."""

@@ -1,5 +1,6 @@
 """The stages as users run them: losses, interruptions, ranks, what a run leaves behind, and bad input."""
 
+import errno
 import json
 import math
 import os
@@ -14,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import waits_in_steps
 
 import train_pretrain
 from mff_min.config import UserError, parse
 from mff_min.flops import step_flops
 from mff_min.optim import Schedule
-from mff_min.runtime import Fault, Meter, Stopped, World, read_log, run, write_atomically
+from mff_min.runtime import Fault, Meter, Stopped, World, read_log, run
+from mff_min.saving import write_atomically
 from mff_min.vit import MODELS, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,60 +121,11 @@ def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
 # ---------------------------------------------------------------- what a step costs
 
 
-class Waits(TorchFunctionMode):
-    """Notes in `found` all that would stop a CPU until its GPU is done: values that leave the device."""
-    LEAVE = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.equal,
-             torch.allclose, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
-             torch.Tensor.__index__, torch.Tensor.__repr__}
-
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.LEAVE:
-            self.found.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-class HiddenWaits(TorchDispatchMode):
-    """The same for what PyTorch does inside: a value that is read, a shape that depends on values."""
-
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def waits(pretrain, monkeypatch):
     """waits(*flags): what would wait for the GPU in each of the six steps of a run that logs the first."""
-    make_loader, next_batch, in_steps = train_pretrain.make_loader, Meter.next, []
-
-    def made_before(*arguments):
-        return iter(list(make_loader(*arguments)))                      # loading may wait for its own tensors
-
-    def next_and_note(meter, batches):
-        if meter.micro % meter.schedule.accumulation == 0:
-            in_steps.append([])
-        return next_batch(meter, batches)
-
-    def call(*flags):
-        class Noted:
-            def append(self, name):
-                if in_steps:
-                    in_steps[-1].append(name)
-        monkeypatch.setattr(train_pretrain, "make_loader", made_before)
-        monkeypatch.setattr(Meter, "next", next_and_note)
-        with Waits(Noted()), HiddenWaits(Noted()):
-            pretrain(*"--steps 6 --log-every 99 --save-every 99 --picture-every 99".split(), *flags)
-        return in_steps
-    return call
+    flags = "--steps 6 --log-every 99 --save-every 99 --picture-every 99".split()
+    return lambda *more: waits_in_steps(train_pretrain, lambda: pretrain(*flags, *more), monkeypatch)
 
 
 @pytest.mark.parametrize("flags", ["", "--clip-grad 0.1", "--low-pass-radius 40", "--dtype bfloat16"])
@@ -222,7 +174,7 @@ def test_waiting_for_data_is_said_once_with_what_would_help(capsys, monkeypatch)
         now[0] += 10
         found.append(meter.read(done, 0.5, 1e-3)["data_wait"])
         said = capsys.readouterr().out
-        assert ("more --workers" in said) == (done == 3), said
+        assert ("waiting for data: more --workers would help" in said) == (done == 3), said
     assert found == pytest.approx([50 / 60, 0.5 / 10.5, 2 / 12, 2 / 12])
 
 
@@ -343,15 +295,22 @@ def test_a_signal_inside_an_accumulation_drops_the_step_and_the_run_goes_on_as_i
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+class FullDisk:
+    """A file that takes nothing."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_full_disk_ends_the_run_with_the_older_checkpoint_sound(pretrain, tmp_path, monkeypatch):
     pretrain("--epochs", "0.96", "--steps", "3")
     before, save = (tmp_path / "a" / "last.pt").read_bytes(), torch.save
 
     def full(state, file):
+        file.file = FullDisk()
         save(state, file)
-        raise RuntimeError("unexpected pos") from OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="cannot save .*last.pt"):
+    with pytest.raises(OSError, match="No space left on device: '.*last.pt'"):
         pretrain("--epochs", "0.96", "--steps", "6", "--resume", "auto", "--allow-change", "steps")
     assert (tmp_path / "a" / "last.pt").read_bytes() == before and not list((tmp_path / "a").glob("*.tmp.*"))
 
@@ -533,7 +492,7 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(on_gpu, tmp_pat
     ("--std 1,0,1", "--std 0.0: expected more than 0"),
     ("--decoder-num-heads 3", "embed_dim 16 is not a multiple of num_heads 3"),
     ("--decoder-embed-dim 18 --decoder-num-heads 1", "embed_dim 18 is not a multiple of 4"),
-    ("--init-from LICENSE", "checkpoint LICENSE cannot be read"),
+    ("--init-from LICENSE", "checkpoint LICENSE is a text of"),
     ("--output-dir LICENSE/x", "--output-dir LICENSE/x cannot be written"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, capfd, monkeypatch, flags, message):
@@ -552,6 +511,8 @@ def test_an_old_run_is_not_overwritten(pretrain, tmp_path):
     pretrain("--steps", "2")
     before = state_of(tmp_path / "a")
     with pytest.raises(UserError, match="already holds a run: add --resume auto"):
+        pretrain("--steps", "2")
+    with pytest.raises(UserError, match=r"a run, of other settings:\n.*\n  seed     0      1\nadd --resume"):
         pretrain("--steps", "2", "--seed", "1")
     assert same_bits(state_of(tmp_path / "a"), before)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["seed"] == 0
@@ -588,7 +549,8 @@ def test_a_checkpoint_is_not_resumed_over_another_run(pretrain, tmp_path):
 
 def test_a_run_goes_on_with_the_settings_it_began_with(pretrain, tmp_path):
     pretrain("--steps", "2")
-    message = r"other settings \(steps: 2 -> 3; seed: 0 -> 7\).*--allow-change steps,seed"
+    message = (r"began with other settings:\n  setting  saved  now\n  steps    2      3\n"
+               r"  seed     0      7\ngive the same flags again, or --allow-change steps,seed$")
     with pytest.raises(UserError, match=message):
         pretrain("--steps", "3", "--seed", "7", "--workers", "1", "--resume", "auto")
     assert pretrain("--steps", "2", "--workers", "1", "--batch-size", "4", "--resume", "auto")["step"] == 2
@@ -599,7 +561,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(pretrain, tmp_
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
     torch.save({"model": Malicious()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="evil.pt is refused: it asks for posix.system"):
         pretrain("--steps", "2", "--init-from", str(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()
 
