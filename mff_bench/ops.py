@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from mff_bench.measure import FAILURES, reason_of, result_path
-from mff_min.runtime import start_world, write_json
+from mff_min.runtime import start_world
+from mff_min.saving import write_json
 
 HEAD = ("op", "case", "column", "forward ms", "backward ms", "forward GB", "backward GB",
         "forward % copy", "backward % copy", "peak MB", "error")
