@@ -38,6 +38,7 @@ def run_part(subject, flags, seconds):
     """Run one subject; NotRun says why it did not end well."""
     if seconds < 60 * LEAST_MINUTES.get(subject, 0):
         raise NotRun(f"{max(seconds, 0):.0f} seconds were left, too few for it")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))     # by way of finally
     child = subprocess.Popen([sys.executable, "bench.py", subject, *flags], cwd=ROOT, start_new_session=True)
     try:
         code = child.wait(timeout=seconds)
@@ -47,13 +48,13 @@ def run_part(subject, flags, seconds):
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)                        # its loaders and compilers, too
             child.wait()
+        signal.signal(signal.SIGTERM, before)
     if code:
         raise NotRun(f"it ended with code {code}")
 
 
 def bench_all(args):
     """Every subject, and into all_<device>.json which of them ran."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # and so end the part, too
     with start_world(args.device) as world:
         on_gpu, budget = world.device.type == "cuda", Budget(60 * args.minutes)
         record, rows = Record("all", args.output_dir, world, minutes=args.minutes), []

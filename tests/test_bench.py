@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,6 +247,23 @@ def test_all_runs_its_subjects(benched, monkeypatch, tmp_path):
     row, = check_all(benched("all"))
     assert "not_run" not in row and row["seconds"] > 0
     check_record(json.loads((tmp_path / "step_cpu.json").read_text()), "step")
+
+
+def test_a_stopped_all_leaves_no_process_behind(tmp_path, monkeypatch):
+    (tmp_path / "bench.py").write_text("import os, pathlib, time\n"
+                                       "pathlib.Path('pid').write_text(str(os.getpid()))\n"
+                                       "os.kill(os.getppid(), 15)\n"
+                                       "time.sleep(600)\n")
+    monkeypatch.setattr(everything, "ROOT", tmp_path)
+    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            everything.run_part("data", [], 60)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def check_all(found):
