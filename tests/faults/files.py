@@ -499,13 +499,7 @@ def convert_to_rgb():
     augment.to_mode = lambda image, in_chans: image.convert("RGB")
 
 
-def decode_before_looking():
-    """As Pillow alone opens files: with a warning from 89 million pixels on, an error from 179."""
-    decode.MAX_PIXELS = 10 ** 12
-
-
 GUARDS = [
     Guard("every-decode-error", "mutated images of seven formats", catch_oserror_alone),
     Guard("deep-pixels-scaled", "deep, float and unusual pixels", convert_to_rgb),
-    Guard("most-pixels", "images that would be huge", decode_before_looking),
 ]
