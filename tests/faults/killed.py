@@ -51,10 +51,10 @@ def differences(name, folder, whole):
         ours, theirs = (saving.read_checkpoint(path / EXPORTS[name])["model"] for path in (folder, whole))
         if not same_bits(ours, theirs):
             yield f"{EXPORTS[name]} differs"
-    if not (folder / "previous.pt").exists():
-        yield "one checkpoint is left"
     for path in folder.glob("*.tmp.*"):
         yield f"{path.name} is left"
+    if not (folder / "previous.pt").exists():
+        yield "one checkpoint is left"
 
 
 def furthest(folder):
@@ -100,12 +100,12 @@ def gone_on(name, folder, whole, *more):
 class Points:
     """Stands in the way of what changes files, in this process: each write, fsync, rename and removal.
 
-    seen collects (what, name of the file). With kill=(i, when), the process is killed before, after or, of a
-    write, halfway through number i.
+    seen collects (what, name of the file). stop() is called before, after or, of a write, halfway through the
+    point at, a number or one of these pairs. By itself it kills the process.
     """
 
-    def __init__(self, kill=(None, None)):
-        self.kill, self.seen = kill, []
+    def __init__(self, at=None, when="before", stop=lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        self.at, self.when, self.stop, self.seen = at, when, stop, []
 
         def opened(path, mode="r", **options):
             file = open(path, mode, **options)
@@ -120,17 +120,17 @@ class Points:
         watch("unlink", os.path.basename)
 
     def meet(self, what, name, do, half=None):
-        at, when = self.kill
-        mine = at == len(self.seen)
-        self.seen.append((what, re.sub(r"\.tmp\.\d+", ".tmp", name)))
-        if mine and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if mine and when == "halfway":
+        point = what, re.sub(r"\.tmp\.\d+", ".tmp", name)
+        when = self.when if self.at in (len(self.seen), point) else ""
+        self.seen.append(point)
+        if when == "before":
+            self.stop()
+        if when == "halfway":
             half()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.stop()
         result = do()
-        if mine and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if when == "after":
+            self.stop()
         return result
 
 
@@ -168,11 +168,16 @@ def points_of(name, folder):
     return json.loads((folder / "points.json").read_text())
 
 
-def killed_at(name, folder, whole, point):
+def watched(name, folder, *more, **how):
+    """work for fork: a stage among Points, which stop it as told."""
     def work():
-        Points(kill=point)
-        command(name, folder)()
-    ended = fork(work)
+        Points(**how)
+        command(name, folder, *more)()
+    return work
+
+
+def killed_at(name, folder, whole, point):
+    ended = fork(watched(name, folder, at=point[0], when=point[1]))
     at = f"{name}, killed {point[1]} point {point[0]}"
     if ended.code != -signal.SIGKILL:
         yield f"{at}: it was not killed but had code {ended.code}, {ended.last}", 0
@@ -288,6 +293,8 @@ FAULTS = [Fault("kill -9 at every point of a save", 1, kill_at_points),
 
 def save_to_the_final_name():
     def write(path, fill, previous=None):
+        if previous and path.exists():
+            os.replace(path, path.with_name(previous))
         with getattr(saving, "open", open)(path, "wb") as file:
             fill(file)
     saving.write_atomically = write
@@ -329,6 +336,6 @@ def forget_the_folder():
 
 GUARDS = [Guard("save-to-the-final-name", "kill -9 at every point of a save", save_to_the_final_name),
           Guard("delete-before-save", "kill -9 at every point of a save", delete_before_save),
-          Guard("no-generator", "kill -9 at random moments", noise_from_the_global_generator),
+          Guard("no-generator", "kill -9 at every point of a save", noise_from_the_global_generator),
           Guard("log-not-cut", "kill -9 at every point of a save", leave_the_log_as_it_is),
           Guard("no-fsync-of-the-folder", "the order of write, fsync and rename", forget_the_folder)]
