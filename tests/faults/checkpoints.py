@@ -157,7 +157,7 @@ def whole_runs(folder, quick):
     return tally.outcome()
 
 
-FAULTS = [Fault("2,000 mutated checkpoints", 2, mutations),
+FAULTS = [Fault("mutated checkpoints", 2, mutations),
           Fault("a damaged checkpoint in a run folder", 2, whole_runs)]
 
 
@@ -169,5 +169,5 @@ def leave_what_is_newer():
     saving.set_newer_aside = lambda folder, path, say: None
 
 
-GUARDS = [Guard("no-sha256", "2,000 mutated checkpoints", read_without_comparing),
+GUARDS = [Guard("no-sha256", "mutated checkpoints", read_without_comparing),
           Guard("damaged-one-not-set-aside", "a damaged checkpoint in a run folder", leave_what_is_newer)]

@@ -50,7 +50,7 @@ def second_runs(folder, quick):
                 tally.note(fine(fork(stage(name, place, "--steps", 2, *more)), 2, str(place), who))
             same = first.process.is_alive() and (place / "config.json").read_bytes() == settings
             tally.note("" if same else f"{name}: the first run was disturbed")
-            first.end(0)                                                # kill -9: its workers live on, for now
+            first.end(0)                                                # kill -9: its workers live on a bit
             step = saving.find_checkpoint(place, "auto", print)[0]["step"]
             again = ["--steps", step + 1, "--resume", "auto", "--allow-change", "steps"]
             ended = fork(stage(name, place, *again))

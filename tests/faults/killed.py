@@ -204,18 +204,18 @@ def chosen(seen, most):
 
 def kill_at_points(folder, quick):
     """A run killed at each point of its saves, of every stage; in pre-training also at all else it writes."""
-    trials, seen_points = [], {}
+    trials, seen_points = [], 0
     for name in ("pretrain",) if quick else STAGES:
         whole = uninterrupted(name, folder / f"{name}-whole")
         seen = points_of(name, folder / f"{name}-points")
-        seen_points[name] = len(seen)
+        seen_points += len(seen)
         points = chosen(seen, 9 if name == "pretrain" else 3)
         points = points[3::len(points) // 16] if quick else points
         trials += [functools.partial(killed_at, name, folder / f"{name}-{i}-{when}", whole, (i, when))
                    for i, when in points]
     tally = Tally()
     share_out(trials, tally)
-    return tally.outcome(points=seen_points)
+    return tally.outcome(points_in_all=seen_points)
 
 
 # ---------------------------------------------------------------- any moment
