@@ -128,10 +128,11 @@ class Points:
         if when == "halfway":
             half()
             self.stop()
-        result = do()
-        if when == "after":
-            self.stop()
-        return result
+        try:
+            return do()
+        finally:                                                        # also of what is not there to remove
+            if when == "after":
+                self.stop()
 
 
 class Watched:
@@ -203,13 +204,13 @@ def chosen(seen, most):
 
 
 def kill_at_points(folder, quick):
-    """A run killed at each point of its saves, of every stage; in pre-training also at all else it writes."""
+    """A pre-training run killed before and after all that it does to files, other stages at half of it."""
     trials, seen_points = [], 0
     for name in ("pretrain",) if quick else STAGES:
         whole = uninterrupted(name, folder / f"{name}-whole")
         seen = points_of(name, folder / f"{name}-points")
         seen_points += len(seen)
-        points = chosen(seen, 9 if name == "pretrain" else 3)
+        points = chosen(seen, 9) if name == "pretrain" else chosen(seen, 3)[::2]
         points = points[3::len(points) // 16] if quick else points
         trials += [functools.partial(killed_at, name, folder / f"{name}-{i}-{when}", whole, (i, when))
                    for i, when in points]
