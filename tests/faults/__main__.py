@@ -137,7 +137,10 @@ def main(cfg):
     began = time.monotonic()
     prepared()                                                          # once, for all that is forked
     if cfg.controls:
-        rows = run_controls(faults, [guard for guard in guards if cfg.only in guard.fault])
+        guards = [guard for guard in guards if cfg.only in guard.fault]
+        if not guards:
+            raise UserError(f"--only {cfg.only}: no guard is removed for such a fault")
+        rows = run_controls(faults, guards)
         name, good, count = "controls", sum(row["caught"] for row in rows), len(rows)
         text = f"caught {good} of {count}"
     else:
