@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from faults.evaluation import on_two_ranks
-from faults.suite import STAGES, Fault, Guard, Outcome, Tally, flags_of, fork, prepared
+from faults.evaluation import on_two_ranks, ready
+from faults.suite import Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
 import pack
@@ -24,7 +24,7 @@ from mff_min.config import UserError, parse
 from mff_min.data import Stream, Views, make_loader
 from mff_min.decode import MAX_BYTES, MAX_PIXELS, open_image
 from mff_min.packed import Packed
-from mff_min.runtime import BadSamples, run, start_world
+from mff_min.runtime import BadSamples, start_world
 from mff_min.sources import ImageFolder
 
 SECOND = 1.0                                                            # of a processor, for one file
@@ -433,12 +433,13 @@ def odd_folders(folder, quick):
     (root / "train" / "a" / "secret.jpg").chmod(0o644)                  # text, to root too
     folder.chmod(0o755)
 
-    def ends(what, code, *parts, stage="probe", **changes):
+    ready()
+
+    def ends(what, code, *parts, name="probe", **changes):
         """Note whether a stage ends with this code, and unless it is 0 with a line that has these parts."""
         changes = dict(data=root, steps=2, max_bad=1) | changes
         flags = [word for flag, value in changes.items() for word in (f"--{flag}", value)]
-        flags = flags_of(stage, prepared(), folder / what, *flags)
-        end = fork(lambda: run(STAGES[stage].main, parse(STAGES[stage].Config, flags)))
+        end = fork(stage(name, folder / what, *flags))
         absent = [part for part in parts if part not in end.last]
         whole = end.code == code and not absent and (not code or end.last.startswith("error: "))
         tally.note("" if whole and is_clean(end.said) else f"{what}: code {end.code}, {end.said[-300:]!r}")
@@ -451,7 +452,7 @@ def odd_folders(folder, quick):
     ends("too many", 3, "of 34 images cannot be read", "--max-bad 0.01 allows", "bad_samples.jsonl",
          max_bad=0.01)
     ends("allowed", 0)
-    ends("less than a batch", 0, stage="pretrain", global_batch=64, batch_size=64)
+    ends("less than a batch", 0, name="pretrain", global_batch=64, batch_size=64)
     more = ["c", "d", "e", "f", "g", "h\x1b[2J"]
     for name in more:
         (root / "val" / name).mkdir()

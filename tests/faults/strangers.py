@@ -17,9 +17,9 @@ import zipfile
 
 import numpy as np
 import torch
-from faults.evaluation import rewrite
+from faults.evaluation import ready, rewrite
 from faults.files import MEGABYTE, is_clean, memory
-from faults.suite import STAGES, Fault, Guard, Outcome, Tally, flags_of, fork, prepared
+from faults.suite import Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
 import convert
@@ -46,7 +46,7 @@ class Call:
 
 def small_state():
     """Weights of a small encoder by timm's names."""
-    return torch.load(prepared() / "pretrain" / "encoder.pt", weights_only=True)["model"]
+    return torch.load(ready() / "pretrain" / "encoder.pt", weights_only=True)["model"]
 
 
 def saved(content, **options):
@@ -70,13 +70,6 @@ def members(file):
         return [(name, archive.read(name)) for name in archive.namelist()]
 
 
-def as_stage(name, *flags):
-    """work for fork: a stage with these flags more, into a folder of its own."""
-    def work():
-        run(STAGES[name].main, parse(STAGES[name].Config, flags_of(name, prepared(), *flags)))
-    return work
-
-
 def readers(path, to):
     """{name: work for fork} of all that reads a checkpoint, and writes into a folder."""
     to.mkdir(exist_ok=True)
@@ -84,12 +77,12 @@ def readers(path, to):
     def script(module, *words):
         return lambda: run(module.main, parse(module.Config, list(map(str, words))))
     return {
-        "--resume": as_stage("pretrain", to / "a", "--resume", path),
-        "--init-from": as_stage("pretrain", to / "b", "--init-from", path, "--steps", 1),
-        "probe --checkpoint": as_stage("probe", to / "c", "--checkpoint", path, "--steps", 1),
-        "finetune --evaluate": as_stage("finetune", to / "d", "--checkpoint", path, "--evaluate"),
+        "--resume": stage("pretrain", to / "a", "--resume", path),
+        "--init-from": stage("pretrain", to / "b", "--init-from", path, "--steps", 1),
+        "probe --checkpoint": stage("probe", to / "c", "--checkpoint", path, "--steps", 1),
+        "finetune --evaluate": stage("finetune", to / "d", "--checkpoint", path, "--evaluate"),
         "convert.py": script(convert, path, to / "e.pt"),
-        "features.py": script(features, path, "shapes:20", to / "f.npy", "--cache-dir", prepared() / "cache"),
+        "features.py": script(features, path, "shapes:20", to / "f.npy", "--cache-dir", ready() / "cache"),
     }
 
 
@@ -161,7 +154,7 @@ def planted_code(folder, quick):
                 note(f"{name} by {reader}", refused(fork(work), name))
     (folder / "run").mkdir()
     (folder / "run" / "last.pt").write_bytes(planted(marker)["zip.pt"][0])
-    end = fork(as_stage("pretrain", folder / "run", "--resume", "auto"))
+    end = fork(stage("pretrain", folder / "run", "--resume", "auto"))
     note("--resume auto", refused(end, "no checkpoint in", "can be read"))
     # torch.distributed.checkpoint unpickles .metadata whatever it is told.
     (folder / "distributed").mkdir()
@@ -185,7 +178,7 @@ def planted_in_data(folder, marker):
     (folder / "pack" / "train.pack").write_bytes(pack_of(objects.getvalue()))
     for spec, parts in ((f"cifar100:{folder / 'cifar'}", ["is refused: it asks for posix.mkdir"]),
                         (str(folder / "pack"), ["is damaged"])):
-        yield spec, refused(fork(as_stage("probe", folder / "g", "--data", spec)), *parts)
+        yield spec, refused(fork(stage("probe", folder / "g", "--data", spec)), *parts)
 
 
 def pack_of(index):
@@ -204,7 +197,7 @@ def how_it_is_loaded():
     torch.load = spy
     try:
         for path in ("pretrain/last.pt", "finetune/classifier.pt"):
-            saving.read_checkpoint(prepared() / path)
+            saving.read_checkpoint(ready() / path)
     finally:
         torch.load = load
     return "" if told == [True, True] else f"torch.load was told {told}"
@@ -312,14 +305,14 @@ ESCAPE = "a\x1b[2J\nerror: all is well"
 def names_that_forge(folder, quick):
     """Control characters in the names of tensors, classes, settings, files and lists reach no terminal."""
     tally, state = Tally(), small_state()
-    run_of = torch.load(prepared() / "pretrain" / "last.pt", weights_only=True)
+    run_of = torch.load(ready() / "pretrain" / "last.pt", weights_only=True)
     forged = {
         "a tensor": {"model": state | {f"blocks.{ESCAPE}.weight": torch.zeros(2)}},
         "a tensor twice": {"model": state | {f"module.{ESCAPE}": torch.zeros(1), ESCAPE: torch.zeros(1)}},
         "no tensors": {ESCAPE: 1}, "a tensor that is no plain one": {ESCAPE: torch.zeros(1).to_sparse()},
         "settings": {"model": state, "config": {"model": ESCAPE, "img_size": ESCAPE, "mean": ESCAPE,
                                                 "out_indices": ESCAPE, ESCAPE: ESCAPE}},
-        "classes": {"model": state | {"head.weight": torch.zeros(2, 64), "head.bias": torch.zeros(2)},
+        "classes": {"model": state | {"head.weight": torch.zeros(2, 32), "head.bias": torch.zeros(2)},
                     "classes": [ESCAPE, ESCAPE + "b"]},
         "a run": run_of | {"model": {ESCAPE: torch.zeros(1)}},
         "a run's settings": run_of | {"config": run_of["config"] | {"data": ESCAPE, ESCAPE: 1}},
@@ -337,10 +330,10 @@ def names_that_forge(folder, quick):
     (folder / "data" / "train" / ESCAPE).mkdir(parents=True)
     for name in (f"{ESCAPE}/0.png", f"{ESCAPE}/{ESCAPE}.png"):
         Image.new("RGB", (20, 20)).save(folder / "data" / "train" / name)
-    for stage, flags in (("pretrain", ["--steps", 1]), ("probe", [])):
-        end = fork(as_stage(stage, folder / stage, "--data", folder / "data", *flags))
+    for name, flags in (("pretrain", ["--steps", 1]), ("probe", [])):
+        end = fork(stage(name, folder / name, "--data", folder / "data", *flags))
         whole = is_clean(end.said) and "Traceback" not in end.said
-        tally.note("" if whole else f"{stage}: {end.said[-300:]!r}")
+        tally.note("" if whole else f"{name}: {end.said[-300:]!r}")
     return tally.outcome()
 
 
