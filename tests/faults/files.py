@@ -259,7 +259,7 @@ def huge_images(folder, quick):
 # ---------------------------------------------------------------- unusual pixels
 
 
-def unusual_images(folder):
+def unusual_images():
     """[(name, file, the pixels (H, W, 3) that they are, or None where they must be refused)]."""
     ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
     grey = np.repeat(np.round(255 * ramp)[..., None], 3, axis=2)        # (64, 64, 3)
@@ -273,11 +273,11 @@ def unusual_images(folder):
     alpha = Image.fromarray(noise[..., 1])
     luma = np.asarray(rgb.convert("L").convert("RGB"))
     few = rgb.quantize(64)
-    orientation = Image.Exif()
-    orientation[0x0112] = 6
+    turned = Image.Exif()
+    turned[0x0112] = 3                                                  # Orientation: by 180 degrees
     smooth = Image.fromarray(np.round(255 * np.stack([ramp, ramp.T, 1 - ramp], axis=2)).astype(np.uint8))
     rows = [b"\0" + row.tobytes() for row in np.repeat(swapped[..., None], 3, axis=2)]
-    cases = [
+    return [
         ("PNG of 16 bits", encoded(deep, "PNG"), grey),
         ("PNG of 16 bits, RGB", png_of(64, 64, 16, 2, rows), grey),
         ("TIFF of 16 bits", encoded(deep, "TIFF"), grey),
@@ -302,9 +302,9 @@ def unusual_images(folder):
          np.asarray(smooth)),
         ("animated, the first frame", encoded(few, "GIF", save_all=True, append_images=[few.rotate(90)]),
          np.asarray(few.convert("RGB"))),
-        ("turned by EXIF", encoded(smooth, "JPEG", quality=100, exif=orientation), np.asarray(smooth)),
+        ("turned by EXIF", encoded(smooth, "JPEG", quality=100, exif=turned), np.asarray(smooth)),
+        ("TIFF that is turned", encoded(smooth, "TIFF", exif=turned), np.asarray(smooth)[::-1, ::-1]),
     ]
-    return cases
 
 
 def as_big_endian(values):
@@ -315,7 +315,7 @@ def as_big_endian(values):
 def unusual_pixels(folder, quick):
     """Deep and float ramps keep their values, and other modes become the colours that they stand for."""
     tally, furthest = Tally(), 0.0
-    for name, file, want in unusual_images(folder):
+    for name, file, want in unusual_images():
         try:
             got = np.asarray(augment.to_mode(open_image(io.BytesIO(file)), 3)).astype(float)    # (64, 64, 3)
         except ValueError as error:
