@@ -57,22 +57,22 @@ def cause(fault, quick, remove=None):
     """The Outcome of a fault in a process of its own, without a guard; or the text of what ended it."""
     ours, theirs = FORK.Pipe(duplex=False)
 
-    def work():
+    def work(folder):
         try:
             if remove:
                 remove()
-            with shared_memory() as folder:
-                theirs.send(fault.run(Path(folder), quick))
+            theirs.send(fault.run(Path(folder), quick))
         except BaseException:                                           # whatever it was: told, not hidden
             theirs.send(traceback.format_exc())
-    process = FORK.Process(target=work)
-    process.start()
-    theirs.close()
-    try:
-        outcome = ours.recv()
-    except EOFError:
-        outcome = "the process that was to cause it died"
-    process.join()
+    with shared_memory() as folder:
+        process = FORK.Process(target=work, args=(folder,))
+        process.start()
+        theirs.close()
+        try:
+            outcome = ours.recv()
+        except EOFError:
+            outcome = "the process that was to cause it died"
+        process.join()
     return outcome
 
 

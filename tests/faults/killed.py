@@ -18,6 +18,7 @@ from mff_min import data, runtime, saving
 from mff_min.config import UserError
 
 STEPS, SAVE_EVERY = 4, 2
+SAVED = ("last.pt", "previous.pt", "log.jsonl", "encoder.pt", "classifier.pt")  # of others a third is tried
 EXPORTS = {"pretrain": "encoder.pt", "probe": None, "finetune": "classifier.pt"}
 
 # ---------------------------------------------------------------- what a killed run leaves, and comes to
@@ -40,17 +41,22 @@ def half_files(folder):
             yield f"{path.name} is half a file: {error}"
 
 
+def results_of(name, folder):
+    """All that a finished run must have the same as another: its state, its log, what it exports."""
+    state = {key: value for key, value in state_of(folder).items() if key != "config"}
+    export = {"export": saving.read_checkpoint(folder / EXPORTS[name])["model"]} if EXPORTS[name] else {}
+    return state | export | {"log": log_of(folder)}
+
+
+results_of_whole = functools.cache(results_of)                           # many are compared with it
+
+
 def differences(name, folder, whole):
     """How a finished run differs from one that nothing interrupted."""
-    for key in state_of(whole).keys() - {"config"}:
-        if not same_bits(state_of(whole)[key], state_of(folder)[key]):
+    ours, theirs = results_of(name, folder), results_of_whole(name, whole)
+    for key in ours.keys() | theirs.keys():
+        if not same_bits(ours.get(key), theirs.get(key)):
             yield f"{key} differs"
-    if log_of(whole) != log_of(folder):
-        yield "the log differs"
-    if EXPORTS[name]:
-        ours, theirs = (saving.read_checkpoint(path / EXPORTS[name])["model"] for path in (folder, whole))
-        if not same_bits(ours, theirs):
-            yield f"{EXPORTS[name]} differs"
     for path in folder.glob("*.tmp.*"):
         yield f"{path.name} is left"
     if not (folder / "previous.pt").exists():
@@ -74,7 +80,7 @@ def command(name, folder, *more):
     return stage(name, folder, *flags, *evaluate, *more)
 
 
-@functools.lru_cache
+@functools.cache
 def uninterrupted(name, folder):
     ended = fork(command(name, folder))
     assert ended.code == 0, ended.said
@@ -204,14 +210,16 @@ def chosen(seen, most):
 
 
 def kill_at_points(folder, quick):
-    """A pre-training run killed before and after all that it does to files, other stages at half of it."""
+    """Pre-training killed before and after all that it does to what is SAVED, other stages at half of it."""
     trials, seen_points = [], 0
     for name in ("pretrain",) if quick else STAGES:
         whole = uninterrupted(name, folder / f"{name}-whole")
         seen = points_of(name, folder / f"{name}-points")
         seen_points += len(seen)
         points = chosen(seen, 9) if name == "pretrain" else chosen(seen, 3)[::2]
-        points = points[3::len(points) // 16] if quick else points
+        others = [point for point in points if not seen[point[0]][1].startswith(SAVED)]
+        points = sorted(set(points) - set(others) | set(others[::3]))
+        points = points[2::len(points) // 12] if quick else points
         trials += [functools.partial(killed_at, name, folder / f"{name}-{i}-{when}", whole, (i, when))
                    for i, when in points]
     tally = Tally()

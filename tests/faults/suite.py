@@ -162,7 +162,7 @@ def shared_memory():
 # ---------------------------------------------------------------- stages
 
 
-@functools.lru_cache
+@functools.cache
 def prepared():
     """A folder with the embedded images and a small encoder to train on; it is deleted with this process.
 
