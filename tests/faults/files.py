@@ -1,5 +1,6 @@
 """Promise 9: files that are damaged, huge, unusual or no images are replaced, named, and stop nothing."""
 
+import functools
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from faults.evaluation import on_two_ranks, ready
-from faults.suite import Fault, Guard, Outcome, Tally, fork, stage
+from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
 import pack
@@ -91,8 +92,8 @@ class Mutants:
     """A source of mutants, each a file when it is opened, and behind them as many whole images."""
     short_side = 0
 
-    def __init__(self, count, path):
-        self.count, self.path, self.kinds = count, path, list(originals().items())
+    def __init__(self, count, folder):
+        self.count, self.folder, self.kinds = count, folder, list(originals().items())
         self.whole = Image.new("RGB", (40, 40))
 
     def __len__(self):
@@ -105,8 +106,9 @@ class Mutants:
         if i >= self.count:
             return self.whole
         files, draws = self.kinds[i % len(self.kinds)][1], random.Random(i)
-        self.path.write_bytes(mutant(files[draws.randrange(len(files))], draws))
-        return open_image(str(self.path))
+        path = self.folder / f"mutant of {os.getpid()}"
+        path.write_bytes(mutant(files[draws.randrange(len(files))], draws))
+        return open_image(str(path))
 
     def label(self, i):
         return 0
@@ -117,8 +119,8 @@ class Mutants:
 
 def mutated_images(folder, quick):
     """Each mutant becomes a view or is replaced, within a second, and the process lives and says nothing."""
-    count, step = (2_100, 300) if quick else (21_000, 1_000)
-    source = Mutants(count, folder / "mutant")
+    count, step = (2_100, 350) if quick else (21_000, 1_500)
+    source = Mutants(count, folder)
     views = Views(source, "random_resized", (16, 16), 3, 0, 0), Views(source, "evaluation", (16, 16), 3, 0, 0)
     tried, survived, problems, replaced, slowest, grown = 0, 0, [], Counter(), 0.0, 0
 
@@ -135,7 +137,9 @@ def mutated_images(folder, quick):
                 file.write(json.dumps([i, seconds, shown, reasons, memory("VmHWM") - resident]) + "\n")
 
     for first in range(0, count, step):
-        end, rows = fork(lambda first=first: show(first)), 0
+        if first % (2 * step) == 0:                                     # two at a time
+            children = [Child(functools.partial(show, begin)) for begin in (first, first + step)]
+        end, rows = children.pop(0).end(limit=300), 0
         for line in (folder / f"{first}").read_text().splitlines():
             i, seconds, shown, reasons, peak = json.loads(line)
             rows, slowest, grown = rows + 1, max(slowest, seconds), max(grown, peak)
@@ -330,7 +334,7 @@ def unusual_pixels(folder, quick):
         furthest = max(furthest, abs(got.mean() - want.mean()))
         tally.note("" if difference <= near else f"{name}: {difference:.0f} off, mean {got.mean():.1f} "
                                                  f"where it is {want.mean():.1f}")
-    return tally.outcome(furthest_mean=round(furthest, 3))
+    return tally.outcome(furthest_mean=round(float(furthest), 3))
 
 
 # ---------------------------------------------------------------- odd files
