@@ -126,14 +126,20 @@ def save_checkpoint(folder, state):
 
 
 def seal_of(path):
-    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed."""
+    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed.
+
+    Where the end has been altered it is still told that there was a seal.
+    """
     with open(path, "rb") as file:
+        if file.read(8) == b"version ":                                 # git-lfs's pointer has a SHA-256 too
+            return b""
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 22 - len(SEAL) - 64, 0))                   # the archive's last record
+        file.seek(max(size - 2 ** 16, 0))
         end = file.read()
-    record = end.rfind(b"PK\5\6")
-    sealed = SEAL in end or record >= 0 and end[record + 20:record + 22] == LENGTH
-    return end[22 - len(LENGTH):] if sealed else b""
+    record = end.rfind(b"PK\5\6")                                       # the archive's last
+    comment = end[record + 20:] if record >= 0 else b""                 # its length, and itself
+    sealed = LENGTH + SEAL in end or comment.startswith(LENGTH) or comment[2:].startswith(SEAL)
+    return end[-len(LENGTH + SEAL) - 64:] if sealed else b""
 
 
 def check_seal(path):
