@@ -161,7 +161,8 @@ def written(name):
     """The block called name, as a document has to hold it."""
     results = ROOT / "results"
     if name in BLOCKS:
-        text = BLOCKS[name](json.loads((results / f"{name}.json").read_text()))
+        path = results / f"{name}.json"
+        text = BLOCKS[name](json.loads(path.read_text())) if path.exists() else "Not run."
     else:
         block, subjects = MACHINES[name]
         paths = [path for subject in subjects for path in sorted(results.glob(f"{subject}_*.json"))]
