@@ -17,8 +17,8 @@ import torch
 from mff_min import families
 from mff_min.config import UserError
 from mff_min.mim import MaskedAutoencoder
-from mff_min.runtime import read_checkpoint, write_atomically
 from mff_min.safetensors import NAMES, read_safetensors, write_safetensors
+from mff_min.saving import read_checkpoint, write_atomically, write_tensors
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
 # Of these, the first that is there is read.
@@ -168,13 +168,7 @@ def write_weights(path, state, family, config, classes=()):
         saved = {CONTAINERS[family]: saved}
     if family == "ours":
         saved |= about
-
-    def write(file):
-        try:
-            torch.save(saved, file)
-        except RuntimeError as error:                                   # PyTorch hides the system's reason
-            raise OSError(f"cannot save {path}: {error.__context__ or error}") from None
-    write_atomically(path, write)
+    write_tensors(path, saved)
 
 
 # ---------------------------------------------------------------- what fits

@@ -48,7 +48,7 @@ class Packed:
         self.path = Path(path)
         self.header, self.index = read_index(self.path)
         self.classes, self.short_side = self.header["classes"], self.header["short_side"]
-        self.labels = {"class": self.index["label"]}
+        self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
         self.is_split = self.header["split"] == split
         self.checked = np.zeros(len(self), bool)                        # by this process
 

@@ -4,17 +4,20 @@ A source has `len(source)`, `source.open(i)` (a Pillow image, or its pixels, an 
 is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.short_side` (of all its images,
 where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
 about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
-them, which classes names. `source.spellings(i)` are the names by which a list may call image i.
+them, which classes names. `source.spellings(i)` are the names by which a list may call image i, and
+`source.paths` (n,) the bytes of its name below the data's folder.
 
 Shapes: n images, H W.
 """
 
 import bisect
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mff_min.cifar import read_cifar
@@ -96,6 +99,7 @@ class ImageArray:
 
     def __init__(self, images, labels, classes, kind):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
+        self.paths = np.arange(len(images)).astype(bytes)
 
     def __len__(self):
         return len(self.images)
@@ -119,7 +123,7 @@ class Subset:
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
         self.classes, self.is_split = source.classes, source.is_split
-        self.short_side = source.short_side
+        self.short_side, self.paths = source.short_side, source.paths[indices]
         self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
 
     def __len__(self):
@@ -199,6 +203,12 @@ def open_data(spec, split, cache_dir, say):
             return ImageFiles(root, *files)
         return ImageFolder(root, "test" if split == "val" and not (root / "val").is_dir() else split)
     return open_packed(spec, split) or ImageFolder(spec, split)
+
+
+def fingerprint(source):
+    """A number for the path of each image, sorted (n,): it tells whether files came, went or were renamed."""
+    digests = [hashlib.blake2b(path, digest_size=8).digest() for path in source.paths.tolist()]
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).sort().values
 
 
 def check_labels(spec, train, val):
