@@ -4,7 +4,8 @@ import copy
 
 import torch
 
-from mff_min.runtime import Fault, write_json
+from mff_min.runtime import Fault
+from mff_min.saving import write_json
 
 NEVER = 2 ** 62                                                         # a step that no run reaches
 MOST_SKIPS = 50                                                         # in a row, for float16's overflows

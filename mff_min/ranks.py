@@ -36,7 +36,9 @@ class Ranks:
     def __init__(self, world, timeout):
         self.world, self.timeout = world, timeout
         wait = datetime.timedelta(seconds=timeout)
-        self.store, *_ = next(dist.rendezvous("env://", timeout=wait))
+        store, *_ = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun --max-restarts keeps its store, with what the ranks before left in it (PyTorch 2.14).
+        self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=world.rank, world_size=world.size,
                                 timeout=wait)

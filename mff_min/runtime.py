@@ -323,6 +323,7 @@ def open_folder(cfg, world):
             saving.write_json(folder / "env.json", describe_environment(world))
         except OSError as error:
             raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
+    world.meet()                                                        # it exists now
     return folder
 
 
