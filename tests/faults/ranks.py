@@ -8,14 +8,12 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch.distributed as dist
-from faults.suite import ROOT, STAGES, Child, Fault, Tally, flags_of, fork, prepared, stage
+from faults.suite import STAGES, Child, Fault, Tally, fork, stage
 from run_folders import log_of, same_bits, state_of
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mff_min import runtime
 from mff_min.config import UserError
@@ -178,60 +176,42 @@ def wait_for_rank_0(folder, quick):
 
 # ---------------------------------------------------------------- torchrun
 
-WORKER = """
-import os, runpy, signal, sys, time
-sys.path.insert(0, os.getcwd())
-from mff_min import runtime, vit
-vit.MODELS["vit_test"] = dict(patch_size=4, embed_dim=32, depth=2, num_heads=2)
-call, what = runtime.Meter.next, sys.argv.pop(1)
 
-def next_batch(meter, batches):
-    time.sleep(0.05)
-    if meter.micro == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        if what == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if what == "raise":
-            raise KeyError("a bug")
-    return call(meter, batches)
-runtime.Meter.next = next_batch
-runpy.run_path("train_pretrain.py", run_name="__main__")
-"""
+def torchrun(folder, what, *more, max_restarts=0):
+    """A Child that is torchrun with two ranks; in step 4 rank 1 dies or raises, but not when started again.
 
+    torchrun's own agent starts them, by a fork, which spares them the seconds that imports take.
+    """
+    flags = ["--batch-size", 4, "--timeout", 60, "--resume", "auto", *more]
+    work = stage("pretrain", folder, *flags)
 
-def torchrun(folder, what, *more, options=()):
-    """A Popen of torchrun with two ranks that pre-train into folder; rank 1 may die or raise in step 4."""
-    script = folder.parent / "worker.py"
-    script.write_text(WORKER)
-    flags = flags_of("pretrain", prepared(), folder, "--batch-size", 4, "--resume", "auto", *more)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options,
-               str(script), what, *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def started_by(pid):
-    """The processes that this one has started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(path.parent.name))
-    return found
+    def rank():
+        def wait_or_fail():
+            first = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if what == "die" and first:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "raise" and first:
+                raise KeyError("a bug")
+        at_micro_batch(3, wait_or_fail)
+        call = runtime.Meter.next
+        runtime.Meter.next = lambda *given: time.sleep(0.05) or call(*given)
+        work()
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", run_id=folder.name,
+                          rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
+                          monitor_interval=0.1)
+    return Child(lambda: elastic_launch(config, rank)())
 
 
 def start_again(folder, quick):
     """torchrun --max-restarts 1 after rank 1 was killed; and what torchrun says of an error on rank 1."""
-    tally, run = Tally(), folder / "run"
-    process = torchrun(run, "die", "--steps", STEPS, options=["--max-restarts=1"])
-    output, _ = process.communicate(timeout=120)
-    problem = f"torchrun ended with {process.returncode}: {output[-300:]}" if process.returncode else ""
-    tally.note(problem or differs(run, whole_run("pretrain", folder / "whole")))
-    if not quick:
-        process = torchrun(folder / "raises", "raise", "--steps", STEPS)
-        output, _ = process.communicate(timeout=120)
-        summary = output.partition("Root Cause")[2]
-        tally.note("" if "KeyError: 'a bug'" in summary and re.search(r"rank +: 1 ", summary) else
-                   f"torchrun names no cause: {summary[-300:]}")
+    tally, whole = Tally(), whole_run("pretrain", folder / "whole")
+    ran = torchrun(folder / "dies", "die", "--steps", STEPS, max_restarts=1).end()
+    tally.note(f"torchrun ended with {ran.code}: {ran.said[-300:]}" if ran.code else
+               differs(folder / "dies", whole))
+    ran = torchrun(folder / "raises", "raise", "--steps", STEPS).end()
+    cause = ran.said.partition("Root Cause")[2]
+    tally.note("" if "KeyError: 'a bug'" in cause and re.search(r"rank +: 1 ", cause) else
+               f"torchrun names no cause: {ran.said[-300:]}")
     return tally.outcome()
 
 

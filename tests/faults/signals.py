@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from faults.killed import begun_at, command, differences, furthest
-from faults.ranks import at_micro_batch, ended, gone_on, started_by, torchrun, two_ranks, whole_run
+from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
 
 from mff_min import runtime
@@ -49,7 +49,8 @@ def signal_at_random(folder, quick):
         again = fork(command(name, run, *steps))
         lost = max(reached - begun_at(again), 0)
         problems += [f"{lost} steps lost"] * (lost > 0)
-        problems += [f"code {again.code}: {again.last}"] if again.code else differences(name, run, folder / name)
+        problems += [f"code {again.code}: {again.last}"] * (again.code != 0)
+        problems += differences(name, run, folder / name) if not again.code else []
         yield f"{name}, signal {int(sent)}: {'; '.join(problems)}" if problems else "", lost
     share_out([lambda number=number: trial(number) for number in range(6 if quick else 30)], tally)
     return tally.outcome()
@@ -86,6 +87,16 @@ def alive(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def started_by(pid):
+    """The processes that this one has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
 
 
 def gone(pids, limit):
@@ -143,25 +154,23 @@ def lose_the_launcher(folder, quick):
 
 def stop_torchrun(folder, quick):
     """SIGTERM, SIGUSR1 or SIGKILL to torchrun itself: its ranks save their step and end."""
-    tally, slowest, steps = Tally(), 0.0, 60
+    tally, slowest, steps = Tally(), 0.0, 40
     whole = whole_run("pretrain", folder / "whole", "--steps", steps)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)[:1 if quick else 3]:
         run = folder / f"run{int(number)}"
-        process = torchrun(run, "", "--steps", steps)
-        while furthest(run) < 3 and process.poll() is None:
+        launcher = torchrun(run, "", "--steps", steps)
+        while furthest(run) < 3 and launcher.process.is_alive():
             time.sleep(0.02)
-        pids = started_by(process.pid)
-        process.send_signal(number)
+        pids = started_by(launcher.process.pid)
+        os.kill(launcher.process.pid, number)
         seconds = gone(pids, 12)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.kill()
-        output, _ = process.communicate()
-        slowest, reached = max(slowest, seconds or 12), furthest(run)
-        lost = reached - saved_step(run)
+        ran = launcher.end(1)
+        slowest, lost = max(slowest, seconds or 12), furthest(run) - saved_step(run)
         problem = ("they live on after 12 s" if seconds is None else f"{lost} steps lost" if lost else
-                   f"two ranks were expected: {output[-300:]}" if len(pids) != 2 else
+                   f"{len(pids)} ranks where 2 were expected: {ran.said[-300:]}" if len(pids) != 2 else
                    gone_on(run, whole, "--steps", steps))
         tally.note(f"signal {int(number)}: {problem}" if problem else "", lost)
     return tally.outcome(seconds_until_all_have_ended=slowest)
