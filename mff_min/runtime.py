@@ -7,6 +7,7 @@ How they are written, so that no fault leaves half a file, and found again is sa
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -552,12 +553,11 @@ def run(main, cfg):
         leave(error, f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3)
     except Stopped as error:
         leave(error, f"stopped: {error}", 128 + error.number)
-    except OSError as error:                                            # a full disk, a folder that went away
-        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        text += "; what was saved before is whole, and --resume auto goes on from there"
-        leave(error, f"error: {text}", 3)
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, OSError) as error:
         text = advice(error, cfg)
+        if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
+            text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            text += "; what was saved before is whole, and --resume auto goes on from there"
         if not text:
             raise
         leave(error, f"error: {text}", 3)
@@ -579,12 +579,16 @@ def leave(error, text, code):
     sys.stdout.flush()
     if not getattr(error, "told", False):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
+    for child in multiprocessing.active_children():                     # one that hangs would be waited for
+        child.kill()
     raise SystemExit(code)
 
 
 def advice(error, cfg):
     """What to try where PyTorch ran out of memory or lost a loader's process; "" for any other error."""
     reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, EOFError | ConnectionError):
+        reason = "DataLoader worker ended without a word"
     if reason.startswith("DataLoader"):
         return f"{reason.rstrip('. ')}; fewer --workers, or more shared memory for them, may help"
     on_cpu = "DefaultCPUAllocator" in reason

@@ -10,12 +10,13 @@ import re
 import signal
 import time
 
+import torch
 import torch.distributed as dist
 from faults.suite import STAGES, Child, Fault, Tally, fork, stage
 from run_folders import log_of, same_bits, state_of
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mff_min import runtime
+from mff_min import data, runtime
 from mff_min.config import UserError
 
 TIMEOUT = 4                                                             # --timeout of these runs, in seconds
@@ -215,7 +216,29 @@ def start_again(folder, quick):
     return tally.outcome()
 
 
+def lose_a_loader(folder, quick):
+    """A loader's process is killed, or takes for ever: the run ends in time and says so."""
+    tally, read = Tally(), data.Views.read
+    kinds = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "asleep": lambda: time.sleep(99)}
+    for text in kinds:
+        def fail(views, epoch, index, text=text):
+            if epoch == 0 and torch.utils.data.get_worker_info() and index == 7:
+                kinds[text]()
+            return read(views, epoch, index)
+        work = stage("pretrain", folder / text, "--workers", 1, "--timeout", 2, "--steps", 8)
+
+        def hurt(work=work, fail=fail):
+            data.Views.read = fail
+            work()
+        ran = fork(hurt, limit=25)
+        words = "error: DataLoader " + ("worker" if text == "killed" else "timed out after 2")
+        tally.note("" if ran.code == 3 and ran.last.startswith(words) else
+                   f"{text}: code {ran.code}: {ran.last}")
+    return tally.outcome()
+
+
 FAULTS = [
+    Fault("a loader process is killed or hangs", 5, lose_a_loader),
     Fault("a rank is killed or hangs", 5, lose_a_rank),
     Fault("an error on one rank", 5, raise_on_a_rank),
     Fault("rank 0 works for longer than the time-out", 5, wait_for_rank_0),
