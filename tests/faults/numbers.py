@@ -10,7 +10,7 @@ import re
 import torch
 import torch.nn.functional as F
 from faults.killed import differences
-from faults.ranks import TIMEOUT, ended, two_ranks
+from faults.ranks import ended, two_ranks
 from faults.suite import STAGES, Fault, Guard, Tally, fork, share_out, stage
 from run_folders import log_of, same_bits, state_of
 
@@ -18,6 +18,7 @@ from mff_min import finite, runtime
 from mff_min.data import Stream
 from mff_min.mim import MaskedAutoencoder
 from mff_min.probe import LinearProbe
+from mff_min.sharded import local
 from mff_min.vit import VisionTransformer
 
 BAD, SAVED = 5, 3                                                       # steps; the next that is saved is 6
@@ -59,7 +60,7 @@ def keep_weights(path, last=None):
         take(steps, number, *given)
         if last is None or number < last:
             groups = steps.optimizer.param_groups
-            torch.save([param.detach().clone() for group in groups for param in group["params"]], path)
+            torch.save([local(param.detach()).clone() for group in groups for param in group["params"]], path)
     finite.FiniteSteps.step = step
 
 
@@ -120,31 +121,33 @@ def poison_one_rank(folder, quick):
     """The same on one of two ranks: both end, once, and no weight has changed on either."""
     tally = Tally()
     trials = [("pretrain", "loss inf", 1), ("finetune", "gradient nan", 1), ("probe", "loss nan", 1),
-              ("pretrain", "loss nan", 0), ("pretrain", "gradient inf", 1), ("finetune", "loss -inf", 1)]
+              ("pretrain", "loss nan", 0), ("pretrain", "loss inf", 1, "--fsdp"),
+              ("pretrain", "gradient inf", 1, "--fsdp"), ("finetune", "loss -inf", 1)]
     whole = {}
-    for name, kind, rank in trials[:2] if quick else trials:
-        if name not in whole:
-            whole[name] = folder / name
+    for name, kind, rank, *more in trials[:2] if quick else trials:
+        key = name, *more
+        if key not in whole:
+            whole[key] = folder / "".join(key)
 
-            def keep(mine, path=f"{whole[name]}.pt"):
+            def keep(mine, path=f"{whole[key]}.pt"):
                 if mine == 0:
                     keep_weights(path, BAD)
-            with two_ranks(name, whole[name], *FLAGS, act=keep) as children:
+            with two_ranks(name, whole[key], *FLAGS, *more, act=keep) as children:
                 found, _ = ended(children)
             assert [one.code for one in found] == [0, 0], found
-        run = folder / f"{name}-{kind.replace(' ', '')}-{rank}"
+        run = folder / f"{''.join(key)}-{kind.replace(' ', '')}-{rank}"
 
         def act(mine, name=name, kind=kind, rank=rank, run=run):
             if mine == 0:
                 keep_weights(f"{run}.pt")
             if mine == rank:
                 poison(name, kind)
-        with two_ranks(name, run, *FLAGS, "--timeout", TIMEOUT, act=act) as children:
+        with two_ranks(name, run, *FLAGS, *more, act=act) as children:
             found, _ = ended(children)
         codes, said = sorted(one.code for one in found), "".join(one.said for one in found)
-        problem = complaint(kind, run, said, 3 if codes == [3, 3] else codes, whole[name],
+        problem = complaint(kind, run, said, 3 if codes == [3, 3] else codes, whole[key],
                             [] if "grad" in kind else [rank], size=2)
-        tally.note(f"{name}, {kind} on rank {rank}: {problem}" if problem else "")
+        tally.note(f"{' '.join(key)}, {kind} on rank {rank}: {problem}" if problem else "")
     return tally.outcome()
 
 

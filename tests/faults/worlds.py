@@ -1,4 +1,4 @@
-"""Promises 7 and 12: other ranks, workers and micro-batches see the same samples; out of memory, what to try."""
+"""Promise 7: other ranks, workers and micro-batches see the same samples. 12: what to try without memory."""
 
 import itertools
 import json
@@ -12,14 +12,20 @@ from run_folders import log_of
 
 from mff_min import rng
 
-STEPS = 4                                                               # of 8 images: within the first epoch
-ROUNDING = 2 ** -20                                                     # of a loss in float32, over these steps
+STEPS = 4                                                               # of 8 images
+ROUNDING = 2 ** -20                                                     # of a loss, over these steps
+# The micro-batch of the run that all others are compared with; (ranks, micro-batch, workers) of those; and two
+# with the same micro-batches, so the same bits. Fine-tuning mixes the images of a micro-batch.
+WORLDS = {
+    "pretrain": (8, [(2, 4, 0), (1, 4, 0), (1, 2, 0), (1, 8, 2), (2, 2, 1)], [(2, 4, 0), (1, 4, 0)]),
+    "finetune": (4, [(2, 4, 0), (1, 4, 2)], [(2, 4, 0), (1, 4, 2)]),
+}
 
 # ---------------------------------------------------------------- other worlds
 
 
 def note_samples(name, path):
-    """In this process each batch leaves a line in a file: its images' sums and noise, which name the samples."""
+    """In this process each batch leaves lines in a file, its images' sums and noise, which tell them apart."""
     call = STAGES[name].make_loader
 
     def make_loader(views, batches, *options):
@@ -63,16 +69,13 @@ def run_world(name, folder, size, micro, workers):
 
 def change_the_world(folder, quick):
     """Ranks x micro-batch x workers: the same samples, views and noise in each step, and the same losses."""
-    tally = Tally()
-    worlds = [(2, 4, 0), (1, 4, 0), (1, 2, 0), (1, 8, 2), (2, 2, 1)]
-    furthest = 0.0
-    for name in ("pretrain",) if quick else ("pretrain", "finetune"):
-        want, problem = run_world(name, folder / f"{name}-whole", 1, 8, 0)
+    tally, furthest = Tally(), 0.0
+    for name in ("pretrain",) if quick else WORLDS:
+        usual, worlds, pair = WORLDS[name]
+        want, problem = run_world(name, folder / f"{name}-whole", 1, usual, 0)
         assert not problem, problem
         losses = [line["loss"] for line in log_of(folder / f"{name}-whole")]
         for size, micro, workers in worlds[:3] if quick else worlds:
-            if name == "finetune" and micro < 8:                        # mixes within a micro-batch
-                continue
             run = folder / f"{name}-{size}-{micro}-{workers}"
             seen, problem = run_world(name, run, size, micro, workers)
             if not problem and seen != want:
@@ -84,16 +87,13 @@ def change_the_world(folder, quick):
                 problem = f"a loss is {apart:.1e} away" if apart > ROUNDING else ""
             tally.note(f"{name}, {size} ranks, micro-batches of {micro}, {workers} workers: {problem}"
                        if problem else "")
-        # Where each micro-batch is the same, so are all bits.
-        pairs = [((2, 4, 0), (1, 4, 0))] if name == "pretrain" else []
-        for one, other in pairs:
-            one, other = (folder / f"{name}-{'-'.join(map(str, of))}" for of in (one, other))
-            tally.note(f"{name}: {problem}" if (problem := differs(one, other)) else "")
+        problem = differs(*(folder / f"{name}-{size}-{micro}-{workers}" for size, micro, workers in pair))
+        tally.note(f"{name}, two ranks beside one: {problem}" if problem else "")
     return tally.outcome(largest_relative_difference_of_a_loss=furthest)
 
 
 def draw_masks_from_the_process():
-    """Masks come from a generator of the process, as they do where one calls torch.rand: not of the sample."""
+    """Masks come from a generator of the process, as torch.rand's would, and not of the sample."""
     generator = np.random.default_rng()
     draw = rng.Rng.random
     rng.Rng.random = lambda self, count: generator.random(count) if count == 16 else draw(self, count)
@@ -112,11 +112,12 @@ def run_out_of_memory(folder, quick):
         run, flags = folder / name, ["--steps", 2]
         work = stage(name, run, *flags)
         ran = fork(lambda work=work: at_micro_batch(1, fail) or work())
-        wanted = ["error: out of GPU memory at --batch-size 8: try --batch-size 4 with --global-batch 8 as it is: "
-                  "2 micro-batches a step instead of 1"]
-        wanted += ["--grad-checkpointing"] * (name != "probe") + ["--allow-change batch_size"] * (name != "pretrain")
+        wanted = ["error: out of GPU memory at --batch-size 8: try --batch-size 4 with --global-batch 8 as "
+                  "it is: 2 micro-batches a step instead of 1"]
+        wanted += ["--grad-checkpointing"] * (name != "probe")
+        wanted += ["--allow-change batch_size"] * (name != "pretrain")
         missing = [text for text in wanted if text not in ran.last]
-        problem = f"code {ran.code}: {ran.last}" if ran.code != 3 or missing or "Traceback" in ran.said else ""
+        problem = f"code {ran.code}: {ran.last}" if ran.code != 3 or missing else ""
         if not problem:
             change = [] if name == "pretrain" else ["--allow-change", "batch_size"]
             again = fork(stage(name, run, *flags, "--batch-size", 4, "--resume", "auto", *change))
@@ -126,8 +127,9 @@ def run_out_of_memory(folder, quick):
                    act=lambda rank: at_micro_batch(1, fail) if rank == 1 else None) as children:
         found, _ = ended(children)
     lines = re.findall("^error: .*", "".join(one.said for one in found), re.M)
-    tally.note("" if len(lines) == 1 and "try --batch-size 2 " in lines[0] and [one.code for one in found] == [3, 3]
-               else f"rank 1 alone: {lines}")
+    codes = [one.code for one in found]
+    told = len(lines) == 1 and "try --batch-size 2 " in lines[0] and codes == [3, 3]
+    tally.note("" if told else f"rank 1 alone: codes {codes}: {lines}")
     return tally.outcome()
 
 
