@@ -8,21 +8,17 @@ Shapes: B images, C H W, L patches.
 
 import math
 import signal
-import struct
 from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from mff_min import augment, rng
 from mff_min.config import UserError
+from mff_min.decode import DECODE_ERRORS, reason_of
+from mff_min.lists import printable
 from mff_min.runtime import Fault
-
-# What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
-                 OverflowError, ZeroDivisionError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
 class Views(Dataset):
@@ -44,10 +40,17 @@ class Views(Dataset):
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
 
     def __getitem__(self, key):
-        epoch, index = key
-        item = self.read(epoch, index)
-        noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_noise)
-        item["noise"] = torch.from_numpy(noise.astype(np.float32))
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """The items of a micro-batch, which is what a loader asks for: their noise is drawn together."""
+        streams = rng.hash_keys(self.seed, rng.MASK, *np.array(keys).T)
+        noise = rng.numbers(streams, self.num_noise).astype(np.float32)     # (keys, num_noise)
+        return [self.item(*key, row) for key, row in zip(keys, torch.from_numpy(noise), strict=True)]
+
+    def item(self, epoch, index, noise):
+        """What is asked for by (epoch, index), with its noise (num_noise,)."""
+        item = self.read(epoch, index) | dict(noise=noise)
         if self.reprob:
             box = augment.erasing_box(*self.size, rng.Rng(self.seed, rng.ERASE, epoch, index), self.reprob)
             key = rng.int64_key(self.seed, rng.NOISE, epoch, index)
@@ -62,12 +65,11 @@ class Views(Dataset):
                 image = augment.to_mode(self.source.open(shown), self.in_chans)
                 return self.view(image, epoch, index) | dict(label=self.source.label(shown), bad=bad)
             except DECODE_ERRORS as error:
-                unknown = isinstance(error, UnidentifiedImageError)
-                reason = "not an image" if unknown else f"{type(error).__name__}: {error}"
-                bad.append((self.source.name(shown), reason))
+                bad.append((self.source.name(shown), reason_of(error)))
                 draws = rng.Rng(self.seed, rng.REPLACE, epoch, index)
                 shown = [draws.integer(0, len(self.source)) for _ in range(attempt + 1)][-1]
-        raise Fault(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
+        name, reason = bad[-1]
+        raise Fault(f"20 images in a row cannot be read; the last is {printable(name)} ({reason})")
 
     def view(self, image, epoch, index):
         """image, the crop of this image: Pillow's, which may not be decoded yet, or an array."""

@@ -371,7 +371,12 @@ def read_log(path):
 
 
 class BadSamples:
-    """The files that could not be read: counted, warned about, and each named once in bad_samples.jsonl."""
+    """The files that could not be read: counted, warned about, and each named once in bad_samples.jsonl.
+
+    The file names the first MOST_NAMED of them.
+    """
+
+    MOST_NAMED = 10_000
 
     def __init__(self, folder, world, num_samples, max_bad):
         self.path, self.world = Path(folder) / "bad_samples.jsonl", world
@@ -389,15 +394,15 @@ class BadSamples:
         Raises Fault when more than max_bad of the samples are bad.
         """
         new = {name: reason for found in self.world.gather(self.new) for name, reason in found.items()}
-        self.new, first = {}, not self.seen
+        self.new, first, left = {}, not self.seen, max(self.MOST_NAMED - len(self.seen), 0)
         self.seen.update(new)
         if not new:
             return
         if self.world.is_main:
-            for name, reason in sorted(new.items()):
+            for name, reason in sorted(new.items())[:left]:
                 saving.append_line(self.path, dict(name=name, reason=reason))
             name = min(new)
-            example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them all" * first
+            example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them" * first
             say(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced "
                 f"by others{example}")
         if len(self.seen) > self.max_bad * self.num_samples:

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from mff_min.config import UserError
-from mff_min.lists import printable
+from mff_min.lists import listed, printable
+from mff_min.torchfile import look_through
 
 RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 SEAL = b"sha256:"                                                       # then 64 digits: the zip's comment
@@ -125,14 +126,18 @@ def save_checkpoint(folder, state):
 
 
 def seal_of(path):
-    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed."""
+    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed.
+
+    Where the end has been altered it is still told that there was a seal.
+    """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 22 - len(SEAL) - 64, 0))                   # the archive's last record
+        file.seek(max(size - 2 ** 16, 0))
         end = file.read()
-    record = end.rfind(b"PK\5\6")
-    sealed = SEAL in end or record >= 0 and end[record + 20:record + 22] == LENGTH
-    return end[22 - len(LENGTH):] if sealed else b""
+    record = end.rfind(b"PK\5\6")                                       # the archive's last
+    comment = end[record + 20:] if record >= 0 else b""                 # its length, and itself
+    sealed = LENGTH + SEAL in end or comment.startswith(LENGTH) or comment[2:].startswith(SEAL)
+    return end[-len(LENGTH + SEAL) - 64:] if sealed else b""
 
 
 def check_seal(path):
@@ -155,19 +160,28 @@ def read_checkpoint(path, needs=()):
     """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
     try:
         check_seal(path)
+        look_through(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except UserError:
         raise
     except Exception as error:                                          # a damaged file raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lines = str(error).splitlines() or [type(error).__name__]
+        # What PyTorch says of the flag is how to have the file's code run.
+        reason = "it holds more than weights" if "weights_only" in str(error) else printable(lines[0][:200])
         raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
     missing = [key for key in needs if key not in state]
     if missing:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is not the state of a run")
+    for key in {"model", "config"}.intersection(needs):
+        if not isinstance(state[key], dict):
+            raise UserError(f"checkpoint {path} has a {key} that is no dict: it is not the state of a run")
+        names = [name for name in state[key] if not str(name).isprintable()]
+        if names:                                                       # they would reach the terminal
+            raise UserError(f"checkpoint {path} has control characters in names: {listed(map(str, names))}")
     return state
 
 

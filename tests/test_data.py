@@ -11,7 +11,7 @@ from PIL import Image
 from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
 from mff_min.config import UserError
 from mff_min.data import Stream, Views, make_loader
-from mff_min.rng import CROP, MASK, Rng, hash64, hash_int, permutation
+from mff_min.rng import CROP, MASK, Rng, hash64, hash_int, hash_keys, numbers, permutation
 from mff_min.runtime import BadSamples, Fault, World
 from mff_min.sources import ImageFolder, open_data
 
@@ -50,10 +50,18 @@ def test_random_numbers_depend_on_the_key_alone():
     one = Rng(1, 2, 3)
     assert np.array_equal(np.concatenate([one.random(2), one.random(3)]), Rng(1, 2, 3).random(5))
     singly = Rng(1, 2, 3)                                               # hashed as Python ints
-    assert [float(singly.random(1)[0]) for _ in range(5)] == Rng(1, 2, 3).random(5).tolist()
+    assert [singly.number() for _ in range(5)] == Rng(1, 2, 3).random(5).tolist()
+    assert singly.random(3).tolist() == Rng(1, 2, 3).random(8)[5:].tolist()
     keys = (1, 2, 3), (2, 1, 3), (1, 2), (1, 2, 3, 0), (0, CROP), (0, MASK)
     draws = [Rng(*key).random(4).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(draws)
+
+
+def test_many_keys_at_once_have_the_numbers_of_each():
+    epochs, indices = np.array([0, 1, 2 ** 40]), np.array([5, 0, 7])
+    keys = hash_keys(2 ** 63 - 1, MASK, epochs, indices)
+    alone = [Rng(2 ** 63 - 1, MASK, int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
+    assert numbers(keys, 6).tolist() == [source.random(6).tolist() for source in alone]
 
 
 def test_random_numbers_are_uniform():
@@ -158,8 +166,8 @@ class Fixed(Rng):
     def __init__(self, *numbers):
         self.numbers = list(numbers)
 
-    def random(self, n):
-        return np.array([self.numbers.pop(0) for _ in range(n)])
+    def number(self):
+        return self.numbers.pop(0)
 
 
 def test_random_resized_box_draws_area_and_log_aspect():
@@ -307,10 +315,14 @@ def test_unusual_modes_become_three_channels_by_the_stated_rules(tmp_path):
     assert to_mode(rgb, 1).mode == "L" and to_mode(rgb, 4).mode == "RGBA"
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_without_a_known_range_are_refused(mode):
-    with pytest.raises(ValueError, match="no known range"):
-        to_mode(Image.new(mode, (4, 4)), 3)
+def test_pixels_without_a_known_range_are_refused():
+    with pytest.raises(ValueError, match="integers of 32 bits have no known range"):
+        to_mode(Image.new("I", (4, 4)), 3)
+    for value in (1.5, -0.25, float("nan")):
+        pixels = np.full((4, 4), 0.5, np.float32)
+        pixels[1, 1] = value
+        with pytest.raises(ValueError, match="expected 0 to 1"):
+            to_mode(Image.fromarray(pixels), 3)
 
 
 def damage(path):
@@ -320,7 +332,7 @@ def damage(path):
     (path / "empty.png").write_bytes(b"")
     (path / "text.jpg").write_text("no image at all")
     (path / "link.png").symlink_to(path / "nowhere.png")
-    Image.new("F", (9, 9)).save(path / "float.tif")
+    Image.new("F", (9, 9), 2.0).save(path / "float.tif")
     return {"truncated.png", "empty.png", "text.jpg", "link.png", "float.tif"}
 
 
@@ -354,7 +366,7 @@ def test_each_damaged_file_is_named_once_and_too_many_stop_the_run(tmp_path, cap
 def test_a_picture_that_would_be_huge_is_not_decoded(folder, monkeypatch):
     source = ImageFolder(folder, "train")
     assert source.open(0).size == (50, 40)
-    monkeypatch.setattr("mff_min.sources.MAX_PIXELS", 1999)
+    monkeypatch.setattr("mff_min.decode.MAX_PIXELS", 1999)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("was decoded"))
     with pytest.raises(ValueError, match="50 x 40 pixels are more than 1999"):
         source.open(0)

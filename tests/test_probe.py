@@ -18,14 +18,15 @@ from kernels import TORCH
 from mff_min.augment import evaluation, single_draw
 from mff_min.chart import Panel, Series, chart, nice_axis
 from mff_min.config import UserError, parse
+from mff_min.flops import classifier_flops
 from mff_min.layers import features_of_layers
 from mff_min.mim import MaskedAutoencoder
 from mff_min.optim import LARS
 from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
-from mff_min.runtime import Fault, run
-from mff_min.vit import MODELS
+from mff_min.runtime import Fault, read_log, run
+from mff_min.vit import MODELS, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
@@ -227,6 +228,15 @@ def test_an_unreadable_validation_image_counts_as_wrong(probe, tmp_path):
         probe(*flags, to="strict")
 
 
+def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path):
+    probe("--steps", "1", "--peak-tflops", "0.5")
+    head = LinearProbe(64, 10).head
+    encoder = VisionTransformer((16, 16), **MODELS["vit_test"])
+    flops = classifier_flops(encoder, head, frozen=True)
+    line = read_log(tmp_path / "a" / "log.jsonl")[0]
+    assert line["mfu"] == pytest.approx(line["img_per_s"] * flops / 0.5e12)
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_equals_no_interruption(probe, tmp_path, monkeypatch, workers):
     flags = ["--steps", "10", "--eval-every", "0.5", "--workers", workers]
@@ -366,7 +376,7 @@ def bad(tmp_path_factory):
     ("--checkpoint BAD/headless.pt", "is of no known family"),
     ("--checkpoint BAD/norun", "holds none of last.pt, classifier.pt, encoder.pt"),
     ("--checkpoint /nowhere", "checkpoint /nowhere does not exist"),
-    ("--checkpoint LICENSE", "checkpoint LICENSE cannot be read"),
+    ("--checkpoint LICENSE", "checkpoint LICENSE is a text of"),
     ("--checkpoint=", "--checkpoint is not given"),
     ("--data BAD/differ", "train has a, b, c (3), val has a, b, d (3); only train: c (1); only val: d (1)"),
     ("--data BAD/empty", "holds no images"),
@@ -414,5 +424,6 @@ def test_a_probe_is_no_encoder_and_a_state_with_unknown_names_is_refused(probe, 
 
 def test_a_resumed_probe_keeps_the_settings_it_began_with(probe):
     probe("--steps", "1")
-    with pytest.raises(UserError, match=r"other settings:\n.*\n  pool        token  avg\n  batch_size  8      16\n"):
+    message = r"other settings:\n.*\n  pool        token  avg\n  batch_size  8      16\n"
+    with pytest.raises(UserError, match=message):
         probe("--steps", "1", "--pool", "avg", "--batch-size", "16", "--resume", "auto")

@@ -18,6 +18,7 @@ from mff_min import data, runtime, saving
 from mff_min.config import UserError
 
 STEPS, SAVE_EVERY = 4, 2
+SAVED = ("last.pt", "previous.pt", "log.jsonl", "encoder.pt", "classifier.pt")  # of others a third is tried
 EXPORTS = {"pretrain": "encoder.pt", "probe": None, "finetune": "classifier.pt"}
 
 # ---------------------------------------------------------------- what a killed run leaves, and comes to
@@ -40,21 +41,26 @@ def half_files(folder):
             yield f"{path.name} is half a file: {error}"
 
 
+def results_of(name, folder):
+    """All that a finished run must have the same as another: its state, its log, what it exports."""
+    state = {key: value for key, value in state_of(folder).items() if key != "config"}
+    export = {"export": saving.read_checkpoint(folder / EXPORTS[name])["model"]} if EXPORTS[name] else {}
+    return state | export | {"log": log_of(folder)}
+
+
+results_of_whole = functools.cache(results_of)                           # many are compared with it
+
+
 def differences(name, folder, whole):
     """How a finished run differs from one that nothing interrupted."""
-    for key in state_of(whole).keys() - {"config"}:
-        if not same_bits(state_of(whole)[key], state_of(folder)[key]):
+    ours, theirs = results_of(name, folder), results_of_whole(name, whole)
+    for key in ours.keys() | theirs.keys():
+        if not same_bits(ours.get(key), theirs.get(key)):
             yield f"{key} differs"
-    if log_of(whole) != log_of(folder):
-        yield "the log differs"
-    if EXPORTS[name]:
-        ours, theirs = (saving.read_checkpoint(path / EXPORTS[name])["model"] for path in (folder, whole))
-        if not same_bits(ours, theirs):
-            yield f"{EXPORTS[name]} differs"
-    if not (folder / "previous.pt").exists():
-        yield "one checkpoint is left"
     for path in folder.glob("*.tmp.*"):
         yield f"{path.name} is left"
+    if not (folder / "previous.pt").exists():
+        yield "one checkpoint is left"
 
 
 def furthest(folder):
@@ -74,7 +80,7 @@ def command(name, folder, *more):
     return stage(name, folder, *flags, *evaluate, *more)
 
 
-@functools.lru_cache
+@functools.cache
 def uninterrupted(name, folder):
     ended = fork(command(name, folder))
     assert ended.code == 0, ended.said
@@ -100,12 +106,12 @@ def gone_on(name, folder, whole, *more):
 class Points:
     """Stands in the way of what changes files, in this process: each write, fsync, rename and removal.
 
-    seen collects (what, name of the file). With kill=(i, when), the process is killed before, after or, of a
-    write, halfway through number i.
+    seen collects (what, name of the file). stop() is called before, after or, of a write, halfway through the
+    point at, a number or one of these pairs. By itself it kills the process.
     """
 
-    def __init__(self, kill=(None, None)):
-        self.kill, self.seen = kill, []
+    def __init__(self, at=None, when="before", stop=lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        self.at, self.when, self.stop, self.seen = at, when, stop, []
 
         def opened(path, mode="r", **options):
             file = open(path, mode, **options)
@@ -120,18 +126,19 @@ class Points:
         watch("unlink", os.path.basename)
 
     def meet(self, what, name, do, half=None):
-        at, when = self.kill
-        mine = at == len(self.seen)
-        self.seen.append((what, re.sub(r"\.tmp\.\d+", ".tmp", name)))
-        if mine and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if mine and when == "halfway":
+        point = what, re.sub(r"\.tmp\.\d+", ".tmp", name)
+        when = self.when if self.at in (len(self.seen), point) else ""
+        self.seen.append(point)
+        if when == "before":
+            self.stop()
+        if when == "halfway":
             half()
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = do()
-        if mine and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+            self.stop()
+        try:
+            return do()
+        finally:                                                        # also of what is not there to remove
+            if when == "after":
+                self.stop()
 
 
 class Watched:
@@ -168,11 +175,16 @@ def points_of(name, folder):
     return json.loads((folder / "points.json").read_text())
 
 
-def killed_at(name, folder, whole, point):
+def watched(name, folder, *more, **how):
+    """work for fork: a stage among Points, which stop it as told."""
     def work():
-        Points(kill=point)
-        command(name, folder)()
-    ended = fork(work)
+        Points(**how)
+        command(name, folder, *more)()
+    return work
+
+
+def killed_at(name, folder, whole, point):
+    ended = fork(watched(name, folder, at=point[0], when=point[1]))
     at = f"{name}, killed {point[1]} point {point[0]}"
     if ended.code != -signal.SIGKILL:
         yield f"{at}: it was not killed but had code {ended.code}, {ended.last}", 0
@@ -198,19 +210,21 @@ def chosen(seen, most):
 
 
 def kill_at_points(folder, quick):
-    """A run killed at each point of its saves, of every stage; in pre-training also at all else it writes."""
-    trials, seen_points = [], {}
+    """Pre-training killed before and after all that it does to what is SAVED, other stages at half of it."""
+    trials, seen_points = [], 0
     for name in ("pretrain",) if quick else STAGES:
         whole = uninterrupted(name, folder / f"{name}-whole")
         seen = points_of(name, folder / f"{name}-points")
-        seen_points[name] = len(seen)
-        points = chosen(seen, 9 if name == "pretrain" else 3)
-        points = points[3::len(points) // 16] if quick else points
+        seen_points += len(seen)
+        points = chosen(seen, 9) if name == "pretrain" else chosen(seen, 3)[::2]
+        others = [point for point in points if not seen[point[0]][1].startswith(SAVED)]
+        points = sorted(set(points) - set(others) | set(others[::3]))
+        points = points[2::len(points) // 12] if quick else points
         trials += [functools.partial(killed_at, name, folder / f"{name}-{i}-{when}", whole, (i, when))
                    for i, when in points]
     tally = Tally()
     share_out(trials, tally)
-    return tally.outcome(points=seen_points)
+    return tally.outcome(points_in_all=seen_points)
 
 
 # ---------------------------------------------------------------- any moment
@@ -288,6 +302,8 @@ FAULTS = [Fault("kill -9 at every point of a save", 1, kill_at_points),
 
 def save_to_the_final_name():
     def write(path, fill, previous=None):
+        if previous and path.exists():
+            os.replace(path, path.with_name(previous))
         with getattr(saving, "open", open)(path, "wb") as file:
             fill(file)
     saving.write_atomically = write
@@ -329,6 +345,6 @@ def forget_the_folder():
 
 GUARDS = [Guard("save-to-the-final-name", "kill -9 at every point of a save", save_to_the_final_name),
           Guard("delete-before-save", "kill -9 at every point of a save", delete_before_save),
-          Guard("no-generator", "kill -9 at random moments", noise_from_the_global_generator),
+          Guard("no-generator", "kill -9 at every point of a save", noise_from_the_global_generator),
           Guard("log-not-cut", "kill -9 at every point of a save", leave_the_log_as_it_is),
           Guard("no-fsync-of-the-folder", "the order of write, fsync and rename", forget_the_folder)]

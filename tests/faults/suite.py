@@ -111,6 +111,7 @@ class Child:
     def begin(self, work):
         os.dup2(self.words.fileno(), 1)
         os.dup2(self.words.fileno(), 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)      # pytest has others
         work()
 
     def end(self, limit=60.0):
@@ -161,7 +162,7 @@ def shared_memory():
 # ---------------------------------------------------------------- stages
 
 
-@functools.lru_cache
+@functools.cache
 def prepared():
     """A folder with the embedded images and a small encoder to train on; it is deleted with this process.
 

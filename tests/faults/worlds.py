@@ -14,7 +14,7 @@ from mff_min import rng
 
 STEPS = 4                                                               # of 8 images
 ROUNDING = 2 ** -20                                                     # of a loss, over these steps
-# The micro-batch of the run that all others are compared with; (ranks, micro-batch, workers) of those; and two
+# The micro-batch of the run that all others are compared with; (ranks, micro-batch, workers) of those; two
 # with the same micro-batches, so the same bits. Fine-tuning mixes the images of a micro-batch.
 WORLDS = {
     "pretrain": (8, [(2, 4, 0), (1, 4, 0), (1, 2, 0), (1, 8, 2), (2, 2, 1)], [(2, 4, 0), (1, 4, 0)]),
@@ -25,7 +25,7 @@ WORLDS = {
 
 
 def note_samples(name, path):
-    """In this process each batch leaves lines in a file, its images' sums and noise, which tell them apart."""
+    """In this process each batch leaves lines in a file: its images' sums and noise, to tell them."""
     call = STAGES[name].make_loader
 
     def make_loader(views, batches, *options):
