@@ -20,6 +20,7 @@ from mff_min.config import UserError
 from mff_min.decode import DECODE_ERRORS, reason_of
 from mff_min.lists import printable
 from mff_min.runtime import Fault
+from mff_min.sources import ImageFiles
 
 
 class Views(Dataset):
@@ -197,6 +198,17 @@ def leave_signals_to_the_trainer(worker):
     """What a new worker does first: a signal to the whole group must not end the last step's supply."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def advice_if_late(source, workers, device_crop=None):
+    """What would help a run that waits for its data. device_crop says whether it is on, if there is one."""
+    if not workers:
+        return "--workers, as many as there are cores for this process, would help"
+    if isinstance(source, ImageFiles):
+        return "data packed by pack.py would help, or more --workers"
+    if source.short_side and device_crop is False:
+        return "--device-crop would help, or more --workers"
+    return "more --workers would help"
 
 
 def make_loader(views, stream, workers, pin_memory, timeout=0.0):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from run_folders import assert_same_run, log_of, same_bits, state_of, torchrun
 from test_data import furthest, noise_image
+from waits import waits_in_steps
 
 import train_probe
 from kernels import TORCH
@@ -228,6 +229,12 @@ def test_an_unreadable_validation_image_counts_as_wrong(probe, tmp_path):
         probe(*flags, to="strict")
 
 
+def test_steps_that_are_not_logged_never_wait_for_the_gpu(probe, monkeypatch):
+    flags = "--steps 5 --log-every 99 --save-every 99 --eval-every 99".split()
+    first, *others, last = waits_in_steps(train_probe, lambda: probe(*flags), monkeypatch)
+    assert others == [[]] * 3 and "item" in first
+
+
 def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path):
     probe("--steps", "1", "--peak-tflops", "0.5")
     head = LinearProbe(64, 10).head
@@ -303,7 +310,7 @@ def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_p
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert found["rows"] == metrics["rows"] and set(found["margins"]) == {"shape", "texture"}
     with Image.open(tmp_path / "a" / "layers.png") as picture:
-        assert picture.size == (2 * 2 * 480, 2 * (330 + 62))
+        assert picture.size == (2 * 2 * 480, 2 * (330 + 42))
 
 
 def test_neighbours_print_their_number_and_temperature(probe, capsys):
