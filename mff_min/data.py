@@ -211,9 +211,9 @@ def advice_if_late(source, workers, device_crop=None):
     return "more --workers would help"
 
 
-def make_loader(views, stream, workers, pin_memory):
-    """A DataLoader over the stream, with one thread a worker."""
+def make_loader(views, stream, workers, pin_memory, timeout=0.0):
+    """A DataLoader over the stream, one thread a worker; timeout: seconds to wait for them, or 0."""
     return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=leave_signals_to_the_trainer,
+                      worker_init_fn=leave_signals_to_the_trainer, timeout=timeout if workers else 0,
                       pin_memory=pin_memory, persistent_workers=False, prefetch_factor=2 if workers else None,
                       generator=torch.Generator().manual_seed(0))       # else it draws from the global one
