@@ -76,8 +76,8 @@ def cause(fault, quick, remove=None):
     return outcome
 
 
-def run_faults(faults, quick, remove=None):
-    """A dict for each fault: what became of it."""
+def run_faults(faults, quick, remove=None, record=lambda rows: None):
+    """A dict for each fault: what became of it. record(rows) is called after each."""
     rows, began = [], time.monotonic()
     for fault in faults:
         started = time.monotonic()
@@ -87,13 +87,14 @@ def run_faults(faults, quick, remove=None):
         seconds = time.monotonic() - started
         rows.append(dict(name=fault.name, promise=fault.promise, seconds=seconds,
                          **dataclasses.asdict(outcome)))
+        record(rows)
         print(f"{fault.name:<56} tried {outcome.tried:>5}  survived {outcome.survived:>5}  "
               f"lost {outcome.lost:>2}  {seconds:5.1f} s  {left(began, len(rows), len(faults))}",
               *(f"\n    {problem}" for problem in outcome.problems), flush=True)
     return rows
 
 
-def run_controls(faults, guards):
+def run_controls(faults, guards, record=lambda rows: None):
     """A dict for each guard: whether its fault failed without it, which it must not do by itself."""
     faults, sound, rows, began = {fault.name: fault for fault in faults}, {}, [], time.monotonic()
     for guard in guards:
@@ -112,6 +113,7 @@ def run_controls(faults, guards):
             found = "the fault fails with every guard in its place"
         seconds = time.monotonic() - started
         rows.append(dict(name=guard.name, fault=guard.fault, caught=caught, found=found, seconds=seconds))
+        record(rows)
         print(f"without {guard.name:<36} {'caught' if caught else 'NOT CAUGHT'} by {guard.fault}  "
               f"{seconds:5.1f} s  {left(began, len(rows), len(guards))}\n    {found}", flush=True)
     return rows
@@ -134,27 +136,31 @@ def main(cfg):
     if cfg.without and cfg.without not in remove:
         raise UserError(f"--without {cfg.without}: expected one of {', '.join(remove)}")
 
-    began = time.monotonic()
+    began, name = time.monotonic(), "controls" if cfg.controls else "faults"
+    environment = dict(python=platform.python_version(), torch=torch.__version__, cpus=os.cpu_count(),
+                       platform=platform.platform())
+
+    def record(rows):
+        """Write what was found so far: a suite that is stopped has not run in vain."""
+        if cfg.output_dir:
+            Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+            write_json(Path(cfg.output_dir) / f"{name}_cpu.json",
+                       {"quick": cfg.quick, "seconds": time.monotonic() - began, "environment": environment,
+                        name: rows})
+
     prepared()                                                          # once, for all that is forked
     if cfg.controls:
         guards = [guard for guard in guards if cfg.only in guard.fault]
         if not guards:
             raise UserError(f"--only {cfg.only}: no guard is removed for such a fault")
-        rows = run_controls(faults, guards)
-        name, good, count = "controls", sum(row["caught"] for row in rows), len(rows)
+        rows = run_controls(faults, guards, record)
+        good, count = sum(row["caught"] for row in rows), len(rows)
         text = f"caught {good} of {count}"
     else:
-        rows = run_faults(chosen, cfg.quick, remove.get(cfg.without))
-        name, good, count = ("faults", *(sum(row[key] for row in rows) for key in ("survived", "tried")))
+        rows = run_faults(chosen, cfg.quick, remove.get(cfg.without), record)
+        good, count = (sum(row[key] for row in rows) for key in ("survived", "tried"))
         text = f"survived {good} of {count} trials of {len(rows)} faults"
-    seconds = time.monotonic() - began
-    print(f"{text} in {duration(seconds)}", flush=True)
-    if cfg.output_dir:
-        environment = dict(python=platform.python_version(), torch=torch.__version__, cpus=os.cpu_count(),
-                           platform=platform.platform())
-        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(cfg.output_dir) / f"{name}_cpu.json",
-                   {"quick": cfg.quick, "seconds": seconds, "environment": environment, name: rows})
+    print(f"{text} in {duration(time.monotonic() - began)}", flush=True)
     return good == count
 
 
