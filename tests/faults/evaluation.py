@@ -77,7 +77,7 @@ def compared(metrics, scores, labels):
     return "" if found == want else f"{found}, not {want}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class OneOf(World):
     """A rank of several that are run one after the other: what it counts is its own share."""
 
