@@ -219,7 +219,7 @@ def finetune(cfg, world, signals):
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
         trained = torch.compile(trained)
-    folder = open_folder(cfg, world)
+    folder = open_folder(cfg, world, state)
     warn_of_space(folder, world, model, copies=4 if cfg.ema else 3)     # its weights, their average, moments
     log = Log(folder, world, start)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)

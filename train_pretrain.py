@@ -215,7 +215,7 @@ def pretrain(cfg, world, signals):
         if state["scaler"]:                                             # empty unless it was float16
             scaler.load_state_dict(state["scaler"])
 
-    folder = open_folder(cfg, world)
+    folder = open_folder(cfg, world, state)
     warn_of_space(folder, world, model, copies=3)                       # its weights and AdamW's moments
     log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)

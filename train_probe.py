@@ -152,7 +152,7 @@ def probe(cfg, world, signals):
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
     forward = torch.compile(encoder.forward_features) if cfg.compile else encoder.forward_features
-    folder = open_folder(cfg, world)
+    folder = open_folder(cfg, world, state)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
 
     def load(source, crop, batches):

@@ -201,13 +201,13 @@ def save_run(folder, world, model, step, hint, **state):
 def resumed_state(cfg, world):
     """The state that a stage goes on from, the same on all ranks, or None for a new run.
 
-    From here on the folder, if there is one, is this run's alone. Raises UserError where it is another's, or
-    would go on with other settings.
+    From here on the folder, if there is one, is this run's alone. The state's "path" is where it comes from.
+    Raises UserError where the folder is another's, or the run would go on with other settings.
     """
     claim(cfg.output_dir, world)
-    state = path = None
+    state = None
     if cfg.resume:
-        state, path = saving.find_checkpoint(cfg.output_dir, cfg.resume, world.say)
+        state = saving.find_checkpoint(cfg.output_dir, cfg.resume, world.say)
     elif saving.checkpoints_in(cfg.output_dir):
         raise UserError(already_a_run(cfg))
     if state:
@@ -215,8 +215,6 @@ def resumed_state(cfg, world):
     if len(set(world.gather(state["step"] if state else 0))) > 1:
         raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
                         f"must be one folder that all hosts see")
-    if world.is_main:                                                   # now that all ranks have read it
-        saving.set_newer_aside(cfg.output_dir, path, world.say)
     return state
 
 
@@ -310,8 +308,11 @@ def source_commit():
     return git.stdout.strip() or "unknown"
 
 
-def open_folder(cfg, world):
-    """Make the run folder and write config.json and env.json into it. Raises UserError where it cannot."""
+def open_folder(cfg, world, state=None):
+    """Make the run folder and write config.json and env.json into it. Raises UserError where it cannot.
+
+    state is what the run goes on from: what is newer in the folder is set aside.
+    """
     folder = Path(cfg.output_dir)
     if world.is_main:
         try:
@@ -320,6 +321,8 @@ def open_folder(cfg, world):
                 claim(folder, world)
             for leftover in folder.glob("*.tmp.*"):                     # of a process killed while writing
                 leftover.unlink()
+            if state:
+                saving.set_newer_aside(folder, state["path"], world.say)
             saving.write_json(folder / "config.json", dataclasses.asdict(cfg))
             saving.write_json(folder / "env.json", describe_environment(world))
         except OSError as error:

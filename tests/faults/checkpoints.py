@@ -36,9 +36,10 @@ def checked(folder, want):
     """What is wrong with what find_checkpoint gives, which may be one of the states in want."""
     said = []
     try:
-        state, path = saving.find_checkpoint(folder, "auto", said.append)
+        state = saving.find_checkpoint(folder, "auto", said.append)
     except UserError as error:
         return str(error)
+    path = state.pop("path")
     found = [name for name, wanted in want.items() if same_bits(state, wanted)]
     if not found:
         return "another state was loaded, without a word"

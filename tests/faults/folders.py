@@ -51,7 +51,7 @@ def second_runs(folder, quick):
             same = first.process.is_alive() and (place / "config.json").read_bytes() == settings
             tally.note("" if same else f"{name}: the first run was disturbed")
             first.end(0)                                                # kill -9: its workers live on a bit
-            step = saving.find_checkpoint(place, "auto", print)[0]["step"]
+            step = saving.find_checkpoint(place, "auto", print)["step"]
             again = ["--steps", step + 1, "--resume", "auto", "--allow-change", "steps"]
             ended = fork(stage(name, place, *again))
             tally.note(fine(ended, 0, f"steps {step} to {step + 1}"))
