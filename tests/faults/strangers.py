@@ -414,7 +414,7 @@ FAULTS = [
     Fault("files that are something else", 10, something_else),
     Fault("names with control characters", 10, names_that_forge),
     Fault("paths that leave the data's folder", 10, paths_that_leave),
-    Fault("mutated checkpoints", 10, mutated_checkpoints),
+    Fault("mutated checkpoints of strangers", 10, mutated_checkpoints),
 ]
 
 
