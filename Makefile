@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune test lint clean
+.PHONY: demo record-demo probe record-probe finetune record-finetune figures test lint clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
     --global-batch 32 --batch-size 32 --lr 3e-3
@@ -13,10 +13,10 @@ demo: $(VENV)/demo-installed
 	rm -rf runs/demo
 	$(BIN)/torchrun train_pretrain.py $(SMALL) --steps 450 --picture-images 5 --output-dir runs/demo
 
-# What the README says of the demo: its figures and its picture, from the run that `make demo` left.
+# What the README says of the demo: its figures and its pictures, from the run that `make demo` left.
 record-demo:
 	mkdir -p results docs/figures
-	cp runs/demo/metrics.json results/demo.json
+	$(BIN)/python analyze.py runs/demo --record results/demo.json
 	cp runs/demo/reconstruction.png docs/figures/demo.png
 	$(BIN)/python tests/generated.py
 
@@ -27,9 +27,8 @@ probe: $(VENV)/demo-installed
 	    --output-dir runs/probed-layers
 
 record-probe:
-	mkdir -p results docs/figures
+	mkdir -p results
 	cp runs/probed-layers/metrics.json results/probe_shapes_cpu.json
-	cp runs/probed-layers/layers.png docs/figures/probe_layers.png
 	$(BIN)/python tests/generated.py
 
 # The demo's encoder trained with labels, against the same network from random weights, trained for as long. Of
@@ -49,6 +48,11 @@ record-finetune:
 	cp runs/finetune/metrics.json results/finetune_shapes_cpu.json
 	cp runs/finetune-random/metrics.json results/finetune_random_cpu.json
 	$(BIN)/python tests/generated.py
+
+# Every figure and table of README.md and docs/ anew: from results/, and from the demo, which runs if it has not.
+figures: $(VENV)/demo-installed
+	test -f runs/demo/metrics.json || $(MAKE) demo
+	$(MAKE) record-demo
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest

@@ -7,7 +7,8 @@
     cfg = parse(Config)                                                 # reads sys.argv
 
 A field annotated bool becomes --flag and --no-flag; one annotated `X | None` is "not given" when it is None.
-One without a default, opt(REQUIRED, ...), is no flag but an argument; these stand in the order of the fields.
+One without a default, opt(REQUIRED, ...), is no flag but an argument; these stand in the order of the fields,
+and one annotated tuple[...] takes what is left.
 """
 
 import argparse
@@ -80,7 +81,9 @@ def parse(config_class, argv=None):
         names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
         if field.default is REQUIRED:
-            parser.add_argument(field.name, metavar=field.name.upper(), help=text)
+            many = getattr(field.type, "__origin__", None) is tuple     # one or more of them
+            nargs = "+" if many else None
+            parser.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=text)
             continue
         text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
         common = dict(default=field.default, help=text)
@@ -90,7 +93,9 @@ def parse(config_class, argv=None):
             kind, choices = field.metadata["type"] or _plain_type(field.type), field.metadata["choices"]
             metavar = None if choices else field.name.upper()
             parser.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
-    return config_class(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in values.items()})
 
 
 def side_or_sides(text):

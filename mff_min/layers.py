@@ -8,9 +8,10 @@ Shapes: B images, D width.
 
 import math
 
-from mff_min.chart import Panel, Series, chart
+from mff_min.chart import Figure, Panel, Series, chart
 from mff_min.config import UserError
 from mff_min.mim import fuse
+from mff_min.pens import LINES
 from mff_min.probe import pool_tokens
 
 
@@ -76,24 +77,38 @@ def table_of_layers(rows):
 
 
 def chart_of_layers(rows):
-    """A picture with a panel for each label: accuracy over the layers, with both baselines and chance."""
+    """A picture of figure_of_layers for one run."""
+    figure = figure_of_layers({"trained": rows})
+    return chart(figure.panels, figure.title)
+
+
+def figure_of_layers(runs):
+    """A Figure with a panel for each label: accuracy over the layers, with both baselines and chance.
+
+    runs are {name: rows}; the baselines are those of the first.
+    """
+    first, *others = runs.values()
+    present = {row["layer"] for rows in runs.values() for row in rows if row["kind"] == "trained"}
+    blocks = sorted(int(layer.removeprefix("block ")) for layer in present - {"fused"})
+    layers = [*(f"block {i}" for i in blocks), *({"fused"} & present)]
+    names = [layer.removeprefix("block ") for layer in layers]
+    lines = [(rows, "trained", name, LINES[i % len(LINES)]) for i, (name, rows) in enumerate(runs.items())]
+    lines.append((first, "random", "random weights", "grey" if others else "orange"))
     panels = []
-    layers = list(dict.fromkeys(row["layer"] for row in rows if row["kind"] == "trained"))
-    for label in dict.fromkeys(row["label"] for row in rows):
-        of = {kind: [row for row in rows if row["label"] == label and row["kind"] == kind]
-              for kind in ("trained", "random", "pixels", "chance")}
+    for label in dict.fromkeys(row["label"] for row in first):
         series = []
-        for kind, name, colour in (("trained", "trained", "blue"), ("random", "random weights", "orange")):
-            blocks = [row for row in of[kind] if row["layer"] != "fused"]
-            for part in (blocks, of[kind][len(blocks):]):               # no line leads to the fused feature
+        for rows, kind, name, colour in lines:
+            found = [row for row in rows if (row["label"], row["kind"]) == (label, kind)]
+            blocks = [row for row in found if row["layer"] != "fused"]
+            for part in (blocks, found[len(blocks):]):                  # no line leads to the fused feature
                 points = [(layers.index(row["layer"]), row["acc1"]) for row in part]
                 series.append(Series(name, points, [row["acc1_error"] for row in part], colour))
         for kind, dash in (("pixels", 6), ("chance", 2)):
-            level, = of[kind]
+            level, = (row for row in first if (row["label"], row["kind"]) == (label, kind))
             ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
             series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
-        names = [layer.removeprefix("block ") for layer in layers]
         panels.append(Panel(f"label: {label}", "block", "accuracy, %", names, series))
-    images = next(row["val_images"] for row in rows if row["kind"] == "trained")
-    return chart(panels, f"Linear probes of frozen features: accuracy on {images} validation images, bars of "
-                         f"one standard error")
+    images = next(row["val_images"] for row in first if row["kind"] == "trained")
+    note = f"Random weights, pixels and chance are those of {next(iter(runs))}." if others else ""
+    return Figure(f"Linear probes of frozen features: accuracy on {images} validation images, bars of one "
+                  f"standard error", panels, share_y=True, note=note)

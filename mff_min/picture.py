@@ -11,6 +11,7 @@ from kernels.reference import patchify, unpatchify
 from mff_min.targets import reconstruction
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+GAP, TOP = 6, 46                                                        # between tiles, and above them: texts
 
 
 def to_uint8(images, mean, std):
@@ -44,22 +45,44 @@ def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix,
     if targets is images:
         del columns["target"]
     tiles = {caption: to_uint8(pictures, mean, std) for caption, pictures in columns.items()}
-    return grid(tiles, title, scale=max(1, round(128 / min(images.shape[-2:]))))
+    return grid(tiles, title, scale=scale_of(images.shape[-2:]))
+
+
+def scale_of(sides):
+    """How many times larger a sheet shows small images, of (H, W) pixels."""
+    return max(1, round(128 / min(sides)))
 
 
 def grid(columns, title, scale=1):
     """A picture of {caption: (B, H, W, 3) uint8}, a labelled column for each entry and a row an image."""
     B, H, W, _ = next(iter(columns.values())).shape
-    H, W, gap = H * scale, W * scale, 6
+    H, W = H * scale, W * scale
     font = ImageFont.load_default(13)
-    top = 26 + 20
-    sheet = Image.new("RGB", (gap + (W + gap) * len(columns), top + (H + gap) * B), PAPER)
+    sheet = Image.new("RGB", (GAP + (W + GAP) * len(columns), TOP + (H + GAP) * B), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 5), title, INK, font=font)
+    draw.text((GAP, 5), title, INK, font=font)
     for j, (caption, images) in enumerate(columns.items()):
-        left = gap + j * (W + gap)
+        left = GAP + j * (W + GAP)
         draw.text((left, 26), caption, INK, font=font)
         for i in range(B):
             tile = Image.fromarray(np.ascontiguousarray(images[i])).resize((W, H), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left, top + i * (H + gap)))
+            sheet.paste(tile, (left, TOP + i * (H + GAP)))
     return sheet
+
+
+def tiles_of(sheet, sides):
+    """The images in a reconstruction_sheet as [row][column], of the (H, W) pixels that they had.
+
+    Raises ValueError where the sheet is no grid of such images.
+    """
+    scale = scale_of(sides)
+    H, W = (side * scale for side in sides)
+    columns, over = divmod(sheet.width - GAP, W + GAP)
+    rows, below = divmod(sheet.height - TOP, H + GAP)
+    if over or below or columns < 1 or rows < 1:
+        raise ValueError(f"{sheet.width} x {sheet.height} pixels are no sheet of images of {sides[0]} x "
+                         f"{sides[1]}")
+    corners = [[(GAP + j * (W + GAP), TOP + i * (H + GAP)) for j in range(columns)] for i in range(rows)]
+    return [[sheet.crop((left, top, left + W, top + H)).resize(tuple(sides)[::-1], Image.Resampling.NEAREST)
+             for left, top in row] for row in corners]
+

@@ -355,14 +355,19 @@ class Log:
                 file.write(json.dumps(values) + "\n")
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none."""
+def read_log(path, say=lambda text: None):
+    """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none.
+
+    say(text) is told the number of a line that is skipped.
+    """
     if not Path(path).exists():
         return []
     lines = []
-    for text in Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
             lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            say(f"warning: line {number} of {path} is torn and is left out")
     return lines
 
 

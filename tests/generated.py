@@ -1,25 +1,42 @@
 """The parts of README.md that state measured figures, written from results/ and compared with them by a test.
 
     python tests/generated.py                                           # rewrite them
+
+So are the figures of docs/figures, but demo.png, which is a picture of the demo's run.
 """
 
+import contextlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import analyze  # noqa: E402
+from mff_min.config import parse  # noqa: E402
+from mff_min.mim import parse_out_indices  # noqa: E402
+from mff_min.vit import MODELS  # noqa: E402
 
 
 def demo(result):
     """What `make demo` reached, from its run's metrics.json."""
     environment = result["environment"]
     on_cpu, version = environment["device"] == "cpu", environment["torch"].split("+")[0]
-    where = f"{environment['threads']} CPU threads" if on_cpu else environment["device"]
+    weights = result["log"][-1]["fusion_weights"]
+    blocks = parse_out_indices(result["config"]["out_indices"], MODELS[result["config"]["model"]]["depth"])
+    heaviest, lightest = (weights.index(extreme(weights)) for extreme in (max, min))
+    threads = f"{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}"
+    where = threads if on_cpu else environment["device"]
     return (f"On {where}, with PyTorch {version}, the demo trained for "
             f"{result['seconds'] / 60:.1f} minutes and reached a loss of {result['val_loss']:.3f} on "
             f"{result['val_images']} held-out images, where predicting the mean of each masked patch gives "
-            f"{result['val_loss_of_means']:.3f}. The picture above is its own.")
+            f"{result['val_loss_of_means']:.3f}. The pictures above are its own. Of {len(weights)} fused "
+            f"levels, which begin with {1 / len(weights):.3f} each, block {blocks[heaviest]} ended with the "
+            f"largest weight, {weights[heaviest]:.3f}, and block {blocks[lightest]} with the smallest, "
+            f"{weights[lightest]:.3f}.")
 
 
 def probe_shapes_cpu(result):
@@ -95,6 +112,17 @@ BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each f
 MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
 
+FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what analyze.py draws of results/
+           "results/probe_shapes_cpu.json --figures layers --names trained --prefix probe_")
+
+
+def draw(folder):
+    """Draw every figure that results/ determine into a folder."""
+    with contextlib.chdir(ROOT):                                        # the figures name results/
+        for flags in FIGURES:
+            analyze.main(parse(analyze.Config, [*flags.split(), "--output-dir", str(folder)]))
+
+
 def written(name):
     """The block called name, as README.md has to hold it."""
     results = ROOT / "results"
@@ -118,4 +146,5 @@ def rewrite():
 
 
 if __name__ == "__main__":
+    draw("docs/figures")
     rewrite()

@@ -1,0 +1,392 @@
+"""Figures from runs: what MFF's weights did, how training went, and what the layers of an encoder are like.
+
+    python analyze.py runs/mff                                          all that this run has material for
+    python analyze.py runs/mff runs/mae --figures spectrum,cka          these two, of two runs
+    python analyze.py runs/mff --record results/mff.json                what its log tells, in one small file
+
+A RUN is the folder of a run, or a file that --record wrote, or metrics.json of a probe. The figures:
+
+    weights          the weight of every fused level over training (MFF, arXiv 2308.00261, figure 1)
+    curves           loss, learning rate, gradient norm and throughput over the images seen
+    reconstructions  held-out images as the model completed them in the course of training
+    layers           what a linear probe found in each block: of runs of train_probe.py --layers
+    spectrum         relative log amplitude of each block's features, and of the last before and after fusion
+    cka              similarity of the layers of any two runs, or of one run's own
+    attention        how far each head attends, in pixels
+
+Each is written as .png, as .svg, which has a dark palette too, and as .json, the numbers in it. The last
+three look at unmasked images: the evaluation crop of the first run's validation images, or of what --data
+names. A block's features are its own output, before any norm.
+
+Shapes: B images, T tokens (class token first), D width, h heads.
+"""
+
+import math
+import shlex
+from dataclasses import dataclass, fields
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mff_min.chart import Figure, HeatMap, Panel, Series, Tiles, save
+from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
+from mff_min.data import Views, make_loader
+from mff_min.layers import figure_of_layers
+from mff_min.measures import (attention_distance, attention_weights, cka, frequencies, gram, log_amplitudes,
+                              patch_distances)
+from mff_min.mim import fuse, parse_out_indices
+from mff_min.pens import LINES
+from mff_min.pretrained import build_encoder, build_fusion, read_pretrained, settings_of
+from mff_min.records import open_run, read_sheet, write_record
+from mff_min.runtime import Progress, pick_ops, run, start_world
+from mff_min.sources import open_data
+from mff_min.vit import MODELS
+
+
+@dataclass(frozen=True)
+class Config:
+    # these change the figures
+    runs: tuple[str, ...] = opt(REQUIRED, "folders of runs, or records of them")
+    figures: str = opt("all", "of the list above, separated by commas; all: those that the runs tell enough "
+                              "for")
+    names: str = opt("", "of the runs, separated by commas; not given: those of their folders")
+    data: str = opt("", "images to look at, as --data of the stages; not given: the first run's")
+    images: int = opt(256, "how many of them at most, spread over the validation images", least=4)
+    batch_size: int = opt(64, "images of a minibatch; cka sums over minibatches", least=4)
+    rows: str = opt("", "images of the reconstructions, such as 0,2; not given: all that were drawn")
+    columns: int = opt(6, "steps of the reconstructions at most, spread over training", above=0)
+
+    # these change only how they are made
+    output_dir: str = knob("", "folder of the figures; not given: RUN/figures, or runs/figures of several")
+    prefix: str = knob("", "what the names of the files begin with")
+    record: str = knob("", "instead of figures, write what one run's log and metrics tell to this .json")
+    workers: int = knob(0, "loader processes", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
+    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+
+
+# ---------------------------------------------------------------- figures from what runs wrote
+
+
+def draw_weights(cfg, runs):
+    """A panel for each run: the softmaxed weight of its levels, coloured by depth."""
+    panels = []
+    for each in runs:
+        depth = MODELS[each.config["model"]]["depth"]
+        blocks = parse_out_indices(each.config["out_indices"], depth)
+        points = [(each.seen(line), line["fusion_weights"]) for line in each.log if "fusion_weights" in line]
+        series = [Series(f"block {block}", [(x, weights[i]) for x, weights in points], (),
+                         block / max(depth - 1, 1), dots=len(points) == 1) for i, block in enumerate(blocks)]
+        levels = "1 level"
+        if len(blocks) > 1:
+            equal = [(x, 1 / len(blocks)) for x in (points[0][0], points[-1][0])]
+            series.append(Series("equal", equal, (), "grey", dash=4))
+            levels = f"{len(blocks)} levels"
+        panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None, series, zero=False))
+    panels.sort(key=lambda panel: len(panel.series))
+    return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
+                  width=800 if len(panels) == 1 else 400)
+
+
+def draw_curves(cfg, runs):
+    """A panel for each quantity that a log holds, the runs in it by the images that they have seen."""
+    panels = []
+    for key, label in (("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"),
+                       ("img_per_s", "images a second")):
+        series = []
+        for each in runs:
+            points = each.curve(key)
+            finite = [point for point in points if math.isfinite(point[1])]
+            if len(finite) < len(points):
+                print(f"curves: {len(points) - len(finite)} values of {key} in {each.path} are not finite "
+                      f"and are left out")
+            if finite:
+                series.append(Series(each.name, finite, (), each.colour, dots=len(finite) == 1))
+        if series:
+            panels.append(Panel("", "images seen", label, None, series, zero=key == "img_per_s"))
+    return Figure("Training", panels, columns=min(2, len(panels)))
+
+
+def draw_reconstructions(cfg, runs):
+    """A panel for each run: a row an image, as it is, as the encoder sees it, as the model pastes it."""
+    panels = []
+    for each in runs:
+        found = each.pictures()
+        steps = list(found)
+        if len(steps) > cfg.columns:                                    # first and last are among them
+            chosen = np.linspace(len(steps) - 1, 0, cfg.columns).round()
+            steps = [steps[int(i)] for i in chosen[::-1]]
+        sheets = [read_sheet(found[step], each.config["img_size"]) for step in steps]
+        drawn = min(map(len, sheets))
+        try:
+            rows = [int(row) for row in cfg.rows.split(",")] if cfg.rows else list(range(drawn))
+        except ValueError:
+            raise UserError(f"--rows {cfg.rows}: expected numbers such as 0,2") from None
+        if min(rows) < 0 or max(rows) >= drawn:
+            raise UserError(f"--rows {cfg.rows}: the pictures of {each.path} have rows 0 to {drawn - 1}")
+        # A sheet has the columns image, perhaps target, masked, prediction, pasted.
+        images = [[sheets[-1][row][0], sheets[-1][row][-3], *(sheet[row][-1] for sheet in sheets)]
+                  for row in rows]
+        names = ["image", "masked", *(f"step {step}" for step in steps)]
+        panels.append(Tiles(each.name if len(runs) > 1 else "", names, rows, images))
+    across, down = (max(len(getattr(panel, side)) for panel in panels) for side in ("columns", "rows"))
+    normed = any(each.config["norm_pix_loss"] for each in runs)
+    return Figure("Held-out images, masked patches as the model predicts them", panels, columns=1,
+                  width=118 * across + 22, height=118 * down + 44,
+                  note="Normalised patches are predicted: the true mean and deviation of each are put back."
+                  if normed else "")
+
+
+def draw_layers(cfg, runs):
+    return figure_of_layers({each.name: each.metrics["rows"] for each in runs})
+
+
+# ---------------------------------------------------------------- figures from encoders
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What images tell of one encoder."""
+    grid: tuple
+    patch_size: int
+    amplitudes: dict                                                    # {tap: mean logarithm by frequency}
+    distances: list                                                     # [block][head], in pixels
+    grams: list                                                         # [block][minibatch]
+
+
+def load(each, device):
+    """(encoder, Fusion or None, mean, std) of a run."""
+    pretrained = read_pretrained(each.path)
+    settings = settings_of(pretrained, None, None, None, None)
+    encoder = build_encoder(pretrained).to(device)
+    return encoder, build_fusion(pretrained, encoder), settings["mean"], settings["std"]
+
+
+def look_at(encoder, fusion, images, ops):
+    """({tap: tokens (B, T, D)}, attention distances (blocks, h)) of unmasked images."""
+    first = encoder.embed(images)                                       # (B, T, D)
+    levels = encoder.forward_blocks(first, range(len(encoder.blocks)))
+    taps = {f"block {i}": level for i, level in enumerate(levels)} | {"normed": encoder.norm(levels[-1])}
+    if fusion:
+        taps["fused"] = fuse([levels[i] for i in fusion.out_indices], fusion.proj_layers, fusion.proj_weights,
+                             encoder.norm, ops)
+    distances = []
+    for block, x in zip(encoder.blocks, [first, *levels[:-1]], strict=True):
+        weights = attention_weights(block.attn, block.norm1(x))
+        distances.append(attention_distance(weights, encoder.grid, encoder.patch_size))
+    return taps, torch.stack(distances)
+
+
+@torch.no_grad()
+def examine(cfg, source, encoders, world):
+    """Findings of each encoder on the same images, and how many these were."""
+    ops, device = pick_ops(cfg.ops, world.device), world.device
+    count = min(cfg.images, len(source))
+    keys = [(0, i * len(source) // count) for i in range(count)]        # classes may come one after the other
+    starts = range(0, max(count - 3, 1), cfg.batch_size)                # HSIC needs four: fewer join the last
+    batches = [keys[start:end] for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    progress, found, bad = Progress(count * len(encoders), 0, world, text="looking at images"), [], {}
+    for number, (encoder, fusion, *statistics) in enumerate(encoders):
+        mean, std = (torch.tensor(values, device=device) for values in statistics)
+        sides = [patches * encoder.patch_size for patches in encoder.grid]
+        views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)
+        amplitudes, distances, grams, seen = {}, 0, [[] for _ in encoder.blocks], 0
+        for batch in make_loader(views, batches, cfg.workers, device.type == "cuda"):
+            bad.update(batch["bad"])
+            pixels = batch["image"][~batch["replaced"]].to(device)
+            if len(pixels) < 4:                                         # of the others, none could be read
+                continue
+            seen += len(pixels)
+            taps, of_heads = look_at(encoder, fusion, ops.prepare(pixels, mean, std), ops)
+            distances = distances + of_heads * len(pixels)
+            for tap, x in taps.items():
+                logs = log_amplitudes(x[:, 1:], encoder.grid) * len(pixels)
+                amplitudes[tap] = amplitudes.get(tap, 0) + logs
+            for block, of_block in enumerate(grams):
+                of_block.append(gram(taps[f"block {block}"][:, 1:]))
+            progress.tick(number * count + seen)
+        if not seen:
+            raise UserError(f"{count - len(bad)} images can be read: expected 4 or more")
+        amplitudes = {tap: (total / seen).tolist() for tap, total in amplitudes.items()}
+        distances = (distances / seen).tolist()
+        found.append(Findings(encoder.grid, encoder.patch_size, amplitudes, distances, grams))
+    if bad:
+        progress.say(f"warning: {len(bad)} images cannot be read and are left out, {min(bad)} for one")
+    return found, seen
+
+
+def draw_spectrum(runs, found, about):
+    """Two panels a run, of blocks and of the last layer, and one of the highest frequency over the depth."""
+    labels = "frequency, units of pi a patch", "relative log amplitude"
+    panels, highest = [], []
+    for each, findings in zip(runs, found, strict=True):
+        along = frequencies(findings.grid)
+        curves = {tap: [(x, y - values[0]) for x, y in zip(along, values, strict=True)]
+                  for tap, values in findings.amplitudes.items()}
+        blocks = [tap for tap in curves if tap.startswith("block")]
+        depth = len(blocks)
+        series = [Series(tap, curves[tap], (), i / max(depth - 1, 1)) for i, tap in enumerate(blocks)]
+        panels.append(Panel(f"{each.name}: every block", *labels, None, series, zero=False))
+        last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "teal"),
+                ("fused", "fused blocks, normed", "purple"))
+        series = [Series(name, curves[tap], (), colour) for tap, name, colour in last if tap in curves]
+        title = "before and after fusion" if "fused" in curves else "no fusion"
+        panels.append(Panel(f"{each.name}: {title}", *labels, None, series, zero=False))
+        points = [(i, curves[tap][-1][1]) for i, tap in enumerate(blocks)]
+        highest.append(Series(each.name if len(runs) > 1 else "", points, (), each.colour))
+    ends = sorted({f"{frequencies(findings.grid)[-1]:.3f}" for findings in found})
+    ticks = [str(i) for i in range(max(len(line.points) for line in highest))]
+    panels.append(Panel(f"every block at the highest frequency, {' or '.join(ends)} pi", "block", labels[1],
+                        ticks, highest, zero=False))
+    return Figure("Fourier-transformed patch tokens: log amplitude, less that at frequency 0", panels,
+                  columns=3 if len(runs) == 1 else 2, width=420, share_y=True,
+                  note=f"{about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean over "
+                       f"images and channels after the log. Blocks are before any norm. The last "
+                       f"one, normed, is what transfers; the fused ones, normed, are what the decoder gets.")
+
+
+def draw_cka(runs, found, about):
+    """A heat map for each pair of runs, or for the one."""
+    panels, numbered = [], list(zip(runs, found, strict=True))
+    for (one, a), (other, b) in list(combinations(numbered, 2)) or [numbered * 2]:
+        values = [[cka(of_a, of_b) for of_a in a.grams] for of_b in b.grams]
+        ticks = [str(i) for i in range(len(values))]
+        panels.append(HeatMap("", f"block of {one.name}", f"block of {other.name}", ticks, ticks, values))
+    return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(2, len(panels)),
+                  width=520, height=460, note=f"{about} Unbiased HSIC, summed over minibatches. 1: equal but "
+                                              f"for rotation and scale; about 0: independent.")
+
+
+def draw_attention(runs, found, about):
+    """A panel for each run: a dot a head, their mean, and the distance of attention to all patches alike."""
+    panels = []
+    for each, findings in zip(runs, found, strict=True):
+        dots = [(block, pixels) for block, heads in enumerate(findings.distances) for pixels in heads]
+        means = [(block, sum(heads) / len(heads)) for block, heads in enumerate(findings.distances)]
+        uniform = float(patch_distances(findings.grid, findings.patch_size).mean())
+        ends = [(-0.5, uniform), (len(means) - 0.5, uniform)]
+        panels.append(Panel(each.name, "block", "attention distance, pixels", [str(i) for i, _ in means],
+                            [Series("to all patches alike", ends, (), "grey", dash=4),
+                             Series("mean of the heads", means, (), "blue", dots=False),
+                             Series("a head", dots, (), "orange", line=False)]))
+    return Figure("How far each head attends", panels, columns=min(2, len(panels)), share_y=True,
+                  note=f"{about} Mean over patches; the class token is left out.")
+
+
+def difference_of_sizes(runs, encoders):
+    """What keeps the layers of these encoders from being compared, or ""."""
+    sizes = [f"{encoder.embed_dim} wide, {len(encoder.blocks)} blocks of {encoder.blocks[0].attn.num_heads} "
+             f"heads, {encoder.grid[0]} x {encoder.grid[1]} patches of {encoder.patch_size}"
+             for encoder, *_ in encoders]
+    return next((f"runs of one size: {runs[0].path} is {sizes[0]}, {each.path} is {size}"
+                 for each, size in zip(runs, sizes, strict=True) if size != sizes[0]), "")
+
+
+# ---------------------------------------------------------------- the way through
+
+
+FROM_FILES = {"weights": draw_weights, "curves": draw_curves, "reconstructions": draw_reconstructions,
+              "layers": draw_layers}
+FROM_ENCODERS = {"spectrum": draw_spectrum, "cka": draw_cka, "attention": draw_attention}
+
+
+def missing(figure, each):
+    """What a run lacks for a figure, or "" where it has all that is needed."""
+    if figure == "weights" and not any("fusion_weights" in line for line in each.log):
+        return "fusion_weights in log.jsonl, which train_pretrain.py writes"
+    if figure == "curves" and not each.log:
+        return "log.jsonl with a line of training"
+    if figure == "reconstructions" and not each.pictures():
+        return "reconstruction-NNNNNN.png, which train_pretrain.py draws"
+    if figure == "layers" and "margins" not in each.metrics:
+        return "metrics.json of train_probe.py --layers"
+    if figure in FROM_ENCODERS and not each.has_encoder():
+        return "last.pt or encoder.pt of train_pretrain.py"
+    return ""
+
+
+def choose_figures(cfg, runs):
+    """{figure: the runs in it}, saying what is left out. Raises UserError where a figure named cannot be."""
+    known = [*FROM_FILES, *FROM_ENCODERS]
+    asked = known if cfg.figures == "all" else cfg.figures.split(",")
+    chosen = {}
+    for figure in asked:
+        if figure not in known:
+            raise UserError(f"--figures {figure}: expected some of {', '.join(known)}, or all")
+        lacking = [(each, need) for each in runs if (need := missing(figure, each))]
+        for each, need in lacking:
+            if cfg.figures != "all":
+                raise UserError(f"--figures {figure}: {each.path} lacks {need}")
+            print(f"{figure}: without {each.path}, which lacks {need}")
+        chosen[figure] = [each for each in runs if not missing(figure, each)]
+    chosen = {figure: able for figure, able in chosen.items() if able}
+    if not chosen:
+        raise UserError(f"{', '.join(cfg.runs)}: no figure can be drawn of what is there")
+    return chosen
+
+
+def main(cfg):
+    """Draw the figures that cfg asks for; returns {figure: path of its .png}."""
+    check_ranges(cfg)
+    paths = [Path(path).resolve() for path in cfg.runs]
+    names = cfg.names.split(",") if cfg.names else [path.stem for path in paths]
+    if not cfg.names and len(set(names)) < len(names):
+        names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    if len(names) != len(paths) or len(set(names)) < len(names):
+        raise UserError(f"--names {','.join(names)}: expected {len(paths)} names that differ, one a run")
+    colours = LINES if len(names) <= len(LINES) else [i / (len(names) - 1) for i in range(len(names))]
+    runs = [open_run(*each, print) for each in zip(cfg.runs, names, colours, strict=False)]
+    if cfg.record:
+        if len(runs) > 1 or not cfg.record.endswith(".json"):
+            raise UserError(f"--record {cfg.record}: expected one run, and a name that ends in .json")
+        write_record(cfg.record, runs[0])
+        return {}
+    chosen = choose_figures(cfg, runs)
+    with start_world(cfg.device) as world:
+        if world.size > 1:
+            raise UserError("analyze.py runs in one process: expected no --nproc-per-node")
+        return draw(cfg, chosen, world)
+
+
+def draw(cfg, chosen, world):
+    figures = {name: FROM_FILES[name](cfg, able) for name, able in chosen.items() if name in FROM_FILES}
+    measured = {name: able for name, able in chosen.items() if name in FROM_ENCODERS}
+    if measured:
+        runs = next(iter(measured.values()))                            # all three need the same
+        encoders = [load(each, world.device) for each in runs]
+        if "cka" in measured and (difference := difference_of_sizes(runs, encoders)):
+            if cfg.figures != "all":
+                raise UserError(f"--figures cka needs {difference}")
+            print(f"cka: left out, it needs {difference}")
+            del measured["cka"]
+        data = cfg.data or runs[0].config["data"]
+        found, seen = examine(cfg, open_data(data, "val", cfg.cache_dir, print), encoders, world)
+        figures |= {name: FROM_ENCODERS[name](runs, found, f"{seen} unmasked images of {data}.")
+                    for name in measured}
+    alone = len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir()
+    folder = Path(cfg.output_dir or (Path(cfg.runs[0]) / "figures" if alone else "runs/figures"))
+    written = {}
+    for name, figure in figures.items():
+        save(figure, folder / f"{cfg.prefix}{name}", command(cfg, name))
+        written[name] = folder / f"{cfg.prefix}{name}.png"
+        print(f"{written[name]}, .svg, .json")
+    return written
+
+
+def command(cfg, figure):
+    """The command line that draws one figure alike."""
+    words = ["python", "analyze.py", *cfg.runs, "--figures", figure]
+    read = {"reconstructions": ("rows", "columns"),
+            **dict.fromkeys(FROM_ENCODERS, ("data", "images", "batch_size"))}
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in ("names", *read.get(figure, ())) and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    run(main, parse(Config))

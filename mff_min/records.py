@@ -1,0 +1,92 @@
+"""What a run has left, read again for figures: its flags, its log, its metrics and its pictures.
+
+A record is the same of a run whose folder is gone, in one small file: metrics.json with the log's lines.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mff_min.config import UserError
+from mff_min.picture import tiles_of
+from mff_min.runtime import read_log, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is read of a run before anything is drawn."""
+    name: str
+    path: Path                                                          # of its folder, or of its record
+    config: dict
+    log: list                                                           # a dict each logged training step
+    metrics: dict                                                       # empty where it has not ended
+    colour: str | float                                                 # of the run, where several are shown
+
+    def seen(self, line):
+        """Images seen up to a line of the log."""
+        return line["step"] * self.config["global_batch"]
+
+    def curve(self, key):
+        """(images seen, value) of the log's lines that hold numbers by this name."""
+        return [(self.seen(line), line[key]) for line in self.log if isinstance(line.get(key), int | float)]
+
+    def pictures(self):
+        """{step: file} of the pictures that the run has drawn."""
+        found = {path.stem.removeprefix("reconstruction-"): path for path
+                 in sorted(self.path.glob("reconstruction-*.png"))}
+        return {int(step): path for step, path in found.items() if step.isdecimal()}
+
+    def has_encoder(self):
+        """Whether the folder holds what train_pretrain.py trained."""
+        files = (self.path / name for name in ("last.pt", "encoder.pt"))
+        return "mask_ratio" in self.config and any(path.is_file() for path in files)
+
+
+def open_run(path, name, colour, say):
+    """The Run in a folder, or in a record of one. Raises UserError where there is none.
+
+    say(text) is told of lines of the log that cannot be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        metrics = read_json(path)
+        log, config = metrics.get("log", []), metrics.get("config")
+    elif (path / "config.json").is_file():
+        metrics = read_json(path / "metrics.json") if (path / "metrics.json").exists() else {}
+        log, config = read_log(path / "log.jsonl", say), read_json(path / "config.json")
+    else:
+        raise UserError(f"{path} is no folder of a run: it holds no config.json")
+    for key in ("model", "global_batch"):
+        if key not in (config or {}):
+            raise UserError(f"{path} is of no run: its config has no {key}")
+    lines = [line for line in log if isinstance(line, dict) and "step" in line and "lr" in line]
+    return Run(name, path, config, lines, metrics, colour)
+
+
+def write_record(path, run):
+    """Write the record of a run. Raises UserError where it cannot."""
+    try:
+        write_json(path, run.metrics | dict(config=run.config, log=run.log))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}: expected an object")
+    return found
+
+
+def read_sheet(path, sides):
+    """The images in a picture of a run, [row][column], of the (H, W) pixels given. Raises UserError."""
+    try:
+        return tiles_of(Image.open(path).convert("RGB"), sides)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
