@@ -1,4 +1,4 @@
-"""The parts of README.md that state measured figures, written from results/ and compared with them by a test.
+"""The parts of README.md and docs/ that state measured figures, written from results/; a test compares them.
 
     python tests/generated.py                                           # rewrite them
 
@@ -124,7 +124,7 @@ def draw(folder):
 
 
 def written(name):
-    """The block called name, as README.md has to hold it."""
+    """The block called name, as a document has to hold it."""
     results = ROOT / "results"
     if name in BLOCKS:
         text = BLOCKS[name](json.loads((results / f"{name}.json").read_text()))
@@ -135,14 +135,20 @@ def written(name):
     return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
 
 
+def document(name):
+    """The one of README.md and docs/*.md that has a place for the block called name."""
+    found = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+             for _ in re.findall(rf"<!-- {name}: .*?<!-- end -->", path.read_text(), re.S)]
+    assert len(found) == 1, f"{len(found)} places for {name}: {found}"
+    return found[0]
+
+
 def rewrite():
-    """Put every block into README.md, in the place of the one before."""
-    readme = (ROOT / "README.md").read_text()
+    """Put every block into its document, in the place of the one before."""
     for name in (*BLOCKS, *MACHINES):
-        readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, name=name: written(name), readme,
-                                flags=re.S)
-        assert count == 1, f"README.md has {count} places for {name}"
-    (ROOT / "README.md").write_text(readme)
+        path = document(name)
+        path.write_text(re.sub(rf"<!-- {name}: .*?<!-- end -->", lambda _, name=name: written(name),
+                               path.read_text(), flags=re.S))
 
 
 if __name__ == "__main__":

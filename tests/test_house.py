@@ -180,8 +180,19 @@ def test_a_wrong_command_is_caught(line, complaint):
 
 
 @pytest.mark.parametrize("name", [*generated.BLOCKS, *generated.MACHINES])
-def test_measured_figures_in_the_readme_are_those_of_the_results(name):
-    assert generated.written(name) in (ROOT / "README.md").read_text()
+def test_measured_figures_in_documents_are_those_of_the_results(name):
+    assert generated.written(name) in generated.document(name).read_text()
+
+
+def test_a_block_has_one_place_in_all_documents(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("<!-- a: x -->\n1\n<!-- end --> <!-- b: x -->\n2\n<!-- end -->")
+    (tmp_path / "docs" / "more.md").write_text("<!-- b: x -->\n2\n<!-- end --> <!-- c: x -->3<!-- end -->")
+    assert [generated.document(name).name for name in "ac"] == ["README.md", "more.md"]
+    for name in "bd":
+        with pytest.raises(AssertionError, match=f"places for {name}"):
+            generated.document(name)
 
 
 # ---------------------------------------------------------------- leftovers
