@@ -33,6 +33,7 @@ from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, s
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, each_once, make_loader
+from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
 from mff_min.probe import accuracy, count_all, shown
@@ -105,6 +106,8 @@ class Config:
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
+    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
+                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
@@ -237,7 +240,8 @@ def finetune(cfg, world, signals):
         f"{len(classes)} classes\n{schedule.plan(start)}")
     loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    meter = Meter(schedule, start, world)
+    flops = classifier_flops(model, model.head, False)
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)

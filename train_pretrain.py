@@ -29,7 +29,7 @@ from mff_min.checkpoint import load_weights, read_weights
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
-from mff_min.flops import product_tflops, step_flops
+from mff_min.flops import peak_img_per_s, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
@@ -233,8 +233,7 @@ def pretrain(cfg, world, signals):
     if start == 0:
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    peak = cfg.peak_tflops or (product_tflops(device) if device.type == "cuda" else 0)
-    meter = Meter(schedule, start, world, peak * 1e12 * world.size / step_flops(model))
+    meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), cfg.peak_tflops, world))
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)

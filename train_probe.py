@@ -29,6 +29,7 @@ from mff_min.augment import MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, each_once, make_loader
+from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
 from mff_min.optim import LARS, cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
@@ -92,6 +93,8 @@ class Config:
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the encoder")
+    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
+                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
@@ -238,7 +241,8 @@ def probe(cfg, world, signals):
     say(schedule.plan(start))
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
-    meter = Meter(schedule, start, world)
+    flops = classifier_flops(encoder, head.head, True)
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)

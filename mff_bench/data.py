@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 from mff_bench.measure import Budget, NotRun, Record, in_rounds, need, show_group, stopwatch, timed_row
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
-from mff_min.data import Stream, Views, make_loader
+from mff_min.data import DeviceViews, Stream, Views, collate, make_loader
 from mff_min.randaugment import rand_augment
 from mff_min.runtime import pick_ops, start_world
 from mff_min.sources import ImageFolder, open_data
@@ -39,13 +40,13 @@ def draw_jpegs(folder, count, size=(500, 375)):
         image.save(folder / "train" / "drawn" / f"{i:05d}.jpg", quality=88)
 
 
-# ---- pipelines: of a folder, a function that makes training's view of image i
+# ---- pipelines: of a folder, a function that makes a batch of training's views of `count` images
 
 def torchvision_views(folder):
     """facebookresearch/mae's pre-training input."""
     need("torchvision")
     dataset = torchvision_folder(folder, SIZE)
-    return lambda i: dataset[i % len(dataset)]
+    return lambda count: default_collate([dataset[i % len(dataset)] for i in range(count)])
 
 
 def torchvision_folder(folder, size):
@@ -59,9 +60,13 @@ def torchvision_folder(folder, size):
 
 def our_views(folder, crop, source=None, augment=None):
     """Our input with one of our crops, of files or of another source."""
-    source = source or ImageFolder(folder, "train")
-    views = Views(source, crop, SIZE, 3, 196, 0, augment)
-    return lambda i: views[0, i % len(source)]
+    return batches_of(Views(source or ImageFolder(folder, "train"), crop, SIZE, 3, 196, 0, augment))
+
+
+def batches_of(views):
+    """Batches of our views, made as a loader's worker makes them."""
+    n = len(views.source)
+    return lambda count: collate(views.__getitems__([divmod(i, n) for i in range(count)]))
 
 
 def packed_source(folder, *flags):
@@ -73,6 +78,11 @@ def packed_source(folder, *flags):
         command = [sys.executable, "pack.py", str(folder / "train"), str(packed), *flags]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return open_data(str(packed), "train", "", print)
+
+
+def packed_small(folder):
+    """packed_source of what PixMIM's crop begins with."""
+    return packed_source(folder, "--short-side", "224", "--resample", "bilinear")
 
 
 def timm_views(folder):
@@ -90,7 +100,7 @@ def timm_views(folder):
                 return transform(image)
             except ValueError:                                          # posterize to 0 bits: Pillow refuses
                 pass
-    return view
+    return lambda count: default_collate([view(i) for i in range(count)])
 
 
 def crop_on_device(folder, device, batch=64):
@@ -103,10 +113,10 @@ def crop_on_device(folder, device, batch=64):
     boxes = torch.tensor([[16, 24, 180, 200]], device=device).repeat(batch, 1)
     flip = torch.arange(batch, device=device) % 2 == 0
 
-    def view(i):
-        if i % batch == 0:                                              # a batch stands for its images
+    def crop(count):
+        for _ in range(0, count, batch):
             ops.prepare(ops.resized_crop(images, boxes, SIZE, flip), mean, std)
-    return view
+    return crop
 
 
 PIPELINES = {                                                           # the first of each is the baseline
@@ -116,8 +126,9 @@ PIPELINES = {                                                           # the fi
         "mff_min, JPEG, simple": lambda folder, device: our_views(folder, "simple"),
         "mff_min, packed, random_resized":
             lambda folder, device: our_views(folder, "random_resized", packed_source(folder)),
-        "mff_min, packed, simple": lambda folder, device: our_views(
-            folder, "simple", packed_source(folder, "--short-side", "224", "--resample", "bilinear")),
+        "mff_min, packed, simple": lambda folder, device: our_views(folder, "simple", packed_small(folder)),
+        "mff_min, packed, simple, mirrored on the device": lambda folder, device: batches_of(
+            DeviceViews(packed_small(folder), "simple", SIZE, 3, 196, 0)),
         "mff_min, crop on the device": crop_on_device},
     "fine-tuning, RandAugment": {
         "timm": lambda folder, device: timm_views(folder),
@@ -131,8 +142,8 @@ def bench_pipelines(name, folder, options, budget, world):
     count, samples, problems = options.images, {}, {}
     for who, build in PIPELINES[name].items():
         try:
-            view = build(folder, world.device)
-            samples[who] = stopwatch(lambda view=view: [view(i) for i in range(count)], world.device)
+            batch = build(folder, world.device)
+            samples[who] = stopwatch(lambda batch=batch: batch(count), world.device)
         except NotRun as problem:
             problems[who] = str(problem)
     text = f"{name}: {len(samples)} pipelines"

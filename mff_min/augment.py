@@ -164,22 +164,29 @@ def cut(image, box):
 def reflected(image, top, left, size):
     """size pixels of an array (H, W, C) from (top, left) on; past its edges stands its reflection."""
     (height, width), (H, W) = size, image.shape[:2]
-    rows, columns = reflection(top, height, H), reflection(left, width, W)      # (height,), (width,)
-    first, last = np.clip([-left, W - left], 0, width).tolist()         # columns that are no reflection
+    up, down = inside(top, height, H)
+    first, last = inside(left, width, W)
     out = np.empty((height, width, image.shape[2]), np.uint8)           # (height, width, C)
-    if top >= 0 and top + height <= H:
-        out[:, first:last] = image[top:top + height, left + first:left + last]
-    else:
-        out[:, first:last] = image[rows, left + first:left + last]      # rows are copied, not single pixels
-    for outside in (slice(0, first), slice(last, width)):
-        out[:, outside] = image[rows[:, None], columns[outside]]
+    out[up:down, first:last] = image[top + up:top + down, left + first:left + last]
+    for i in (*range(up), *range(down, height)):                        # few: rows are copied one by one
+        out[i, first:last] = image[reflection(top + i, H), left + first:left + last]
+    if last - first < width:
+        rows = reflection(np.arange(top, top + height), H)              # (height,)
+        for j in (*range(first), *range(last, width)):
+            out[:, j] = image[:, reflection(left + j, W)][rows]
     return out
 
 
-def reflection(start, count, size):
-    """Where pixels start, start + 1, ... of a reflected line of this size stand in the line: (count,)."""
+def inside(start, count, size):
+    """The range of the pixels start, start + 1, ... that lie in a line of this size, counted from start."""
+    first = min(max(-start, 0), count)
+    return first, max(min(size - start, count), first)
+
+
+def reflection(at, size):
+    """Where what is seen at this place, or these, of a reflected line of this size stands in the line."""
     period = max(2 * (size - 1), 1)
-    at = np.abs(np.arange(start, start + count)) % period               # (count,)
+    at = abs(at) % period
     return np.minimum(at, period - at)
 
 

@@ -44,10 +44,17 @@ class Views(Dataset):
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
 
     def __getitem__(self, key):
-        epoch, index = key
-        item = self.read(epoch, index)
-        noise = rng.Rng(self.seed, rng.MASK, epoch, index).random(self.num_noise)
-        item["noise"] = torch.from_numpy(noise.astype(np.float32))
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """The items of a micro-batch, which is what a loader asks for: their noise is drawn together."""
+        streams = rng.hash_keys(self.seed, rng.MASK, *np.array(keys).T)
+        noise = rng.numbers(streams, self.num_noise).astype(np.float32)     # (keys, num_noise)
+        return [self.item(*key, row) for key, row in zip(keys, torch.from_numpy(noise), strict=True)]
+
+    def item(self, epoch, index, noise):
+        """What is asked for by (epoch, index), with its noise (num_noise,)."""
+        item = self.read(epoch, index) | dict(noise=noise)
         if self.reprob:
             box = augment.erasing_box(*self.size, rng.Rng(self.seed, rng.ERASE, epoch, index), self.reprob)
             key = rng.int64_key(self.seed, rng.NOISE, epoch, index)

@@ -1,11 +1,12 @@
-"""FLOPs of a pre-training step, and the rate that a device could do them at: what MFU is made of.
+"""FLOPs of a step of each stage, and the rate that a device could do them at: what MFU is made of.
 
 Counted are matrix products and attention, a multiplication and an addition as two, on the tokens that are
-there: the encoder has the visible ones, the last decoder block asks for the masked ones alone. Not counted
-are norms, GELUs, the loss, the optimizer, and what --grad-checkpointing computes again.
+there: in pre-training the encoder has the visible ones, and the last decoder block asks for the masked ones.
+Not counted are norms, GELUs, the loss, the optimizer, and what --grad-checkpointing computes again. Branches
+that drop path leaves out count, as they run.
 
 Shapes: L patches, V visible patches, K = L - V masked patches, D width of the encoder, E of the decoder,
-T = V + 1 tokens, Q tokens that a block computes, M fused levels, N = P * P * C.
+T tokens, in pre-training V + 1, Q tokens that a block computes, M fused levels, N = P * P * C, G classes.
 """
 
 import torch
@@ -31,10 +32,33 @@ def step_flops(model):
     return 3 * (blocks + ends + fusion + embed) - embed - fusion * model.detach_shallow
 
 
+def classifier_flops(encoder, head, frozen):
+    """FLOPs of a forward and backward pass of an encoder that sees every patch, with its head, for one image.
+
+    A frozen encoder has no backward pass, and its head's asks for no dx.
+
+        patch projection    2 L N D                    head                2 D G
+    """
+    L, T = encoder.num_patches, encoder.num_patches + 1
+    embed, classify = 2 * L * encoder.patch_embed.proj.weight.numel(), 2 * head.weight.numel()
+    blocks = sum(block_flops(block, T, T) for block in encoder.blocks)
+    return embed + blocks + 2 * classify if frozen else 3 * (embed + blocks + classify) - embed
+
+
 def block_flops(block, T, Q):
     """FLOPs of a block's forward pass for Q of T tokens: keys and values, queries, attention, proj, MLP."""
     hidden, D = block.mlp.fc1.weight.shape
     return 4 * T * D * D + 2 * Q * D * D + 4 * Q * T * D + 2 * Q * D * D + 4 * Q * D * hidden
+
+
+def peak_img_per_s(flops, tflops, world):
+    """Images a second at which the devices of a run would do nothing but multiply; 0 where it is not known.
+
+    flops is of one image, tflops of one device: 0 on a GPU is what a bfloat16 product reaches.
+    """
+    if not tflops and world.device.type == "cuda":
+        tflops = product_tflops(world.device)
+    return tflops * 1e12 * world.size / flops
 
 
 def product_tflops(device, side=8192, times=20):

@@ -18,6 +18,7 @@ ORDER, CROP, MASK, REPLACE, SHAPE, AUGMENT, ERASE, MIX, NOISE = range(9)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_STEP, _INT1, _INT2 = int(_GOLDEN), int(_MIX1), int(_MIX2)              # the same as Python's ints
 _ONES = 0xFFFFFFFFFFFFFFFF
 
 
@@ -32,9 +33,9 @@ def hash64(x):
 
 def hash_int(x):
     """hash64 of one Python int below 2**64: the same bits, in a fraction of the time of an array of one."""
-    x = (x + int(_GOLDEN)) & _ONES
-    x = ((x ^ (x >> 30)) * int(_MIX1)) & _ONES
-    x = ((x ^ (x >> 27)) * int(_MIX2)) & _ONES
+    x = (x + _STEP) & _ONES
+    x = ((x ^ (x >> 30)) * _INT1) & _ONES
+    x = ((x ^ (x >> 27)) * _INT2) & _ONES
     return x ^ (x >> 31)
 
 
@@ -46,6 +47,21 @@ def hash_key(*key):
     return np.uint64(state)
 
 
+def hash_keys(*key):
+    """hash_key of many keys at once: each part is an int, or an int64 of each. Returns (keys,) uint64."""
+    state = np.uint64(0)
+    for part in np.broadcast_arrays(*(np.asarray(part, np.int64) for part in key)):
+        state = hash64(state ^ part.view(np.uint64))                    # (keys,)
+    return state
+
+
+def numbers(keys, count):
+    """What Rng(key).random(count) gives of each of these keys, (keys,) uint64: (keys, count)."""
+    with np.errstate(over="ignore"):
+        bits = hash64(keys[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)      # (keys, count)
+    return (bits >> np.uint64(11)) * 2.0 ** -53
+
+
 def int64_key(*key):
     """hash_key's bits as a Python int that fits an int64 tensor: what normal_noise takes."""
     return int(hash_key(*key).view(np.int64))
@@ -55,27 +71,27 @@ class Rng:
     """Random numbers that depend on the key and on how many were drawn before, nothing else."""
 
     def __init__(self, *key):
-        self.key, self.drawn = hash_key(*key), 0
+        self.key, self.drawn = int(hash_key(*key)), 0
 
     def random(self, n):
         """The next n numbers, float64 with 53 random bits: shape (n,)."""
-        if n == 1:
-            self.drawn += 1
-            bits = hash_int((int(self.key) + (self.drawn - 1) * int(_GOLDEN)) & _ONES)
-            return np.array([(bits >> 11) * 2.0 ** -53])
-        counter = np.arange(self.drawn, self.drawn + n, dtype=np.uint64)
+        first = (self.key + self.drawn * _STEP) & _ONES
         self.drawn += n
-        with np.errstate(over="ignore"):
-            bits = hash64(self.key + counter * _GOLDEN)
-        return (bits >> np.uint64(11)) * 2.0 ** -53
+        return numbers(np.array([first], np.uint64), n)[0]
+
+    def number(self):
+        """The next number, a float: that of random(1), in a fraction of the time."""
+        bits = hash_int((self.key + self.drawn * _STEP) & _ONES)
+        self.drawn += 1
+        return (bits >> 11) * 2.0 ** -53
 
     def uniform(self, low=0.0, high=1.0):
         """One float in [low, high)."""
-        return float(low + (high - low) * self.random(1)[0])
+        return low + (high - low) * self.number()
 
     def integer(self, low, high):
         """One int in low ... high - 1."""
-        return low + int(self.random(1)[0] * (high - low))
+        return low + int(self.number() * (high - low))
 
     def normal(self):
         """One float of the standard normal distribution (Box & Muller, Ann. Math. Statist. 1958)."""

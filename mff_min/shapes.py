@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mff_min.rng import SHAPE, Rng, permutation
+from mff_min.rng import SHAPE, hash_keys, numbers, permutation
 
 VERSION = 1                                                             # of the cache: see load_shapes
 SPLITS = {"train": 0, "val": 1}                                         # in every key: splits share no sample
@@ -122,7 +122,7 @@ def render(split, indices, size=64):
     indices, key, pairs = [int(i) for i in indices], (SHAPE, SPLITS[split]), len(SHAPES) * len(TEXTURES)
     pair = np.array([permutation(pairs, *key, 0, i // pairs)[i % pairs] for i in indices], np.int64)
     shape, texture = pair % len(SHAPES), pair // len(SHAPES)            # (n,)
-    u = np.array([Rng(*key, 1, i).random(21) for i in indices]).reshape(-1, 21)
+    u = numbers(hash_keys(*key, 1, indices), 21)                        # (n, 21)
     scale, place_x, place_y, turn, coin, dark, light, hue, apart, stray, fine = u[:, :11].T
 
     # A coin says which of shape and background is dark, and their hues differ: a person sees the shape, yet

@@ -11,7 +11,7 @@ from PIL import Image
 from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
 from mff_min.config import UserError
 from mff_min.data import Stream, Views, make_loader
-from mff_min.rng import CROP, MASK, Rng, hash64, hash_int, permutation
+from mff_min.rng import CROP, MASK, Rng, hash64, hash_int, hash_keys, numbers, permutation
 from mff_min.runtime import BadSamples, Fault, World
 from mff_min.sources import ImageFolder, open_data
 
@@ -50,10 +50,18 @@ def test_random_numbers_depend_on_the_key_alone():
     one = Rng(1, 2, 3)
     assert np.array_equal(np.concatenate([one.random(2), one.random(3)]), Rng(1, 2, 3).random(5))
     singly = Rng(1, 2, 3)                                               # hashed as Python ints
-    assert [float(singly.random(1)[0]) for _ in range(5)] == Rng(1, 2, 3).random(5).tolist()
+    assert [singly.number() for _ in range(5)] == Rng(1, 2, 3).random(5).tolist()
+    assert singly.random(3).tolist() == Rng(1, 2, 3).random(8)[5:].tolist()
     keys = (1, 2, 3), (2, 1, 3), (1, 2), (1, 2, 3, 0), (0, CROP), (0, MASK)
     draws = [Rng(*key).random(4).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(draws)
+
+
+def test_many_keys_at_once_have_the_numbers_of_each():
+    epochs, indices = np.array([0, 1, 2 ** 40]), np.array([5, 0, 7])
+    keys = hash_keys(2 ** 63 - 1, MASK, epochs, indices)
+    alone = [Rng(2 ** 63 - 1, MASK, int(e), int(i)) for e, i in zip(epochs, indices, strict=True)]
+    assert numbers(keys, 6).tolist() == [source.random(6).tolist() for source in alone]
 
 
 def test_random_numbers_are_uniform():
@@ -158,8 +166,8 @@ class Fixed(Rng):
     def __init__(self, *numbers):
         self.numbers = list(numbers)
 
-    def random(self, n):
-        return np.array([self.numbers.pop(0) for _ in range(n)])
+    def number(self):
+        return self.numbers.pop(0)
 
 
 def test_random_resized_box_draws_area_and_log_aspect():

@@ -14,12 +14,13 @@ from kernels import TORCH
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, draw_mix, mix_arguments
 from mff_min.config import UserError, parse
 from mff_min.data import Stream, Views, collate
+from mff_min.flops import classifier_flops
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained
 from mff_min.randaugment import rand_augment
 from mff_min.rng import MIX, Rng
 from mff_min.runtime import Fault, read_log, run
 from mff_min.sources import open_data
-from mff_min.vit import resize_pos_embed
+from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --lr 1e-3 "
@@ -90,6 +91,14 @@ def test_a_run_learns_evaluates_and_explains_itself(finetune, tmp_path, capsys):
     theirs = timm.models.VisionTransformer(16, 4, embed_dim=64, depth=12, num_heads=2, num_classes=10,
                                            global_pool="avg")
     theirs.load_state_dict(state["model"], strict=True)
+
+
+def test_mfu_is_logged_where_a_peak_is_known(finetune, tmp_path):
+    finetune("--steps", "1", "--peak-tflops", "0.5")
+    model = VisionTransformer((16, 16), num_classes=10, **MODELS["vit_test"])
+    flops = classifier_flops(model, model.head, frozen=False)
+    line = read_log(tmp_path / "a" / "log.jsonl")[0]
+    assert line["mfu"] == pytest.approx(line["img_per_s"] * flops / 0.5e12)
 
 
 def test_sixteen_images_are_learned_by_heart(finetune, tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mff_min.flops import step_flops
+from mff_min.flops import classifier_flops, step_flops
 from mff_min.mim import MaskedAutoencoder, spread_indices
+from mff_min.probe import LinearProbe, pool_tokens
 from mff_min.vit import MODELS, VisionTransformer
 
 
@@ -27,6 +28,23 @@ def test_the_formula_counts_every_product_that_runs(name, img_size, out_indices,
     # Without memory attention runs as products; fused, its backward pass computes q k^T once more, which is
     # how it is done and no work of the model's.
     assert counter.get_total_flops() == 2 * step_flops(model)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name, img_size", [("vit_test", (16, 24)), ("vit_s", (224, 224))])
+def test_the_formula_counts_every_product_of_a_classifier(name, img_size, frozen):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        encoder = VisionTransformer(img_size, num_classes=0 if frozen else 7, **MODELS[name])
+        images = torch.empty(2, 3, *img_size)
+        if frozen:
+            probe = LinearProbe(encoder.embed_dim, 7)
+            with torch.no_grad():
+                features = pool_tokens(encoder.forward_features(images), "token")
+            probe(features).sum().backward()
+        else:
+            encoder(images).sum().backward()
+    head = probe.head if frozen else encoder.head
+    assert counter.get_total_flops() == 2 * classifier_flops(encoder, head, frozen)
 
 
 @pytest.mark.parametrize("name, mae, overhead", [("vit_s", 37.8, 0.6), ("vit_b", 57.1, 1.5),

@@ -220,7 +220,7 @@ def test_parts_of_any_image_fit_on_the_canvas():
 def test_simple_crops_at_any_place_are_slices_of_the_padded_image():
     image = np.asarray(noise_image(9, 12))
     padded = np.pad(image, [(5, 5), (5, 5), (0, 0)], mode="reflect")    # (19, 22, 3)
-    for height, width in ((6, 7), (9, 12), (1, 2)):
+    for height, width in ((6, 7), (9, 12), (1, 2), (19, 22), (17, 3)):
         for top in range(-5, 14 - height + 1):
             for left in range(-5, 17 - width + 1):
                 got = augment.reflected(image, top, left, (height, width))

@@ -18,14 +18,15 @@ from kernels import TORCH
 from mff_min.augment import evaluation, single_draw
 from mff_min.chart import Panel, Series, chart, nice_axis
 from mff_min.config import UserError, parse
+from mff_min.flops import classifier_flops
 from mff_min.layers import features_of_layers
 from mff_min.mim import MaskedAutoencoder
 from mff_min.optim import LARS
 from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
-from mff_min.runtime import Fault, run
-from mff_min.vit import MODELS
+from mff_min.runtime import Fault, read_log, run
+from mff_min.vit import MODELS, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
@@ -225,6 +226,15 @@ def test_an_unreadable_validation_image_counts_as_wrong(probe, tmp_path):
         assert metrics["val_images"] == 16 and metrics["acc1"] == 100 * 15 / 16
     with pytest.raises(Fault, match="more than --max-bad 0.01"):
         probe(*flags, to="strict")
+
+
+def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path):
+    probe("--steps", "1", "--peak-tflops", "0.5")
+    head = LinearProbe(64, 10).head
+    encoder = VisionTransformer((16, 16), **MODELS["vit_test"])
+    flops = classifier_flops(encoder, head, frozen=True)
+    line = read_log(tmp_path / "a" / "log.jsonl")[0]
+    assert line["mfu"] == pytest.approx(line["img_per_s"] * flops / 0.5e12)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
