@@ -36,6 +36,7 @@ import torch
 import train_finetune
 import train_pretrain
 import train_probe
+from mff_min import comparison
 from mff_min.config import UserError, check_ranges, knob, opt, parse
 from mff_min.runtime import (Fault, Stopped, StopSignals, describe_environment, duration, read_log, run,
                              start_world, write_atomically, write_json)
@@ -100,7 +101,8 @@ class Config:
     # these change only how it is reached
     study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<preset>")
     output_dir: str = knob("results", "where study_<data>_<device>.json is written")
-    report: bool = knob(False, "run nothing: the tables of what is finished")
+    figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
+    report: bool = knob(False, "run nothing: the tables and figures of what is finished")
     minutes: float = knob(0.0, "stop after so long, with everything saved; 0: when all is done", least=0)
     jobs: int = knob(2, "units at a time, each of one thread; 1 on a GPU", above=0)
     workers: int = knob(0, "loader processes for each unit", least=0)
@@ -278,6 +280,11 @@ def main(cfg):
         with StopSignals() as signals, held(folder, dict(preset=cfg.preset, data=name)):
             path.parent.mkdir(parents=True, exist_ok=True)
             run_units(cfg, units, folder, path, results, device, signals)
+    if not results["records"]:
+        raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
+    print("\n" + comparison.report(results, len(plan(PRESETS[cfg.preset], methods, seeds))), flush=True)
+    for stem in comparison.save_figures(results, cfg.figures, path.stem):
+        print(f"  {stem}.png", flush=True)
     return results
 
 
@@ -403,8 +410,7 @@ def run_units(cfg, units, folder, path, results, device, signals):
             seconds = time.monotonic() - started
             if process.exitcode or not note(unit, None if went_on else seconds):
                 stop(running)
-                raise Fault(f"{unit.method}, seed {unit.seed}, {unit.stage} ended with code "
-                            f"{process.exitcode}: {last_words(folder_of(folder, unit))}")
+                raise failure(unit, process.exitcode, folder)
             finished.append(unit)
             costs = renewed(costs, results, left + list(running))
             print(f"{unit.method}, seed {unit.seed}, {unit.stage}: {duration(seconds)}", flush=True)
@@ -428,10 +434,13 @@ def start(cfg, unit, folder, *more):
     return process
 
 
-def last_words(place):
-    """The last line that a unit said, and where the others are."""
-    said = (place / "output.txt").read_text().strip().splitlines()
-    return f"{said[-1] if said else 'it said nothing'} ({place / 'output.txt'})"
+def failure(unit, code, folder):
+    """What to raise where a unit ended with this code: UserError for 2, with the last line that it said."""
+    output = folder_of(folder, unit) / "output.txt"
+    said = output.read_text().strip().splitlines()
+    kind = UserError if code == 2 else Fault
+    return kind(f"{unit.method}, seed {unit.seed}, {unit.stage} ended with code {code} ({output}): "
+                f"{said[-1].removeprefix('error: ') if said else 'it said nothing'}")
 
 
 def stop(running):
@@ -471,17 +480,19 @@ def measure(cfg, units, results, folder, jobs):
     for seed in range(jobs):
         start(cfg, Unit("random", seed, "pretrain"), trial).join()
     for method, stage in (("MFF_12", "pretrain"), ("random", "finetune")):
+        began = time.monotonic()
         line, given = try_out(cfg, [Unit(method, seed, stage) for seed in range(jobs)], trial)
+        before = time.monotonic() - began                               # of every unit, about
         num_samples = line["step"] * given["global_batch"] / line["epoch"]
         steps = given["steps"] or given["epochs"] * num_samples / given["global_batch"]
         rates[stage], images[stage] = line["img_per_s"], steps * given["global_batch"]
     for stage in {unit.stage for unit in units} - set(costs):
         if stage in rates:
-            costs[stage] = images[stage] / rates[stage]
+            costs[stage] = before + images[stage] / rates[stage]
             continue
         given = parse(MODULES[stage].Config, PRESETS[cfg.preset][stage].split())
         seen = 2 * min(given.layer_images, num_samples) if stage == "layers" else 1.2 * num_samples
-        costs[stage] = 2 * seen / (3 * rates["finetune"])
+        costs[stage] = before + 2 * seen / (3 * rates["finetune"])
     return costs
 
 
@@ -496,7 +507,7 @@ def try_out(cfg, units, folder):
         process.terminate()
         process.join()
     if not lines:
-        raise Fault(f"a few steps of {units[-1].stage} did not work: {last_words(place)}")
+        raise failure(units[-1], processes[-1].exitcode, folder)
     return lines[-1], json.loads((place / "config.json").read_text())
 
 

@@ -5,21 +5,29 @@ difference is taken seed by seed, and its spread over the seeds gives the interv
 """
 
 import math
+import re
 import statistics
 from dataclasses import dataclass
 
+from mff_min.chart import Figure, Panel, Series, save
+from mff_min.mim import parse_out_indices
+from mff_min.vit import MODELS
+
 BASE = "MAE"
 CONFIDENCE = 0.95
-ORDER = ("pixels", "random", "MAE", "PixMIM", "MFF_MAE", "MFF_PixMIM", "MFF_detach", "MFF_2", "MFF_4", "MFF_12")
+COLOURS = {"pixels": "ink", "random": "grey", "MAE": "blue", "PixMIM": "green", "MFF_MAE": "orange",
+           "MFF_PixMIM": "red", "MFF_detach": "purple",
+           "MFF_2": "teal", "MFF_4": "teal", "MFF_12": "teal"}          # the ablation has figures of its own
+ORDER = tuple(COLOURS)
 OTHERS = {"linear": "LARS", "knn": "k-NN", "finetune": "fine-tuning"}   # stages with one accuracy
-LEVELS = {"MFF_2": 2, "MFF_4": 4, "MFF_MAE": 6, "MFF_12": 12}           # fused by each (MFF, table 4)
+LEVELS = {"MAE": 1, "MFF_2": 2, "MFF_4": 4, "MFF_MAE": 6, "MFF_12": 12} # fused by each (MFF, table 4)
 
 
 # ---------------------------------------------------------------- statistics
 
 
 def t_within(t, df):
-    """P(|T| <= t) of Student's t with a whole number of degrees of freedom (Abramowitz & Stegun, 26.7.3, 4)."""
+    """P(|T| <= t) of Student's t with df whole degrees of freedom (Abramowitz & Stegun, 26.7.3, 4)."""
     angle = math.atan(t / math.sqrt(df))
     sine, cosine = math.sin(angle), math.cos(angle)
     term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
@@ -134,9 +142,9 @@ def table_of(metric):
         spread = f"{statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
         found = difference(values, metric.values.get(BASE, {})) if method != BASE else None
         points = f"{found.mean:+.2f}" if found else ""
-        interval = interval_of(found) if found else ""
-        yield f"| {method} | {len(values)} | {statistics.mean(values.values()):.2f} | {spread} | {points} | " \
-              f"{interval} |"
+        cells = (method, len(values), f"{statistics.mean(values.values()):.2f}", spread, points,
+                 interval_of(found) if found else "")
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def interval_of(found):
@@ -146,18 +154,19 @@ def interval_of(found):
     return f"{found.mean - found.half:+.2f} to {found.mean + found.half:+.2f}"
 
 
-def verdict(metric, method):
-    """A sentence on what a method's difference to MAE says, or "" where there is none."""
-    found = difference(metric.values.get(method, {}), metric.values.get(BASE, {}))
-    if not found:
-        return ""
-    text = f"{metric.name}: {method} minus {BASE} is {found.mean:+.2f} points"
-    if found.half is None:
-        return f"{text} of one seed, so no difference can be told."
-    text += f", interval {interval_of(found)}, over {found.pairs} seeds: "
-    if not found.told:
-        return text + "it contains 0, so no difference can be told."
-    return text + f"{method} is {'better' if found.mean > 0 else 'worse'}."
+def verdict(metric):
+    """A sentence on which methods differ from MAE, or "" where there is nothing to compare.
+
+    A method is better or worse where the interval excludes 0; else no difference can be told.
+    """
+    told = {"better than": [], "worse than": [], "no difference can be told from": []}
+    for method, values in metric.values.items():
+        found = difference(values, metric.values.get(BASE, {})) if method != BASE else None
+        if found:
+            key = ("better than" if found.mean > 0 else "worse than") if found.told else list(told)[-1]
+            told[key].append(f"{method} ({found.mean:+.2f}{f', {found.pairs} pair' * (found.pairs < 2)})")
+    said = [f"{text} {BASE}: {', '.join(methods)}" for text, methods in told.items() if methods]
+    return f"{metric.name}: {'; '.join(said)}." if said else ""
 
 
 def report(results, planned=None):
@@ -176,19 +185,19 @@ def report(results, planned=None):
     parts.append("The spread above is over seeds. The validation images are a sample too, the same one for "
                  "every method: one standard error of an accuracy from it alone is, for " + "; ".join(errors)
                  + ".")
-    said = [f"- {text}" for metric in metrics for method in metric.values
-            if method not in (BASE, "pixels", "random") and (text := verdict(metric, method))]
+    said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
     if said:
+        compared = sum(len(metric.values.keys() - {BASE}) for metric in metrics)
         parts.append("\n".join(said))
-        parts.append(f"Of {len(said)} such intervals, {len(said) / 20:.1f} would exclude 0 by chance alone if "
-                     f"no method differed from {BASE}.")
+        parts.append(f"Each interval is for one comparison. Of {compared}, {compared / 20:.1f} would exclude "
+                     f"0 by chance if no row differed from {BASE}.")
     for label in labels_of(results):
         parts.append("\n".join(layer_table(results, label)))
     return "\n\n".join(parts)
 
 
 def binomial_error(metric):
-    """One standard error, in points, of the mean accuracy of the metric's methods on its validation images."""
+    """One standard error, in points, of the methods' mean accuracy on the metric's validation images."""
     p = statistics.mean(statistics.mean(values.values()) for values in metric.values.values()) / 100
     return 100 * math.sqrt(p * (1 - p) / metric.val_images)
 
@@ -200,4 +209,110 @@ def layer_table(results, label):
     yield f"| {label}, linear, % | " + " | ".join(layers) + " |"
     yield "|---" * (len(layers) + 1) + "|"
     for method, row in found.items():
-        yield f"| {method} | " + " | ".join(f"{row[layer]:.1f}" if layer in row else "" for layer in layers) + " |"
+        cells = [f"{row[layer]:.1f}" if layer in row else "" for layer in layers]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+# ---------------------------------------------------------------- figures
+
+
+def figures_of(results):
+    """{name: Figure} of a study, those for which it has numbers."""
+    about = f"{results['data']}, preset {results['preset']}"
+    found = {"differences": forest(results, about), "levels": levels(results, about),
+             "layers": layers(results, about), "loss": losses(results, about),
+             "weights": weights(results, about)}
+    return {name: figure for name, figure in found.items() if figure.panels}
+
+
+def save_figures(results, folder, stem):
+    """Draw the figures into a folder, under names that begin with stem; returns them without their ends."""
+    command = f"python study.py --preset {results['preset']} --data {results['data']} --report"
+    figures = {f"{folder}/{stem}_{name}": figure for name, figure in figures_of(results).items()}
+    for path, figure in figures.items():
+        save(figure, path, command)
+    return list(figures)
+
+
+def forest(results, about):
+    """The paired difference of every method to MAE with its interval, a panel for each metric."""
+    panels = []
+    for metric in metrics_of(results):
+        found = {method: difference(values, metric.values.get(BASE, {}))
+                 for method, values in metric.values.items() if method not in (BASE, "pixels", "random")}
+        found = {method: each for method, each in found.items() if each and each.half is not None}
+        if found:
+            points = [(float(x), each.mean) for x, each in enumerate(found.values())]
+            zero = [(-0.5, 0.0), (len(found) - 0.5, 0.0)]
+            series = [Series("no difference", zero, (), "grey", dash=4),
+                      Series("mean over the seeds, 95 % interval", points,
+                             [each.half for each in found.values()], "blue", line=False)]
+            panels.append(Panel(metric.name, "", f"points over {BASE}", list(found), series, zero=False))
+    return Figure(f"Difference to {BASE} from the same seeds: {about}", panels, columns=2, width=620)
+
+
+def levels(results, about):
+    """Accuracy over the number of fused levels (MFF, table 4): mean and deviation over the seeds."""
+    panels = []
+    for metric in metrics_of(results):
+        found = {levels: list(metric.values[method].values()) for method, levels in LEVELS.items()
+                 if method in metric.values}
+        if len(found) > 2:
+            points = [(float(x), statistics.mean(values)) for x, values in enumerate(found.values())]
+            errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+            series = [Series("mean over the seeds, bars of one standard deviation", points, errors, "blue")]
+            panels.append(Panel(metric.name, "fused levels; 1 is MAE", "accuracy, %", list(map(str, found)),
+                                series, zero=False))
+    return Figure(f"The number of fused levels: {about}", panels, columns=2)
+
+
+def layers(results, about):
+    """The linear probe of every layer, a panel for each label."""
+    panels = []
+    for label in labels_of(results):
+        found = layers_of(results, label)
+        names = [layer for layer in dict.fromkeys(layer for row in found.values() for layer in row)
+                 if layer != "fused"]
+        series = [Series(method, [(float(x), found[method][name]) for x, name in enumerate(names)], (),
+                         COLOURS[method]) for method in ("random", BASE, "MFF_MAE") if method in found]
+        panels.append(Panel(label, "block", "accuracy, %", [name.removeprefix("block ") for name in names],
+                            series, zero=False))
+    return Figure(f"Linear probe of each layer, mean over the seeds: {about}", panels)
+
+
+def mean_curves(results, key):
+    """{method: (record, rows of the step and means over the seeds)} of pre-training records with a curve."""
+    found = {}
+    for method in ORDER:
+        records = [record for record in results["records"]
+                   if (record["method"], record["stage"]) == (method, "pretrain") and key in record]
+        if records:
+            rows = zip(*(record[key] for record in records), strict=True)
+            found[method] = records[0], [[statistics.mean(column) for column in zip(*row, strict=True)]
+                                         for row in rows]
+    return found
+
+
+def losses(results, about):
+    """The pre-training loss of each method over the steps, but for the first, which all share."""
+    series = [Series(method, [(float(step), value) for step, value in curve[1:]], (), COLOURS[method],
+                     dots=False)
+              for method, (_, curve) in mean_curves(results, "loss").items() if COLOURS[method] != "teal"]
+    panels = [Panel("", "step", "loss on masked patches", None, series, zero=False)] if series else []
+    return Figure(f"Pre-training loss, mean over the seeds: {about}", panels, width=800,
+                  note="PixMIM's target is another, smoother image: its loss is not comparable.")
+
+
+def weights(results, about):
+    """The weight of each fused level over the steps, a panel for each method that fuses."""
+    panels = []
+    for method, (record, curve) in mean_curves(results, "fusion").items():
+        depth = MODELS[re.search(r"--model (\S+)", record["flags"])[1]]["depth"]
+        blocks = parse_out_indices(re.search(r"--out-indices (\S+)", record["flags"])[1], depth)
+        series = [Series(f"block {block}", [(float(row[0]), row[1 + i]) for row in curve], (),
+                         block / (depth - 1), dots=False) for i, block in enumerate(blocks)]
+        equal = [(float(row[0]), 1 / len(blocks)) for row in (curve[0], curve[-1])]
+        series.append(Series("equal", equal, (), "grey", dash=4))
+        panels.append(Panel(f"{method}: {len(blocks)} levels", "step", "weight", None, series, zero=False))
+    panels.sort(key=lambda panel: len(panel.series))
+    return Figure(f"Fusion weight of every level, mean over the seeds: {about}", panels, columns=3, width=400)
