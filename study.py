@@ -38,7 +38,7 @@ import train_pretrain
 import train_probe
 from mff_min import comparison
 from mff_min.config import UserError, check_ranges, knob, opt, parse
-from mff_min.runtime import (Fault, Stopped, StopSignals, describe_environment, duration, read_log, run,
+from mff_min.runtime import (Fault, StopSignals, describe_environment, duration, leave, read_log, run,
                              start_world, write_atomically, write_json)
 
 # ---------------------------------------------------------------- what is compared
@@ -63,10 +63,10 @@ TUNE = "--crop simple --rand-augment 0 --mixup 0 --cutmix 0 --drop-path 0"
 PRESETS = {
     "minutes": dict(
         shapes="shapes:10000", ablation=("pretrain", "layers"),
-        pretrain=f"{SMALL} --decoder-depth 1 --img-size 48 --global-batch 32 --batch-size 32 --steps 500 "
+        pretrain=f"{SMALL} --decoder-depth 1 --img-size 48 --global-batch 32 --batch-size 32 --steps 400 "
                  f"--lr 3e-3",
         layers="--layers 2,5,8,11 --layer-images 2000 --pool avg",
-        finetune=f"{TUNE} --global-batch 32 --batch-size 32 --steps 120 --lr 4e-3"),
+        finetune=f"{TUNE} --global-batch 32 --batch-size 32 --steps 100 --lr 4e-3"),
     "cpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn"),
         pretrain=f"{SMALL} --decoder-depth 2 --img-size 64 --global-batch 64 --batch-size 64 --steps 3000 "
@@ -356,47 +356,30 @@ def run_units(cfg, units, folder, path, results, device, signals):
             write_json(path, results)
         return found is not None
 
-    done = {unit_of(record) for record in results["records"]}
-    for unit in units:                                                  # it may have ended and not been noted
-        about = folder_of(folder, unit) / "flags.txt"
-        if about.exists():
-            check_flags(unit, about.read_text(), about, cfg)
-        if unit not in done and note(unit, None):
-            done.add(unit)
-    left = [unit for unit in units if unit not in done]
-    # An encoder that is needed and is not on this machine is trained again.
-    for unit in list(left):
-        origin = unit._replace(stage="pretrain")
-        if origin not in left and not (folder_of(folder, origin) / "encoder.pt").exists():
-            left.insert(left.index(unit), origin)
+    left = what_is_left(cfg, units, folder, {unit_of(record) for record in results["records"]}, note)
     print(f"{len(units)} units, {len(left)} of them left: {len({unit[:2] for unit in units})} encoders, "
           f"pre-trained and measured; results: {path}", flush=True)
     if not left:
         return
-
     costs = measure(cfg, left, results, folder, jobs)
-    total = sum(costs[unit.stage] for unit in left) / jobs
-    print(f"about {duration(total)} for them, {jobs} at a time", flush=True)
+    print(f"about {duration(sum(costs[unit.stage] for unit in left) / jobs)} for them, {jobs} at a time",
+          flush=True)
 
-    running, finished = {}, []
+    running, finished, printed = {}, 0, time.monotonic()
     signals.start()
-    printed = time.monotonic()
     while left or running:
-        ends = signals.number or cfg.minutes and time.monotonic() - began > 60 * cfg.minutes
-        if ends:
+        if signals.number or cfg.minutes and time.monotonic() - began > 60 * cfg.minutes:
             stop(running)
-            for unit in running:
-                note(unit, None)
             signals.release()
-            text = f"{len(finished)} units finished in this part, {len(left) + len(running)} left"
+            text = f"{finished} units finished in this part, {len(left) + len(running)} left"
             if signals.number:
-                raise Stopped(signals.number, len(done) + len(finished), len(units), folder)
+                leave(f"stopped: signal {signals.number}: {text}; the same command goes on",
+                      128 + signals.number)
             print(f"stopped after {cfg.minutes:g} minutes: {text}; the same command goes on", flush=True)
             return
         busy = {unit[:2] for unit in running}                           # one stage of an encoder at a time
-        ready = [unit for unit in left if unit[:2] not in busy]
-        if ready and len(running) < jobs:
-            unit = ready[0]
+        unit = next((unit for unit in left if unit[:2] not in busy), None)
+        if unit and len(running) < jobs:
             left.remove(unit)
             went_on = (folder_of(folder, unit) / "last.pt").exists()
             running[unit] = start(cfg, unit, folder), time.monotonic(), went_on
@@ -411,17 +394,32 @@ def run_units(cfg, units, folder, path, results, device, signals):
             if process.exitcode or not note(unit, None if went_on else seconds):
                 stop(running)
                 raise failure(unit, process.exitcode, folder)
-            finished.append(unit)
-            costs = renewed(costs, results, left + list(running))
+            finished += 1
             print(f"{unit.method}, seed {unit.seed}, {unit.stage}: {duration(seconds)}", flush=True)
-            printed = 0.0
+            costs, printed = renewed(costs, results, left + list(running)), 0.0
         if time.monotonic() - printed > 30:
             printed = time.monotonic()
             gone = sum(min(printed - started, costs[unit.stage]) for unit, (_, started, _) in running.items())
             rest = (sum(costs[unit.stage] for unit in left + list(running)) - gone) / jobs
-            print(f"{len(finished)} of {len(finished) + len(left) + len(running)} units  "
+            print(f"{finished} of {finished + len(left) + len(running)} units  "
                   f"{duration(printed - began)} gone, about {duration(rest)} left", flush=True)
     signals.release()
+
+
+def what_is_left(cfg, units, folder, done, note):
+    """The units to run. Those that had ended before a study was killed are noted; settings are compared."""
+    for unit in units:
+        about = folder_of(folder, unit) / "flags.txt"
+        if about.exists():
+            check_flags(unit, about.read_text(), about, cfg)
+        if unit not in done and note(unit, None):
+            done.add(unit)
+    left = [unit for unit in units if unit not in done]
+    for unit in list(left):                                             # its encoder may be on another machine
+        origin = unit._replace(stage="pretrain")
+        if origin not in left and not (folder_of(folder, origin) / "encoder.pt").exists():
+            left.insert(left.index(unit), origin)
+    return left
 
 
 def start(cfg, unit, folder, *more):
