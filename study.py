@@ -415,7 +415,7 @@ def what_is_left(cfg, units, folder, done, note):
         if unit not in done and note(unit, None):
             done.add(unit)
     left = [unit for unit in units if unit not in done]
-    for unit in list(left):                                             # its encoder may be on another machine
+    for unit in list(left):                                             # its encoder may be elsewhere
         origin = unit._replace(stage="pretrain")
         if origin not in left and not (folder_of(folder, origin) / "encoder.pt").exists():
             left.insert(left.index(unit), origin)
