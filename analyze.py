@@ -17,8 +17,6 @@ A RUN is the folder of a run, or a file that --record wrote, or metrics.json of 
 Each is written as .png, as .svg, which has a dark palette too, and as .json, the numbers in it. The last
 three look at unmasked images: the evaluation crop of the first run's validation images, or of what --data
 names. A block's features are its own output, before any norm.
-
-Shapes: B images, T tokens (class token first), D width, h heads.
 """
 
 import math
@@ -28,21 +26,16 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mff_min.chart import Figure, HeatMap, Panel, Series, Tiles, save
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
-from mff_min.data import Views, make_loader
+from mff_min.examine import difference_of_sizes, examine, open_subject
 from mff_min.layers import figure_of_layers
-from mff_min.measures import (attention_distance, attention_weights, cka, frequencies, gram, log_amplitudes,
-                              patch_distances)
-from mff_min.mim import fuse, parse_out_indices
+from mff_min.measures import cka, frequencies, patch_distances
 from mff_min.pens import LINES
-from mff_min.pretrained import build_encoder, build_fusion, read_pretrained, settings_of
 from mff_min.records import open_run, read_sheet, write_record
-from mff_min.runtime import Progress, pick_ops, run, start_world
+from mff_min.runtime import pick_ops, run, start_world
 from mff_min.sources import open_data
-from mff_min.vit import MODELS
 
 
 @dataclass(frozen=True)
@@ -75,11 +68,10 @@ def draw_weights(cfg, runs):
     """A panel for each run: the softmaxed weight of its levels, coloured by depth."""
     panels = []
     for each in runs:
-        depth = MODELS[each.config["model"]]["depth"]
-        blocks = parse_out_indices(each.config["out_indices"], depth)
-        points = [(each.seen(line), line["fusion_weights"]) for line in each.log if "fusion_weights" in line]
+        depth, blocks, points = each.fusion_weights()
         series = [Series(f"block {block}", [(x, weights[i]) for x, weights in points], (),
-                         block / max(depth - 1, 1), dots=len(points) == 1) for i, block in enumerate(blocks)]
+                         block / (depth - 1), dots=len(points) == 1, tag=str(block))
+                  for i, block in enumerate(blocks)]
         levels = "1 level"
         if len(blocks) > 1:
             equal = [(x, 1 / len(blocks)) for x in (points[0][0], points[-1][0])]
@@ -133,7 +125,7 @@ def draw_reconstructions(cfg, runs):
         names = ["image", "masked", *(f"step {step}" for step in steps)]
         panels.append(Tiles(each.name if len(runs) > 1 else "", names, rows, images))
     across, down = (max(len(getattr(panel, side)) for panel in panels) for side in ("columns", "rows"))
-    normed = any(each.config["norm_pix_loss"] for each in runs)
+    normed = any(each.config.get("norm_pix_loss") for each in runs)
     return Figure("Held-out images, masked patches as the model predicts them", panels, columns=1,
                   width=118 * across + 22, height=118 * down + 44,
                   note="Normalised patches are predicted: the true mean and deviation of each are put back."
@@ -141,81 +133,11 @@ def draw_reconstructions(cfg, runs):
 
 
 def draw_layers(cfg, runs):
+    """A panel for each label, with the runs' accuracies over the layers."""
     return figure_of_layers({each.name: each.metrics["rows"] for each in runs})
 
 
 # ---------------------------------------------------------------- figures from encoders
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What images tell of one encoder."""
-    grid: tuple
-    patch_size: int
-    amplitudes: dict                                                    # {tap: mean logarithm by frequency}
-    distances: list                                                     # [block][head], in pixels
-    grams: list                                                         # [block][minibatch]
-
-
-def load(each, device):
-    """(encoder, Fusion or None, mean, std) of a run."""
-    pretrained = read_pretrained(each.path)
-    settings = settings_of(pretrained, None, None, None, None)
-    encoder = build_encoder(pretrained).to(device)
-    return encoder, build_fusion(pretrained, encoder), settings["mean"], settings["std"]
-
-
-def look_at(encoder, fusion, images, ops):
-    """({tap: tokens (B, T, D)}, attention distances (blocks, h)) of unmasked images."""
-    first = encoder.embed(images)                                       # (B, T, D)
-    levels = encoder.forward_blocks(first, range(len(encoder.blocks)))
-    taps = {f"block {i}": level for i, level in enumerate(levels)} | {"normed": encoder.norm(levels[-1])}
-    if fusion:
-        taps["fused"] = fuse([levels[i] for i in fusion.out_indices], fusion.proj_layers, fusion.proj_weights,
-                             encoder.norm, ops)
-    distances = []
-    for block, x in zip(encoder.blocks, [first, *levels[:-1]], strict=True):
-        weights = attention_weights(block.attn, block.norm1(x))
-        distances.append(attention_distance(weights, encoder.grid, encoder.patch_size))
-    return taps, torch.stack(distances)
-
-
-@torch.no_grad()
-def examine(cfg, source, encoders, world):
-    """Findings of each encoder on the same images, and how many these were."""
-    ops, device = pick_ops(cfg.ops, world.device), world.device
-    count = min(cfg.images, len(source))
-    keys = [(0, i * len(source) // count) for i in range(count)]        # classes may come one after the other
-    starts = range(0, max(count - 3, 1), cfg.batch_size)                # HSIC needs four: fewer join the last
-    batches = [keys[start:end] for start, end in zip(starts, [*starts[1:], count], strict=True)]
-    progress, found, bad = Progress(count * len(encoders), 0, world, text="looking at images"), [], {}
-    for number, (encoder, fusion, *statistics) in enumerate(encoders):
-        mean, std = (torch.tensor(values, device=device) for values in statistics)
-        sides = [patches * encoder.patch_size for patches in encoder.grid]
-        views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)
-        amplitudes, distances, grams, seen = {}, 0, [[] for _ in encoder.blocks], 0
-        for batch in make_loader(views, batches, cfg.workers, device.type == "cuda"):
-            bad.update(batch["bad"])
-            pixels = batch["image"][~batch["replaced"]].to(device)
-            if len(pixels) < 4:                                         # of the others, none could be read
-                continue
-            seen += len(pixels)
-            taps, of_heads = look_at(encoder, fusion, ops.prepare(pixels, mean, std), ops)
-            distances = distances + of_heads * len(pixels)
-            for tap, x in taps.items():
-                logs = log_amplitudes(x[:, 1:], encoder.grid) * len(pixels)
-                amplitudes[tap] = amplitudes.get(tap, 0) + logs
-            for block, of_block in enumerate(grams):
-                of_block.append(gram(taps[f"block {block}"][:, 1:]))
-            progress.tick(number * count + seen)
-        if not seen:
-            raise UserError(f"{count - len(bad)} images can be read: expected 4 or more")
-        amplitudes = {tap: (total / seen).tolist() for tap, total in amplitudes.items()}
-        distances = (distances / seen).tolist()
-        found.append(Findings(encoder.grid, encoder.patch_size, amplitudes, distances, grams))
-    if bad:
-        progress.say(f"warning: {len(bad)} images cannot be read and are left out, {min(bad)} for one")
-    return found, seen
 
 
 def draw_spectrum(runs, found, about):
@@ -228,7 +150,7 @@ def draw_spectrum(runs, found, about):
                   for tap, values in findings.amplitudes.items()}
         blocks = [tap for tap in curves if tap.startswith("block")]
         depth = len(blocks)
-        series = [Series(tap, curves[tap], (), i / max(depth - 1, 1)) for i, tap in enumerate(blocks)]
+        series = [Series(tap, curves[tap], (), i / (depth - 1), tag=str(i)) for i, tap in enumerate(blocks)]
         panels.append(Panel(f"{each.name}: every block", *labels, None, series, zero=False))
         last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "teal"),
                 ("fused", "fused blocks, normed", "purple"))
@@ -274,15 +196,6 @@ def draw_attention(runs, found, about):
                              Series("a head", dots, (), "orange", line=False)]))
     return Figure("How far each head attends", panels, columns=min(2, len(panels)), share_y=True,
                   note=f"{about} Mean over patches; the class token is left out.")
-
-
-def difference_of_sizes(runs, encoders):
-    """What keeps the layers of these encoders from being compared, or ""."""
-    sizes = [f"{encoder.embed_dim} wide, {len(encoder.blocks)} blocks of {encoder.blocks[0].attn.num_heads} "
-             f"heads, {encoder.grid[0]} x {encoder.grid[1]} patches of {encoder.patch_size}"
-             for encoder, *_ in encoders]
-    return next((f"runs of one size: {runs[0].path} is {sizes[0]}, {each.path} is {size}"
-                 for each, size in zip(runs, sizes, strict=True) if size != sizes[0]), "")
 
 
 # ---------------------------------------------------------------- the way through
@@ -332,9 +245,9 @@ def main(cfg):
     """Draw the figures that cfg asks for; returns {figure: path of its .png}."""
     check_ranges(cfg)
     paths = [Path(path).resolve() for path in cfg.runs]
-    names = cfg.names.split(",") if cfg.names else [path.stem for path in paths]
+    names = cfg.names.split(",") if cfg.names else [path.name.removesuffix(".json") for path in paths]
     if not cfg.names and len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{path.stem}" for path in paths]
+        names = [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
     if len(names) != len(paths) or len(set(names)) < len(names):
         raise UserError(f"--names {','.join(names)}: expected {len(paths)} names that differ, one a run")
     colours = LINES if len(names) <= len(LINES) else [i / (len(names) - 1) for i in range(len(names))]
@@ -352,28 +265,40 @@ def main(cfg):
 
 
 def draw(cfg, chosen, world):
+    """Draw and write the chosen figures; returns {figure: path of its .png}."""
+    alone = len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir()
+    folder = Path(cfg.output_dir or (Path(cfg.runs[0]) / "figures" if alone else "runs/figures"))
     figures = {name: FROM_FILES[name](cfg, able) for name, able in chosen.items() if name in FROM_FILES}
     measured = {name: able for name, able in chosen.items() if name in FROM_ENCODERS}
     if measured:
         runs = next(iter(measured.values()))                            # all three need the same
-        encoders = [load(each, world.device) for each in runs]
-        if "cka" in measured and (difference := difference_of_sizes(runs, encoders)):
+        subjects = [open_subject(each.path, world.device) for each in runs]
+        if "cka" in measured and (difference := difference_of_sizes(subjects)):
             if cfg.figures != "all":
                 raise UserError(f"--figures cka needs {difference}")
             print(f"cka: left out, it needs {difference}")
             del measured["cka"]
         data = cfg.data or runs[0].config["data"]
-        found, seen = examine(cfg, open_data(data, "val", cfg.cache_dir, print), encoders, world)
+        source = open_data(data, "val", cfg.cache_dir, print)
+    make_folder(folder)
+    if measured:
+        ops = pick_ops(cfg.ops, world.device)
+        found, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)
         figures |= {name: FROM_ENCODERS[name](runs, found, f"{seen} unmasked images of {data}.")
                     for name in measured}
-    alone = len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir()
-    folder = Path(cfg.output_dir or (Path(cfg.runs[0]) / "figures" if alone else "runs/figures"))
-    written = {}
+    written = {name: folder / f"{cfg.prefix}{name}.png" for name in figures}
     for name, figure in figures.items():
-        save(figure, folder / f"{cfg.prefix}{name}", command(cfg, name))
-        written[name] = folder / f"{cfg.prefix}{name}.png"
+        save(figure, written[name].with_suffix(""), command(cfg, name))
         print(f"{written[name]}, .svg, .json")
     return written
+
+
+def make_folder(folder):
+    """Make the folder of the figures. Raises UserError where it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
 
 
 def command(cfg, figure):

@@ -27,7 +27,7 @@ class Series:
 
     errors are half lengths of the bars, or () for none; band is (low, high) at each point, a translucent
     area, or (). dash is the length in pixels of strokes and gaps, 0 for a solid line. Points have dots unless
-    the line is dashed, which is a level; without line, dots alone.
+    the line is dashed, which is a level; without line, dots alone. tag is a short name at the line's end.
     """
     name: str
     points: list
@@ -37,6 +37,7 @@ class Series:
     band: list = ()
     dots: bool = True
     line: bool = True
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,20 @@ def draw(figure, pen_class, command):
     """The pen after it has drawn the figure: a title, the panels, the legend, the note and the command."""
     columns = figure.columns or len(figure.panels)
     rows = math.ceil(len(figure.panels) / columns)
-    width, panels_end = columns * figure.width, 34 + rows * figure.height
-    legend = legend_places(figure.panels, width)
-    texts = [part for text, most in ((figure.note, 11), (command, 10)) if text
-             for part in wrapped(text, width - 28, most)]
+    width = columns * figure.width
+    titles = wrapped(figure.title, width - 28, 15)
+    panels_at = 14 + 20 * len(titles)
+    panels_end, legend = panels_at + rows * figure.height, legend_places(figure.panels, width)
+    texts = [part for text in (figure.note, command) if text for part in wrapped(text, width - 28, 10)]
     below = panels_end + 12 + 20 * (legend[-1][1] + 1 if legend else 0)
     pen = pen_class(width, below + 16 * len(texts) + 10)
-    pen.text(14, 10, figure.title, size=15)
+    for i, text in enumerate(titles):
+        pen.text(14, 10 + 20 * i, text, size=15)
 
     shared = y_axis(figure.panels) if figure.share_y else None
     for i, panel in enumerate(figure.panels):
-        box = i % columns * figure.width, 34 + i // columns * figure.height, figure.width, figure.height
+        left, top = i % columns * figure.width, panels_at + i // columns * figure.height
+        box = left, top, figure.width, figure.height
         if isinstance(panel, Panel):
             draw_panel(pen, panel, *box, shared or y_axis([panel]))
         elif isinstance(panel, HeatMap):
@@ -190,7 +194,7 @@ def wrapped(text, width, size):
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of numbers and the ticks on it."""
+    """A range of numbers and the ticks on it; log where it is one of their logarithms."""
     low: float
     high: float
     ticks: list
@@ -265,6 +269,7 @@ def reach(line):
 
 
 def check_finite(values):
+    """Raise ValueError unless there are values and all of them are finite."""
     if not values:
         raise ValueError("a panel without a point: expected one or more")
     for value in values:
@@ -330,6 +335,21 @@ def draw_panel(pen, panel, left, top, width, height, y_range):
         if line.dots and not line.dash:
             for x, y in points:
                 pen.dot(x, y, line.colour)
+
+    tagged = sorted((line for line in panel.series if line.tag), key=lambda line: -line.points[-1][1])
+    heights = apart([place(*line.points[-1])[1] for line in tagged], 11, y0)
+    for line, y in zip(tagged, heights, strict=True):
+        pen.text(place(*line.points[-1])[0] + 4, y, line.tag, size=10, anchor="lm", colour=line.colour)
+
+
+def apart(heights, gap, bottom):
+    """Ascending heights, moved as little as it takes to be a gap apart and none below the bottom."""
+    moved = list(heights)
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], bottom - gap * (len(moved) - 1 - i))
+    return moved
 
 
 def draw_heat_map(pen, panel, left, top, width, height):

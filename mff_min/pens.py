@@ -160,6 +160,8 @@ class SvgPen:
         if upright:
             place = dict(x=0, y=rise, transform=f"translate({number(x)} {number(y)}) rotate(-90)")
         where = {"l": "start", "m": "middle", "r": "end"}["m" if upright else anchor[0]]
+        if not text:
+            return
         self.mark("text", text, **place, font_size=size, text_anchor=where, class_=self.colour("f", colour))
 
     def line(self, points, colour, width=1, dash=0):

@@ -10,8 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from mff_min.config import UserError
+from mff_min.mim import parse_out_indices
 from mff_min.picture import tiles_of
 from mff_min.runtime import read_log, write_json
+from mff_min.vit import MODELS
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,22 @@ class Run:
     def curve(self, key):
         """(images seen, value) of the log's lines that hold numbers by this name."""
         return [(self.seen(line), line[key]) for line in self.log if isinstance(line.get(key), int | float)]
+
+    def fusion_weights(self):
+        """(depth of the model, fused blocks, [(images seen, their weights)]). Raises UserError."""
+        model = self.config["model"]
+        if model not in MODELS:
+            raise UserError(f"{self.path} is of a model {model}: expected one of {', '.join(MODELS)}")
+        depth = MODELS[model]["depth"]
+        try:
+            blocks = parse_out_indices(self.config.get("out_indices", "spread"), depth)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        found = [(self.seen(line), line["fusion_weights"]) for line in self.log if "fusion_weights" in line]
+        if any(len(weights) != len(blocks) for _, weights in found):
+            raise UserError(f"{self.path}: its log has other levels than the {len(blocks)} of its "
+                            f"--out-indices")
+        return depth, blocks, found
 
     def pictures(self):
         """{step: file} of the pictures that the run has drawn."""
@@ -61,7 +79,7 @@ def open_run(path, name, colour, say):
     for key in ("model", "global_batch"):
         if key not in (config or {}):
             raise UserError(f"{path} is of no run: its config has no {key}")
-    lines = [line for line in log if isinstance(line, dict) and "step" in line and "lr" in line]
+    lines = [line for line in log if "step" in line and "lr" in line]
     return Run(name, path, config, lines, metrics, colour)
 
 

@@ -363,10 +363,13 @@ def read_log(path, say=lambda text: None):
     if not Path(path).exists():
         return []
     lines = []
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+    for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        line = None
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
             say(f"warning: line {number} of {path} is torn and is left out")
     return lines
 

@@ -18,7 +18,7 @@ from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
-from mff_min import augment, cifar, mim, picture, probe, shapes, targets, vit
+from mff_min import augment, cifar, examine, measures, mim, picture, probe, shapes, targets, vit
 from mff_min.data import DeviceViews, Views, collate
 from mff_min.sources import ImageArray
 
@@ -117,7 +117,7 @@ class Witness:
 # No two letters share a size. D, h, d and T have one in the encoder and one in the decoder, which is E wide.
 TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K=[75], T=[25, 100],
              Q=[25, 100, 75], M=[7], N=[48], D=[60, 32], E=[32], h=[5, 2], d=[12, 16], n=[8], S=[37], G=[13],
-             H_=[9, 10, 36], W_=[11, 10, 44])
+             H_=[9, 10, 36], W_=[11, 10, 44], F=[5])
 
 
 def exercise():
@@ -151,6 +151,13 @@ def exercise():
         classifier = vit.VisionTransformer(**size, num_classes=10, global_pool=pool, drop_path=0.5)
         classifier(images, torch.rand(6, 7, 2))
     vit.resize_pos_embed(model.encoder.pos_embed, (9, 11), (13, 8))
+
+    tokens = torch.rand(6, 100, 60)
+    measures.log_amplitudes(tokens[:, 1:], (9, 11))
+    weights = measures.attention_weights(model.encoder.blocks[0].attn, tokens)
+    measures.attention_distance(weights, (9, 11), 4)
+    measures.unbiased_hsic(measures.gram(tokens), measures.gram(levels[0]))
+    examine.look_at(model.encoder, None, images, TORCH)
 
     features, labels = torch.rand(6, 60), torch.arange(6)
     scores = probe.logistic_scores(torch.rand(8, 60), torch.arange(8), 13, features)

@@ -1,0 +1,421 @@
+"""analyze.py: what it draws is what runs hold, its taps are the model's own, and what it refuses."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import generated
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import analyze
+import train_pretrain
+from kernels import TORCH
+from mff_min.config import UserError, parse
+from mff_min.examine import look_at
+from mff_min.mim import MaskedAutoencoder
+from mff_min.pens import drawn_by
+from mff_min.picture import grid, tiles_of
+from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
+from mff_min.records import open_run
+from mff_min.runtime import run
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE_4 = {1: "last", 2: "0,11", 4: "0,4,8,11", 6: "spread", 12: "all"}  # the paper's, by number of levels
+
+
+def analyzed(*flags):
+    """{figure: the numbers in it} of what analyze.py draws."""
+    written = analyze.main(parse(analyze.Config, [str(flag) for flag in flags]))
+    for path in written.values():
+        assert path.exists() and path.with_suffix(".svg").exists()
+    return {name: json.loads(path.with_suffix(".json").read_text()) for name, path in written.items()}
+
+
+def refused(*flags):
+    """The one line that analyze.py ends with, and its exit code must be 2."""
+    cfg = parse(analyze.Config, [str(flag) for flag in flags])
+    with pytest.raises(SystemExit) as end:
+        run(analyze.main, cfg)
+    assert end.value.code == 2
+
+
+def make_run(folder, levels=6, lines=5, global_batch=32, **config):
+    """A folder with the flags and the log of a pre-training run."""
+    folder.mkdir(parents=True)
+    config = dict(model="vit_test", global_batch=global_batch, out_indices=TABLE_4[levels], mask_ratio=0.75,
+                  img_size=[16, 24], norm_pix_loss=True) | config
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = np.random.default_rng(levels).dirichlet(np.ones(levels), lines).tolist()
+    log = [dict(step=10 * (i + 1), epoch=i / 10, loss=1 / (i + 1), lr=1e-3, grad_norm=2.0, img_per_s=50.0 + i,
+                data_wait=0.0, fusion_weights=weights[i]) for i in range(lines)]
+    end = dict(done=True, step=50, loss=0.2, val_loss=0.3)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*log, end]))
+    return log
+
+
+def pretrain(folder, cache, *flags):
+    """The folder, after two steps of a small model."""
+    size = ("--model vit_test --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 --device cpu "
+            "--data shapes:100 --global-batch 16 --batch-size 16 --steps 2")
+    flags = [*size.split(), *flags, "--output-dir", str(folder), "--cache-dir", str(cache)]
+    train_pretrain.main(parse(train_pretrain.Config, flags))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mae(tmp_path_factory, cache):
+    """The folder of a small MAE run, beside the MFF run that is `pretrained`."""
+    return pretrain(tmp_path_factory.mktemp("mae"), cache, "--img-size", "16", "--out-indices", "last")
+
+
+# ---------------------------------------------------------------- what runs wrote
+
+
+def test_every_row_of_table_4_is_a_panel_of_one_figure(tmp_path):
+    logs = {levels: make_run(tmp_path / f"m{levels}", levels) for levels in (6, 1, 12, 2, 4)}
+    folders = [tmp_path / f"m{levels}" for levels in logs]
+    found = analyzed(*folders, "--figures", "weights", "--output-dir", tmp_path / "out")["weights"]
+    assert [panel["title"] for panel in found["panels"]] == [
+        "m1: 1 level", "m2: 2 levels", "m4: 4 levels", "m6: 6 levels", "m12: 12 levels"]
+    blocks = {1: [11], 2: [0, 11], 4: [0, 4, 8, 11], 6: [0, 2, 4, 6, 8, 11], 12: list(range(12))}
+    for panel, levels in zip(found["panels"], blocks, strict=True):
+        *series, equal = panel["series"] if levels > 1 else [*panel["series"], None]
+        assert [line["name"] for line in series] == [f"block {block}" for block in blocks[levels]]
+        for i, line in enumerate(series):
+            want = [[32 * entry["step"], entry["fusion_weights"][i]] for entry in logs[levels]]
+            assert line["points"] == want
+        assert equal is None or {y for _, y in equal["points"]} == {1 / levels}
+
+
+def test_runs_are_laid_over_one_another_by_images_seen(tmp_path, capsys):
+    log = make_run(tmp_path / "a")
+    make_run(tmp_path / "b", global_batch=64)
+    bad = log[2] | dict(grad_norm=float("inf"))                         # as a float16 run has them
+    with open(tmp_path / "b" / "log.jsonl", "a") as file:
+        file.write(json.dumps(bad | dict(step=60)) + "\n")
+    found = analyzed(tmp_path / "a", tmp_path / "b", "--figures", "curves", "--output-dir", tmp_path / "out")
+    panels = {panel["y_label"]: panel["series"] for panel in found["curves"]["panels"]}
+    assert list(panels) == ["loss", "learning rate", "gradient norm", "images a second"]
+    a, b = panels["loss"]
+    assert a["points"] == [[320 * (i + 1), 1 / (i + 1)] for i in range(5)]
+    assert [x for x, _ in b["points"]] == [640, 1280, 1920, 2560, 3200, 3840]
+    assert len(panels["gradient norm"][1]["points"]) == 5
+    assert f"1 values of grad_norm in {tmp_path}/b are not finite and are left out" in capsys.readouterr().out
+
+
+def test_a_torn_line_is_named_and_the_others_are_drawn(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    lines = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
+    lines[2] = lines[2][:40]
+    (tmp_path / "a" / "log.jsonl").write_text("\n".join([*lines, "3", "[1]"]) + "\n\xff{", encoding="latin1")
+    found = analyzed(tmp_path / "a", "--figures", "curves")
+    assert len(found["curves"]["panels"][0]["series"][0]["points"]) == 4
+    said = capsys.readouterr().out
+    assert f"warning: line 3 of {tmp_path}/a/log.jsonl is torn and is left out" in said
+    assert all(f"line {number} of" in said for number in (7, 8, 9)) and said.count("warning") == 4
+
+
+def sheets_for(folder, steps, rows=3):
+    """Pictures of a run, and their tiles: {step: (column, row, H, W, 3)}."""
+    generator = np.random.default_rng(0)
+    tiles = {}
+    for step in steps:
+        tiles[step] = generator.integers(0, 256, (4, rows, 16, 24, 3), dtype=np.uint8)
+        names = ("image", "masked", "prediction", "pasted")
+        sheet = grid(dict(zip(names, tiles[step], strict=True)), "a title", scale=8)
+        sheet.save(folder / f"reconstruction-{step:06d}.png")
+    return tiles
+
+
+def test_tiles_are_what_the_grid_was_made_of(tmp_path):
+    tiles = sheets_for(tmp_path, [0])[0]
+    found = tiles_of(Image.open(tmp_path / "reconstruction-000000.png"), (16, 24))
+    found = np.array([[np.asarray(tile) for tile in row] for row in found])
+    assert np.array_equal(found, tiles.swapaxes(0, 1))
+
+
+def test_reconstructions_show_chosen_images_at_steps_spread_over_training(tmp_path):
+    make_run(tmp_path / "a")
+    tiles = sheets_for(tmp_path / "a", range(0, 101, 10))
+    (tmp_path / "a" / "reconstruction.png").write_bytes(b"")            # the newest one again: not needed
+    cfg = parse(analyze.Config, [str(tmp_path / "a"), "--figures", "reconstructions", "--rows", "2,0",
+                                 "--columns", "3"])
+    tile, = analyze.draw_reconstructions(cfg, [open_run(tmp_path / "a", "a", "blue", print)]).panels
+    assert tile.columns == ["image", "masked", "step 0", "step 50", "step 100"] and tile.rows == [2, 0]
+    for images, row in zip(tile.images, (2, 0), strict=True):
+        want = [tiles[100][0][row], tiles[100][1][row], *(tiles[step][3][row] for step in (0, 50, 100))]
+        assert np.array_equal(np.array([np.asarray(image) for image in images]), np.array(want))
+    assert "reconstructions" in analyzed(tmp_path / "a", "--figures", "reconstructions")
+
+
+def rows_of_layers(layers, best):
+    """What train_probe.py --layers finds, in its form."""
+    found = []
+    for label in ("shape", "texture"):
+        common = dict(label=label, val_images=100, acc1_error=2.0)
+        found += [common | dict(kind=kind, layer=layer, acc1=best - 5 * (kind == "random") - i)
+                  for kind in ("trained", "random") for i, layer in enumerate(layers)]
+        found += [common | dict(kind=kind, layer=kind, acc1=10.0) for kind in ("pixels", "chance")]
+    return found
+
+
+def test_probes_of_two_runs_share_a_panel_for_each_label(tmp_path):
+    """An MAE run has no fused feature, and the baselines are those of the first run."""
+    layers, config = ["block 0", "block 11", "fused"], dict(model="vit_test", global_batch=8)
+    for name, rows in (("mff", rows_of_layers(layers, 40.0)), ("mae", rows_of_layers(layers[:2], 30.0))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(rows=rows, margins={}, config=config)))
+    found = analyzed(tmp_path / "mff.json", tmp_path / "mae.json", "--output-dir", tmp_path / "out")["layers"]
+    assert [panel["title"] for panel in found["panels"]] == ["label: shape", "label: texture"]
+    for panel in found["panels"]:
+        assert panel["ticks"] == ["0", "11", "fused"]
+        points = {}
+        for line in panel["series"]:
+            points.setdefault(line["name"], []).extend(line.get("points", []))
+        assert points["mff"] == [[0, 40], [1, 39], [2, 38]] and points["mae"] == [[0, 30], [1, 29]]
+        assert points["random weights"] == [[0, 35], [1, 34], [2, 33]]
+    assert "those of mff" in found["note"]
+
+
+def test_a_record_draws_what_its_folder_draws(tmp_path):
+    """--record keeps the log and the metrics, so that a figure of results/ needs no run."""
+    make_run(tmp_path / "a")
+    (tmp_path / "a" / "metrics.json").write_text(json.dumps(dict(step=50, val_loss=0.3)))
+    assert analyzed(tmp_path / "a", "--record", tmp_path / "a.json") == {}
+    assert json.loads((tmp_path / "a.json").read_text())["val_loss"] == 0.3
+    found = [analyzed(path, "--figures", "weights,curves", "--output-dir", tmp_path / "out")
+             for path in (tmp_path / "a", tmp_path / "a.json")]
+    assert [found[0][name]["panels"] for name in found[0]] == [found[1][name]["panels"] for name in found[1]]
+
+
+# ---------------------------------------------------------------- what encoders do
+
+
+def test_taps_are_those_of_the_model(pretrained):
+    """Blocks as they are, the last one normed, and fused what the decoder receives when nothing is masked."""
+    weights = read_pretrained(pretrained)
+    encoder = build_encoder(weights)
+    fusion, images = build_fusion(weights, encoder), torch.randn(5, 3, 16, 16)
+    taps, distances = look_at(encoder, fusion, images, TORCH)
+    with torch.no_grad():
+        levels = encoder.forward_blocks(encoder.embed(images), range(12))
+        assert all(torch.equal(taps[f"block {i}"], level) for i, level in enumerate(levels))
+        assert torch.equal(taps["normed"], encoder.forward_features(images))
+        model = MaskedAutoencoder(encoder, fusion.out_indices, decoder_embed_dim=16, decoder_depth=1,
+                                  decoder_num_heads=2)
+        model.proj_layers, model.proj_weights = fusion.proj_layers, fusion.proj_weights
+        latent = model.encode(images, torch.arange(16).expand(5, -1))   # every patch is kept
+        torch.testing.assert_close(taps["fused"], latent, rtol=1e-5, atol=1e-6)
+    assert list(taps) == [*(f"block {i}" for i in range(12)), "normed", "fused"]
+    assert distances.shape == (12, 2) and (distances > 0).all() and (distances < 12 * 2 ** 0.5).all()
+
+
+def test_a_run_alone_gives_all_that_it_has_material_for(pretrained, cache, capsys, tmp_path):
+    flags = ["--images", 12, "--batch-size", 5, "--cache-dir", cache]
+    found = analyzed(pretrained, *flags, "--output-dir", tmp_path)
+    assert list(found) == ["weights", "curves", "reconstructions", "spectrum", "cka", "attention"]
+    said = capsys.readouterr().out
+    assert f"layers: without {pretrained}, which lacks metrics.json of train_probe.py --layers" in said
+    blocks, last, highest = found["spectrum"]["panels"]
+    assert len(blocks["series"]) == 12 and [x for x, _ in blocks["series"][0]["points"]] == [0, 0.5]
+    assert [line["name"] for line in last["series"]] == ["last block", "last block, normed",
+                                                         "fused blocks, normed"]
+    assert all(line["points"][0] == [0, 0] for line in blocks["series"] + last["series"])
+    ends = [[i, line["points"][-1][1]] for i, line in enumerate(blocks["series"])]
+    assert highest["series"][0]["points"] == ends
+    assert "highest frequency, 0.500 pi" in highest["title"] and "12 unmasked images" in found["cka"]["note"]
+    values = np.array(found["cka"]["panels"][0]["values"])
+    assert values.shape == (12, 12) and np.allclose(values.diagonal(), 1) and np.allclose(values, values.T)
+    dots = found["attention"]["panels"][0]["series"][2]
+    assert dots["name"] == "a head" and len(dots["points"]) == 24
+
+
+def test_two_runs_are_compared_on_the_same_images(pretrained, mae, cache, tmp_path):
+    flags = ["--figures", "spectrum,cka,attention", "--images", 13, "--cache-dir", cache, "--names",
+             "MFF,MAE", "--output-dir", tmp_path]
+    found = analyzed(pretrained, mae, *flags, "--batch-size", 13)
+    assert len(found["cka"]["panels"]) == 1 and len(found["attention"]["panels"]) == 2
+    assert [panel["title"] for panel in found["spectrum"]["panels"][:4]] == [
+        "MFF: every block", "MFF: before and after fusion", "MAE: every block", "MAE: no fusion"]
+    again = analyzed(pretrained, mae, *flags, "--batch-size", 5)        # of 13, the last 3 join a batch
+    for figure in ("spectrum", "attention"):                            # do not depend on the minibatch
+        for panel, other in zip(found[figure]["panels"], again[figure]["panels"], strict=True):
+            for line, more in zip(panel["series"], other["series"], strict=True):
+                np.testing.assert_allclose(line["points"], more["points"], rtol=0, atol=1e-4)
+    assert "13 unmasked images" in again["spectrum"]["note"]
+    alone = analyzed(pretrained, *flags[:-4], "--output-dir", tmp_path, "--batch-size", 13)
+    for line, more in zip(found["spectrum"]["panels"][0]["series"], alone["spectrum"]["panels"][0]["series"],
+                          strict=True):
+        assert line["points"] == more["points"]
+
+
+def test_images_that_cannot_be_read_are_left_out(pretrained, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(9):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+            tmp_path / "images" / f"{i}.png")
+    flags = ["--figures", "spectrum", "--data", tmp_path / "images", "--output-dir", tmp_path / "out"]
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
+    found = analyzed(pretrained, *flags)
+    said = capsys.readouterr().out
+    assert "8 unmasked images" in found["spectrum"]["note"]
+    assert f"1 images cannot be read and are left out, {tmp_path}/images/3.png for one" in said
+    (tmp_path / "images" / "3.png").unlink()
+    assert analyzed(pretrained, *flags)["spectrum"]["panels"] == found["spectrum"]["panels"]
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="3 images can be read: expected 4 or more"):
+        analyzed(pretrained, *flags)
+
+
+def test_oblong_images_are_measured(tmp_path, cache):
+    folder = pretrain(tmp_path / "oblong", cache, "--img-size", "16x24")
+    found = analyzed(folder, "--images", 8, "--cache-dir", cache)
+    assert [x for x, _ in found["spectrum"]["panels"][0]["series"][0]["points"]] == [0, 0.5]
+    rows, columns = np.mgrid[:4, :6].reshape(2, -1)
+    want = 4 * np.hypot(rows[:, None] - rows, columns[:, None] - columns).mean()
+    assert found["attention"]["panels"][0]["series"][0]["points"][0][1] == pytest.approx(want)
+
+
+# ---------------------------------------------------------------- commands and committed figures
+
+
+def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
+    shown = ["--images", 8, "--batch-size", 4, "--rows", "0", "--names", "my run"]
+    written = analyzed(pretrained, *shown, "--cache-dir", cache, "--output-dir", tmp_path / "a")
+    assert {name: "--images" in found["command"] for name, found in written.items()} == dict(
+        weights=False, curves=False, reconstructions=False, spectrum=True, cka=True, attention=True)
+    for name, found in written.items():
+        program, script, *flags = shlex.split(found["command"])
+        assert (program, script) == ("python", "analyze.py")
+        analyzed(*flags, "--cache-dir", cache, "--output-dir", tmp_path / "b")
+        for suffix in ("png", "svg", "json"):
+            a, b = (tmp_path / folder / f"{name}.{suffix}" for folder in "ab")
+            assert a.read_bytes() == b.read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def redrawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    generated.draw(folder)
+    return folder
+
+
+STALE = "differ from what results/ hold: run `python tests/generated.py`, as `make figures` does"
+
+
+def test_committed_figures_are_what_results_give(redrawn):
+    committed = {path.name: path for path in (ROOT / "docs" / "figures").iterdir()}
+    drawn = {path.name: path for path in redrawn.iterdir()}
+    assert len(drawn) >= 6 and set(committed) - set(drawn) == {"demo.png"}, STALE
+    stale = [name for name, path in drawn.items() if path.suffix in (".svg", ".json")
+             and (name not in committed or committed[name].read_text() != path.read_text())]
+    assert not stale, f"{', '.join(stale)} {STALE}"
+
+
+def test_committed_pictures_have_the_pixels_that_results_give(redrawn):
+    figures = ROOT / "docs" / "figures"
+    pictures = {path.name: Image.open(figures / path.name) for path in redrawn.glob("*.png")}
+    others = {picture.text["Software"] for picture in pictures.values()} - {drawn_by()}
+    if others:
+        pytest.skip(f"letters depend on who draws them: {drawn_by()} here, {', '.join(others)} there")
+    stale = [name for name, picture in pictures.items()
+             if not np.array_equal(np.asarray(picture), np.asarray(Image.open(redrawn / name)))]
+    assert not stale, f"{', '.join(stale)} {STALE}"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, pretrained):
+    """A folder of runs that each lack something."""
+    folder = tmp_path_factory.mktemp("bad")
+    make_run(folder / "run")
+    (folder / "norun").mkdir()
+    make_run(folder / "nolog")
+    (folder / "nolog" / "log.jsonl").unlink()
+    make_run(folder / "json")
+    (folder / "json" / "metrics.json").write_text('{"rows": [')
+    make_run(folder / "list")
+    (folder / "list" / "config.json").write_text("[1]")
+    make_run(folder / "config")
+    (folder / "config" / "config.json").write_text("{}")
+    make_run(folder / "picture")
+    (folder / "picture" / "reconstruction-000001.png").write_bytes(b"no picture")
+    make_run(folder / "sheet")
+    sheets_for(folder / "sheet", [0])
+    make_run(folder / "size", img_size=[32, 32])
+    sheets_for(folder / "size", [0])
+    (folder / "text.json").write_text("{}")
+    shutil.copytree(pretrained, folder / "wide")
+    make_run(folder / "model", model="vit_g")
+    make_run(folder / "levels", out_indices="all")
+    make_run(folder / "indices", out_indices="some")
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("BAD/nowhere", "BAD/nowhere is no folder of a run: it holds no config.json"),
+    ("BAD/norun", "BAD/norun is no folder of a run: it holds no config.json"),
+    ("BAD/text.json", "BAD/text.json is of no run: its config has no model"),
+    ("BAD/config", "BAD/config is of no run: its config has no model"),
+    ("BAD/model", "BAD/model is of a model vit_g: expected one of vit_test, vit_t"),
+    ("BAD/levels", "BAD/levels: its log has other levels than the 12 of its --out-indices"),
+    ("BAD/indices", "BAD/indices: --out-indices some: expected spread, last, all"),
+    ("BAD/run --output-dir BAD/text.json/x", "--output-dir BAD/text.json/x cannot be written"),
+    ("BAD/list", "config.json holds a list: expected an object"),
+    ("BAD/json", "BAD/json/metrics.json cannot be read: Expecting value"),
+    ("BAD/nolog", "no figure can be drawn of what is there"),
+    ("BAD/run BAD/nolog --figures weights", "--figures weights: BAD/nolog lacks fusion_weights in log.jsonl"),
+    ("BAD/nolog --figures curves", "--figures curves: BAD/nolog lacks log.jsonl with a line of training"),
+    ("BAD/run --figures curves,layers", "--figures layers: BAD/run lacks metrics.json of train_probe.py"),
+    ("BAD/run --figures reconstructions", "BAD/run lacks reconstruction-NNNNNN.png"),
+    ("BAD/run --figures cka", "--figures cka: BAD/run lacks last.pt or encoder.pt of train_pretrain.py"),
+    ("BAD/run --figures weight", "--figures weight: expected some of weights, curves, reconstructions"),
+    ("BAD/picture --figures reconstructions", "reconstruction-000001.png cannot be read"),
+    ("BAD/size --figures reconstructions", "are no sheet of images of 32 x 32"),
+    ("BAD/sheet --figures reconstructions --rows 0,3", "the pictures of BAD/sheet have rows 0 to 2"),
+    ("BAD/sheet --figures reconstructions --rows all", "--rows all: expected numbers such as 0,2"),
+    ("BAD/run BAD/sheet --names a", "--names a: expected 2 names that differ, one a run"),
+    ("BAD/run BAD/sheet --names a,a", "--names a,a: expected 2 names that differ, one a run"),
+    ("BAD/run BAD/run", "names that differ, one a run"),
+    ("BAD/run BAD/sheet --record BAD/x.json", "expected one run, and a name that ends in .json"),
+    ("BAD/run --record BAD/x.txt", "expected one run, and a name that ends in .json"),
+    ("BAD/run --record BAD/none/x.json", "BAD/none/x.json cannot be written"),
+    ("BAD/run --images 3", "--images 3: expected 4 or more"),
+    ("BAD/wide --figures spectrum --device tpu", "--device tpu: expected auto, cpu"),
+    ("BAD/wide --figures spectrum --data /nowhere", "data folder /nowhere does not exist"),
+])
+def test_bad_input_is_one_line_before_anything_is_drawn(bad, capsys, flags, message):
+    refused(*flags.replace("BAD", str(bad)).split())
+    captured = capsys.readouterr()
+    assert message.replace("BAD", str(bad)) in captured.err and captured.err.count("\n") == 1
+    assert not list(bad.glob("**/figures"))
+
+
+def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path, cache, capsys):
+    other = pretrain(tmp_path / "other", cache, "--img-size", "32")
+    common = [pretrained, other, "--images", 8, "--cache-dir", cache, "--output-dir", tmp_path / "out"]
+    refused(*common, "--figures", "attention,cka")
+    said = capsys.readouterr().err
+    assert "--figures cka needs runs of one size: " in said and said.count("\n") == 1
+    assert "4 x 4 patches of 4" in said and "8 x 8 patches of 4" in said
+    assert not (tmp_path / "out").exists()
+    assert "cka" not in analyzed(*common)                               # the others are drawn
+    assert "cka: left out, it needs runs of one size" in capsys.readouterr().out
+
+
+def test_the_script_runs_from_the_shell(tmp_path):
+    make_run(tmp_path / "a")
+    said = subprocess.run([sys.executable, "analyze.py", tmp_path / "a"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert said.returncode == 0 and f"{tmp_path}/a/figures/weights.png, .svg, .json" in said.stdout
+    assert "spectrum: without" in said.stdout and said.stderr == ""
+    assert {path.name for path in (tmp_path / "a" / "figures").iterdir()} == {
+        f"{name}.{suffix}" for name in ("weights", "curves") for suffix in ("png", "svg", "json")}
