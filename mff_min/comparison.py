@@ -169,15 +169,41 @@ def verdict(metric):
     return f"{metric.name}: {'; '.join(said)}." if said else ""
 
 
-def report(results, planned=None):
-    """All tables and sentences of a study as Markdown; planned is the number of units, if more than these."""
-    metrics, records = metrics_of(results), results["records"]
-    seeds = sorted({record["seed"] for record in records})
+def origin(results, planned):
+    """A sentence on where a study's numbers come from; planned is the number of units it is to have."""
+    seeds = sorted({record["seed"] for record in results["records"]})
     where = "; ".join(dict.fromkeys(f"{found['device']}, {found['cpus']} cores, PyTorch {found['torch']}"
                                     for found in results["environments"]))
-    state = f", {len(records)} of {planned} units so far" if planned and planned > len(records) else ""
-    parts = [f"Preset {results['preset']} on {results['data']}, seeds {', '.join(map(str, seeds))}{state}; "
-             f"measured on {where}."]
+    done = len(results["records"])
+    state = f", {done} of {planned} units so far" if planned > done else ""
+    return (f"Preset {results['preset']} on {results['data']}, seeds {', '.join(map(str, seeds))}{state}; "
+            f"measured on {where}.")
+
+
+def summary(results, planned):
+    """A table of every method's means with their deviations and n, and the sentences, as Markdown."""
+    metrics = metrics_of(results)
+    lines = ["| | " + " | ".join(metric.name for metric in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    for method in ORDER:
+        cells = [short(metric.values.get(method, {})) for metric in metrics]
+        if any(cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
+    return "\n\n".join([origin(results, planned), "\n".join(lines), "\n".join(said)])
+
+
+def short(values):
+    """Mean, deviation and n of {seed: value} as text."""
+    if not values:
+        return ""
+    spread = f" +- {statistics.stdev(values.values()):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values.values()):.1f}{spread} ({len(values)})"
+
+
+def report(results, planned):
+    """All tables and sentences of a study as Markdown; planned is the number of units it is to have."""
+    metrics = metrics_of(results)
+    parts = [origin(results, planned)]
     for metric in metrics:
         parts.append("\n".join(table_of(metric)))
     errors = [f"{metric.name}: {binomial_error(metric):.2f} points of {metric.val_images} images, chance "
