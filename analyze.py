@@ -89,14 +89,14 @@ def draw_curves(cfg, runs):
     for key, label in (("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"),
                        ("img_per_s", "images a second")):
         series = []
-        for each in runs:
+        for each, colour in zip(runs, colours(runs), strict=True):
             points = each.curve(key)
             finite = [point for point in points if math.isfinite(point[1])]
             if len(finite) < len(points):
                 print(f"curves: {len(points) - len(finite)} values of {key} in {each.path} are not finite "
                       f"and are left out")
             if finite:
-                series.append(Series(each.name, finite, (), each.colour, dots=len(finite) == 1))
+                series.append(Series(each.name, finite, (), colour, dots=len(finite) == 1))
         if series:
             panels.append(Panel("", "images seen", label, None, series, zero=key == "img_per_s"))
     return Figure("Training", panels, columns=min(2, len(panels)))
@@ -144,21 +144,21 @@ def draw_spectrum(runs, found, about):
     """Two panels a run, of blocks and of the last layer, and one of the highest frequency over the depth."""
     labels = "frequency, units of pi a patch", "relative log amplitude"
     panels, highest = [], []
-    for each, findings in zip(runs, found, strict=True):
+    for each, findings, colour in zip(runs, found, colours(runs), strict=True):
         along = frequencies(findings.grid)
         curves = {tap: [(x, y - values[0]) for x, y in zip(along, values, strict=True)]
                   for tap, values in findings.amplitudes.items()}
         blocks = [tap for tap in curves if tap.startswith("block")]
         depth = len(blocks)
-        series = [Series(tap, curves[tap], (), i / (depth - 1), tag=str(i)) for i, tap in enumerate(blocks)]
+        series = [Series(tap, curves[tap], (), i / (depth - 1)) for i, tap in enumerate(blocks)]
         panels.append(Panel(f"{each.name}: every block", *labels, None, series, zero=False))
         last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "teal"),
                 ("fused", "fused blocks, normed", "purple"))
-        series = [Series(name, curves[tap], (), colour) for tap, name, colour in last if tap in curves]
+        series = [Series(name, curves[tap], (), own) for tap, name, own in last if tap in curves]
         title = "before and after fusion" if "fused" in curves else "no fusion"
         panels.append(Panel(f"{each.name}: {title}", *labels, None, series, zero=False))
         points = [(i, curves[tap][-1][1]) for i, tap in enumerate(blocks)]
-        highest.append(Series(each.name if len(runs) > 1 else "", points, (), each.colour))
+        highest.append(Series(each.name if len(runs) > 1 else "", points, (), colour))
     ends = sorted({f"{frequencies(findings.grid)[-1]:.3f}" for findings in found})
     ticks = [str(i) for i in range(max(len(line.points) for line in highest))]
     panels.append(Panel(f"every block at the highest frequency, {' or '.join(ends)} pi", "block", labels[1],
@@ -221,6 +221,20 @@ def missing(figure, each):
     return ""
 
 
+def short_names(paths):
+    """The last part of each path, or where that is the same of two, the last two parts."""
+    paths = [Path(path).resolve() for path in paths]
+    names = [path.name.removesuffix(".json") for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
+
+
+def colours(runs):
+    """One for each run of a figure."""
+    return LINES[:len(runs)] if len(runs) <= len(LINES) else [i / (len(runs) - 1) for i in range(len(runs))]
+
+
 def choose_figures(cfg, runs):
     """{figure: the runs in it}, saying what is left out. Raises UserError where a figure named cannot be."""
     known = [*FROM_FILES, *FROM_ENCODERS]
@@ -244,14 +258,10 @@ def choose_figures(cfg, runs):
 def main(cfg):
     """Draw the figures that cfg asks for; returns {figure: path of its .png}."""
     check_ranges(cfg)
-    paths = [Path(path).resolve() for path in cfg.runs]
-    names = cfg.names.split(",") if cfg.names else [path.name.removesuffix(".json") for path in paths]
-    if not cfg.names and len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
-    if len(names) != len(paths) or len(set(names)) < len(names):
-        raise UserError(f"--names {','.join(names)}: expected {len(paths)} names that differ, one a run")
-    colours = LINES if len(names) <= len(LINES) else [i / (len(names) - 1) for i in range(len(names))]
-    runs = [open_run(*each, print) for each in zip(cfg.runs, names, colours, strict=False)]
+    names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
+    if len(names) != len(cfg.runs) or len(set(names)) < len(names):
+        raise UserError(f"--names {','.join(names)}: expected {len(cfg.runs)} names that differ, one a run")
+    runs = [open_run(path, name, print) for path, name in zip(cfg.runs, names, strict=True)]
     if cfg.record:
         if len(runs) > 1 or not cfg.record.endswith(".json"):
             raise UserError(f"--record {cfg.record}: expected one run, and a name that ends in .json")
@@ -288,7 +298,7 @@ def draw(cfg, chosen, world):
                     for name in measured}
     written = {name: folder / f"{cfg.prefix}{name}.png" for name in figures}
     for name, figure in figures.items():
-        save(figure, written[name].with_suffix(""), command(cfg, name))
+        save(figure, written[name].with_suffix(""), command(cfg, name, chosen[name]))
         print(f"{written[name]}, .svg, .json")
     return written
 
@@ -301,14 +311,17 @@ def make_folder(folder):
         raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
 
 
-def command(cfg, figure):
-    """The command line that draws one figure alike."""
-    words = ["python", "analyze.py", *cfg.runs, "--figures", figure]
+def command(cfg, figure, runs):
+    """The command line that draws one figure of these runs alike."""
+    paths, names = [str(each.path) for each in runs], [each.name for each in runs]
+    words = ["python", "analyze.py", *paths, "--figures", figure]
+    if names != short_names(paths):
+        words += ["--names", ",".join(names)]
     read = {"reconstructions": ("rows", "columns"),
             **dict.fromkeys(FROM_ENCODERS, ("data", "images", "batch_size"))}
     for field in fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in ("names", *read.get(figure, ())) and value != field.default:
+        if field.name in read.get(figure, ()) and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 

@@ -344,12 +344,13 @@ def draw_panel(pen, panel, left, top, width, height, y_range):
 
 def apart(heights, gap, bottom):
     """Ascending heights, moved as little as it takes to be a gap apart and none below the bottom."""
-    moved = list(heights)
-    for i in range(1, len(moved)):
-        moved[i] = max(moved[i], moved[i - 1] + gap)
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], bottom - gap * (len(moved) - 1 - i))
-    return moved
+    groups = []                                                         # of neighbours that touch
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = [float(np.mean(group)) for group in groups for _ in group]
+    return [min(base, bottom - gap * (len(moved) - 1)) + i * gap for i, base in enumerate(moved)]
 
 
 def draw_heat_map(pen, panel, left, top, width, height):

@@ -24,7 +24,6 @@ class Run:
     config: dict
     log: list                                                           # a dict each logged training step
     metrics: dict                                                       # empty where it has not ended
-    colour: str | float                                                 # of the run, where several are shown
 
     def seen(self, line):
         """Images seen up to a line of the log."""
@@ -62,7 +61,7 @@ class Run:
         return "mask_ratio" in self.config and any(path.is_file() for path in files)
 
 
-def open_run(path, name, colour, say):
+def open_run(path, name, say):
     """The Run in a folder, or in a record of one. Raises UserError where there is none.
 
     say(text) is told of lines of the log that cannot be read.
@@ -80,7 +79,7 @@ def open_run(path, name, colour, say):
         if key not in (config or {}):
             raise UserError(f"{path} is of no run: its config has no {key}")
     lines = [line for line in log if "step" in line and "lr" in line]
-    return Run(name, path, config, lines, metrics, colour)
+    return Run(name, path, config, lines, metrics)
 
 
 def write_record(path, run):

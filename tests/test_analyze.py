@@ -146,7 +146,7 @@ def test_reconstructions_show_chosen_images_at_steps_spread_over_training(tmp_pa
     (tmp_path / "a" / "reconstruction.png").write_bytes(b"")            # the newest one again: not needed
     cfg = parse(analyze.Config, [str(tmp_path / "a"), "--figures", "reconstructions", "--rows", "2,0",
                                  "--columns", "3"])
-    tile, = analyze.draw_reconstructions(cfg, [open_run(tmp_path / "a", "a", "blue", print)]).panels
+    tile, = analyze.draw_reconstructions(cfg, [open_run(tmp_path / "a", "a", print)]).panels
     assert tile.columns == ["image", "masked", "step 0", "step 50", "step 100"] and tile.rows == [2, 0]
     for images, row in zip(tile.images, (2, 0), strict=True):
         want = [tiles[100][0][row], tiles[100][1][row], *(tiles[step][3][row] for step in (0, 50, 100))]
@@ -286,8 +286,13 @@ def test_oblong_images_are_measured(tmp_path, cache):
 
 
 def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
-    shown = ["--images", 8, "--batch-size", 4, "--rows", "0", "--names", "my run"]
-    written = analyzed(pretrained, *shown, "--cache-dir", cache, "--output-dir", tmp_path / "a")
+    """It names the runs in the figure alone: another has no encoder and no picture."""
+    make_run(tmp_path / "other")
+    shown = ["--images", 8, "--batch-size", 4, "--rows", "0", "--names", "other,my run"]
+    written = analyzed(tmp_path / "other", pretrained, *shown, "--cache-dir", cache, "--output-dir",
+                       tmp_path / "a")
+    assert {name: "other" in found["command"] for name, found in written.items()} == dict(
+        weights=True, curves=True, reconstructions=False, spectrum=False, cka=False, attention=False)
     assert {name: "--images" in found["command"] for name, found in written.items()} == dict(
         weights=False, curves=False, reconstructions=False, spectrum=True, cka=True, attention=True)
     for name, found in written.items():
