@@ -3,7 +3,7 @@
     python study.py --preset minutes                                    embedded images, two CPU cores
     python study.py --preset minutes --data IMAGENETTE                  a folder with train/ and val/
     python study.py --preset cpu                                        larger images, hours
-    python study.py --preset gpu --data IMAGENETTE --minutes 9 --workers 12     a part at a time, on a GPU
+    python study.py --preset gpu --data IMAGENETTE --minutes 8 --workers 12     a part at a time, on a GPU
 
 A unit is one stage of one method from one seed, and runs as the stage's script would in a process of its own.
 The same command goes on with a study that was stopped in whatever way: finished units are in the results
@@ -426,7 +426,7 @@ def start(cfg, unit, folder, *more):
     """A process that has begun with a unit."""
     place, words = folder_of(folder, unit), command_of(cfg, unit, folder)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "flags.txt").write_text(flags_of(PRESETS[cfg.preset], unit))
+    write_atomically(place / "flags.txt", lambda file: file.write(flags_of(PRESETS[cfg.preset], unit).encode()))
     process = FORK.Process(target=carry_out, args=(unit, [*words, *more], place / "output.txt"))
     process.start()
     return process

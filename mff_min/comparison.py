@@ -341,4 +341,5 @@ def weights(results, about):
         series.append(Series("equal", equal, (), "grey", dash=4))
         panels.append(Panel(f"{method}: {len(blocks)} levels", "step", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
-    return Figure(f"Fusion weight of every level, mean over the seeds: {about}", panels, columns=3, width=400)
+    return Figure(f"Fusion weight of every level, mean over the seeds: {about}", panels,
+                  columns=min(3, len(panels)), width=400)
