@@ -40,6 +40,7 @@ from mff_min import comparison
 from mff_min.config import UserError, check_ranges, knob, opt, parse
 from mff_min.runtime import (Fault, StopSignals, describe_environment, duration, leave, read_log, run,
                              start_world, write_atomically, write_json)
+from mff_min.sources import check_labels, open_data
 
 # ---------------------------------------------------------------- what is compared
 
@@ -269,13 +270,16 @@ def main(cfg):
     """Run what is left of a study, then print its tables. Returns the results."""
     check_ranges(cfg)
     seeds, methods = parse_seeds(cfg.seeds), parse_methods(cfg.methods)
-    name = Path(cfg.data).name
+    name = name_of(cfg.data)
     folder = Path(cfg.study_dir or f"runs/study/{name}_{cfg.preset}")
     device = device_kind(cfg.device)
     suffix = "" if cfg.preset == device else f"_{cfg.preset}"
     path = Path(cfg.output_dir) / f"study_{name}_{device}{suffix}.json"
     results = read_results(path, name, cfg)
     if not cfg.report:
+        if cfg.data != "shapes":
+            splits = (open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val"))
+            check_labels(cfg.data, *splits)
         units = plan(PRESETS[cfg.preset], methods, seeds)
         with StopSignals() as signals, held(folder, dict(preset=cfg.preset, data=name)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,6 +290,14 @@ def main(cfg):
     for stem in comparison.save_figures(results, cfg.figures, path.stem):
         print(f"  {stem}.png", flush=True)
     return results
+
+
+def name_of(data):
+    """What a file calls the data: "shapes", or the last part of its path. UserError for a count of shapes."""
+    kind, _, argument = data.partition(":")
+    if kind == "shapes" and argument:
+        raise UserError(f"--data {data}: expected shapes alone, since the preset says how many")
+    return Path(argument or data).resolve().name
 
 
 def parse_seeds(text):
@@ -425,8 +437,9 @@ def what_is_left(cfg, units, folder, done, note):
 def start(cfg, unit, folder, *more):
     """A process that has begun with a unit."""
     place, words = folder_of(folder, unit), command_of(cfg, unit, folder)
+    flags = flags_of(PRESETS[cfg.preset], unit).encode()
     place.mkdir(parents=True, exist_ok=True)
-    write_atomically(place / "flags.txt", lambda file: file.write(flags_of(PRESETS[cfg.preset], unit).encode()))
+    write_atomically(place / "flags.txt", lambda file: file.write(flags))
     process = FORK.Process(target=carry_out, args=(unit, [*words, *more], place / "output.txt"))
     process.start()
     return process

@@ -153,12 +153,19 @@ def test_curves_keep_at_most_a_hundred_points_with_both_ends():
     assert len(found) == 100 and (found[0], found[-1]) == (0, 1000) and found == sorted(set(found))
 
 
+def test_data_is_named_by_the_last_part_of_its_path():
+    assert study.name_of("shapes") == "shapes" and study.name_of("cifar10:DIR/c10/") == "c10"
+    assert study.name_of("runs/data/imagenette/") == "imagenette"
+
+
 # ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("flags, complaint", [
     ("--seeds 0,x", "--seeds 0,x: expected different whole numbers"), ("--seeds 1,1", "expected different"),
     ("--methods MAE,MFF", "--methods 'MFF' is none of MAE, MFF_MAE"), ("--jobs 0", "--jobs 0: expected more"),
+    ("--data shapes:500", "--data shapes:500: expected shapes alone"),
+    ("--data nowhere", "nowhere does not exist"),
     ("--minutes -1", "--minutes -1.0: expected 0 or more"), ("--report", "holds no finished unit yet"),
 ])
 def test_bad_input_is_one_line(tmp_path, flags, complaint):
