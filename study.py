@@ -69,8 +69,8 @@ PRESETS = {
         layers="--layers 2,5,8,11 --layer-images 2000 --pool avg",
         finetune=f"{TUNE} --global-batch 32 --batch-size 32 --steps 100 --lr 4e-3"),
     "cpu": dict(
-        shapes="shapes:50000", ablation=("pretrain", "layers", "knn"),
-        pretrain=f"{SMALL} --decoder-depth 2 --img-size 64 --global-batch 64 --batch-size 64 --steps 3000 "
+        shapes="shapes:20000", ablation=("pretrain", "layers", "knn"),
+        pretrain=f"{SMALL} --decoder-depth 2 --img-size 64 --global-batch 64 --batch-size 64 --steps 2500 "
                  f"--lr 3e-3",
         layers="--layers 0,2,4,6,8,11 --layer-images 5000 --pool avg",
         knn="--knn 20 --pool avg",
