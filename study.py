@@ -224,7 +224,9 @@ def read_results(path, name, cfg):
     empty = dict(preset=cfg.preset, data=name, settings=PRESETS[cfg.preset], environments=[], records=[])
     try:
         found = json.loads(path.read_text())
-        kind = found["preset"], found["data"]
+        kinds = [f"--preset {each['preset']} on "
+                 f"{each['settings']['shapes'] if each['data'] == 'shapes' else each['data']}"
+                 for each in (found, empty)]
         units = [(Unit(record["method"], record["seed"], record["stage"]), record["flags"])
                  for record in found["records"]]
     except FileNotFoundError:
@@ -232,9 +234,8 @@ def read_results(path, name, cfg):
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the results of a study: move it away, or name another "
                         f"--output-dir") from None
-    if kind != (cfg.preset, name):
-        raise UserError(f"{path} holds --preset {kind[0]} on {kind[1]}: expected {cfg.preset} on {name}; "
-                        f"name another --output-dir")
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{path} holds {kinds[0]}: expected {kinds[1]}; name another --output-dir")
     for unit, flags in units:
         check_flags(unit, flags, path, cfg)
     return found

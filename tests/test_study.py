@@ -180,13 +180,15 @@ def test_results_of_another_study_are_refused(tmp_path):
         unit = study.Unit("MAE", 0, "layers")
         records = [dict(unit._asdict(), flags=flags or study.flags_of(study.PRESETS["minutes"], unit))]
         path = tmp_path / "study.json"
-        path.write_text(text or json.dumps(dict(preset=preset, data=data, records=records)))
+        settings = dict(shapes="shapes:10000" if preset == "minutes" else "shapes:7")
+        found = dict(preset=preset, data=data, settings=settings, records=records)
+        path.write_text(text or json.dumps(found))
         try:
             study.read_results(path, "shapes", parse(study.Config, []))
         except UserError as error:
             return str(error)
     assert refused() is None
-    assert "holds --preset cpu on shapes: expected minutes on shapes" in refused(preset="cpu")
+    assert "--preset cpu on shapes:7: expected --preset minutes on shapes:10000" in refused(preset="cpu")
     assert "holds --preset minutes on flowers" in refused(data="flowers")
     assert "MAE, seed 0, layers with other settings (--pool token)" in refused(flags="--pool token")
     assert "is not the results of a study" in refused(text="{}")
