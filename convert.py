@@ -23,7 +23,8 @@ from mff_min.checkpoint import find_grid, find_size, fit, read_weights, refuse_l
 from mff_min.config import REQUIRED, UserError, check_ranges, opt, parse, side_or_sides
 from mff_min.families import FAMILIES, count_blocks, part_of, parts_of, to_family
 from mff_min.mim import MaskedAutoencoder
-from mff_min.runtime import run, write_json
+from mff_min.runtime import run
+from mff_min.saving import write_json
 from mff_min.vit import VisionTransformer
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

@@ -18,7 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
-from mff_min.data import DECODE_ERRORS, leave_signals_to_the_trainer
+from mff_min.data import leave_signals_to_the_trainer
+from mff_min.decode import DECODE_ERRORS, reason_of
+from mff_min.lists import printable
 from mff_min.packed import Journal, Packed, check_same, encode, files_of, journal_of, plan_of
 from mff_min.runtime import Fault, Progress, World, leave, run
 from mff_min.sources import ImageFolder
@@ -50,7 +52,7 @@ class Records(Dataset):
         try:
             return *encode(self.source, i, **self.settings), ""
         except DECODE_ERRORS as error:
-            return b"", 0, 0, f"{type(error).__name__}: {error}"
+            return b"", 0, 0, reason_of(error)
 
 
 def main(cfg):
@@ -157,7 +159,7 @@ def verify(folder):
                 source.record(i)
             except ValueError as error:
                 if str(i) not in source.header["bad"]:
-                    altered.append(f"{source.name(i)}: {error}")
+                    altered.append(f"{printable(source.name(i))}: {error}")
         if altered:
             raise UserError(f"{len(altered)} of {len(source)} images are altered, first {altered[0]}")
         say(f"{path}: {len(source)} images, every checksum is right")

@@ -40,11 +40,12 @@ from mff_min.probe import accuracy, count_all, shown
 from mff_min.randaugment import fill_color, rand_augment
 from mff_min.rng import MIX, Rng
 from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
-from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
+from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, pick_ops,
-                             resumed_state, run, save_run, start_world, write_atomically, write_json)
+                             resumed_state, run, save_run, start_world, warn_of_space)
+from mff_min.saving import write_json, write_tensors
 from mff_min.sharded import exchange
-from mff_min.sources import check_classes, check_labels, open_data, subset
+from mff_min.sources import check_classes, check_labels, fingerprint, open_data, subset
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config
@@ -168,6 +169,8 @@ def finetune(cfg, world, signals):
         check_classes(classes, state["classes"], want=f"the run in {cfg.output_dir}")
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
+    seen = fingerprint(train_set)
+    check_same_data(cfg, state, seen)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(100, 5))
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
@@ -215,6 +218,7 @@ def finetune(cfg, world, signals):
     if cfg.compile:
         trained = torch.compile(trained)
     folder = open_folder(cfg, world)
+    warn_of_space(folder, world, model, copies=4 if cfg.ema else 3)     # its weights, their average, moments
     log = Log(folder, world, start)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
     resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
@@ -223,8 +227,8 @@ def finetune(cfg, world, signals):
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
         more = {"average": average.state_dict()} if average else {}
-        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), classes=classes,
-                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **more)
+        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
+                 classes=classes, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **more)
 
     def evaluate():
         """Accuracy on all validation images, and of the averaged weights as ema_acc1 and so on."""
@@ -234,6 +238,17 @@ def finetune(cfg, world, signals):
             found |= {f"ema_{name}": value for name, value in accuracy(*counts).items()}
         return found
 
+    def passes(done):
+        """Whether an evaluation is due after this many steps."""
+        return schedule.epoch(done) // cfg.eval_every > schedule.epoch(done - 1) // cfg.eval_every
+
+    def note_accuracy(done):
+        """Log the accuracy after this many steps."""
+        with meter.paused():
+            metrics = evaluate()
+        log.write(step=done, epoch=schedule.epoch(done), **metrics)
+        meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+
     # ------------------------------------------------------------ loop
     say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from "
         f"{'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of {cfg.data}, "
@@ -242,6 +257,8 @@ def finetune(cfg, world, signals):
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
     flops = classifier_flops(model, model.head, False)
     meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
+    if 0 < start < schedule.stop and passes(start) and not log.evaluated:
+        note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
@@ -269,7 +286,7 @@ def finetune(cfg, world, signals):
 
         done, grad_norm = step + 1, None
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = schedule.epoch(done) // cfg.eval_every > schedule.epoch(step) // cfg.eval_every
+        passed = passes(done)
         if cfg.clip_grad or logs:
             scaler.unscale_(optimizer)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -296,10 +313,7 @@ def finetune(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, done, schedule.stop, folder)
         if passed and not ends:
-            with meter.paused():
-                metrics = evaluate()
-            log.write(step=done, epoch=schedule.epoch(done), **metrics)
-            meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+            note_accuracy(done)
     signals.release()
 
     # ------------------------------------------------------------ evaluation
@@ -321,7 +335,7 @@ def export(path, model, cfg, classes):
     """Write a classifier alone, with timm's names, and what it takes to build it again."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     content = {"model": weights, "config": asdict(cfg), "classes": classes}
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_tensors(path, content)
 
 
 COMPARED = ("acc1", "acc1_error")

@@ -33,11 +33,12 @@ from mff_min.flops import peak_img_per_s, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast,
+from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
-                             save_run, start_world, write_atomically, write_json)
+                             save_run, start_world, warn_of_space)
+from mff_min.saving import write_atomically, write_json, write_tensors
 from mff_min.sharded import check_sharding, exchange, full, own_part, shard, whole
-from mff_min.sources import open_data
+from mff_min.sources import fingerprint, open_data
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
 from mff_min.vit import MODELS, VisionTransformer
 
@@ -165,6 +166,8 @@ def pretrain(cfg, world, signals):
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
+    seen = fingerprint(train_set)
+    check_same_data(cfg, state, seen)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
     kind = DeviceViews if cfg.device_crop else Views
@@ -210,6 +213,7 @@ def pretrain(cfg, world, signals):
             scaler.load_state_dict(state["scaler"])
 
     folder = open_folder(cfg, world)
+    warn_of_space(folder, world, model, copies=3)                       # its weights and AdamW's moments
     log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
@@ -219,7 +223,7 @@ def pretrain(cfg, world, signals):
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
-        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg),
+        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     def draw(step):
@@ -291,7 +295,7 @@ def pretrain(cfg, world, signals):
     if world.is_main:
         weights = {name: value.cpu() for name, value in final.encoder.state_dict().items()}
         export = {"model": weights, "config": asdict(cfg)}
-        write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
+        write_tensors(folder / "encoder.pt", export)
         most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
         metrics |= evaluate(cfg, final, val_set, to_device, dtype, most)
         log.write(done=True, **metrics)

@@ -38,10 +38,11 @@ from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_sco
                            pixel_features, pool_tokens, shown)
 from mff_min.rng import ORDER, permutation
 from mff_min.runtime import (BadSamples, Fault, Log, Meter, Progress, StopSignals, Stopped, autocast,
-                             describe_environment, load_state, open_folder, pick_dtype, pick_ops,
-                             resumed_state, run, save_run, start_world, write_atomically, write_json)
+                             check_same_data, describe_environment, load_state, open_folder, pick_dtype,
+                             pick_ops, resumed_state, run, save_run, start_world, warn_of_space)
+from mff_min.saving import write_atomically, write_json
 from mff_min.sharded import exchange
-from mff_min.sources import check_labels, open_data
+from mff_min.sources import check_labels, fingerprint, open_data
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config
@@ -142,6 +143,8 @@ def probe(cfg, world, signals):
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
     check_labels(cfg.data, train_set, val_set)
+    seen = fingerprint(train_set)
+    check_same_data(cfg, state, seen)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(90, 10))
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
@@ -219,12 +222,13 @@ def probe(cfg, world, signals):
         load_optimizer(optimizer, state["optimizer"])
     # Ranks keep their own running statistics, and evaluation uses those of rank 0.
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
+    warn_of_space(folder, world, head, copies=2)                        # its weights and LARS's momentum
     log = Log(folder, world, start)
     resume_hint = "a lower --blr may help"
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
-        save_run(folder, world, head, step, resume_hint, loss=loss, config=asdict(cfg),
+        save_run(folder, world, head, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
                  optimizer=optimizer.state_dict())
 
     def evaluate():
@@ -237,12 +241,25 @@ def probe(cfg, world, signals):
         bad_samples.report(say)
         return accuracy(*world.total(counts))
 
+    def passes(done):
+        """Whether an evaluation is due after this many steps."""
+        return schedule.epoch(done) // cfg.eval_every > schedule.epoch(done - 1) // cfg.eval_every
+
+    def note_accuracy(done):
+        """Log the accuracy after this many steps."""
+        with meter.paused():
+            metrics = evaluate()
+        log.write(step=done, epoch=schedule.epoch(done), **metrics)
+        meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+
     # ------------------------------------------------------------ loop
     say(schedule.plan(start))
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
     flops = classifier_flops(encoder, head.head, True)
     meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
+    if 0 < start < schedule.stop and passes(start) and not log.evaluated:
+        note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
@@ -263,7 +280,7 @@ def probe(cfg, world, signals):
 
         done = step + 1
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = schedule.epoch(done) // cfg.eval_every > schedule.epoch(step) // cfg.eval_every
+        passed = passes(done)
         stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or passed or stop_signal
         if logs or saves:
@@ -279,10 +296,7 @@ def probe(cfg, world, signals):
         if stop_signal and not ends:
             raise Stopped(stop_signal, done, schedule.stop, folder)
         if passed and not ends:
-            with meter.paused():
-                metrics = evaluate()
-            log.write(step=done, epoch=schedule.epoch(done), **metrics)
-            meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+            note_accuracy(done)
     signals.release()
 
     # ------------------------------------------------------------ evaluation

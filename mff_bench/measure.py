@@ -16,7 +16,8 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from mff_min.config import UserError
-from mff_min.runtime import Progress, describe_environment, write_json
+from mff_min.runtime import Progress, describe_environment
+from mff_min.saving import write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "triton", "numpy", "pillow")
 LEAST_SECONDS = 0.3                                                     # of a sample: short work is repeated

@@ -23,6 +23,7 @@ from mff_min.rng import normal_noise
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of pixels in [0, 1]
+BITS_PER_SAMPLE = 258                                                   # a tag of TIFF
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # in_chans to Pillow's mode
 
 
@@ -215,23 +216,37 @@ def flip(pixels, rng):
 def to_mode(image, in_chans):
     """The image with in_chans channels of 8 bits, by fixed rules; undecoded where it has them already.
 
-    16-bit values are scaled to 8 bits, which Pillow's own convert would saturate; palettes and CMYK become
-    colour; alpha is dropped, not blended; grey is repeated; of an animation the first frame counts; EXIF
-    orientation is ignored, as it is by the published pipelines. Raises ValueError for 32-bit and float
-    images, whose range is unknown.
+    Values of 12 and 16 bits and floats of 0 to 1 are scaled to 8 bits, where Pillow's own convert would
+    saturate; palettes and CMYK become colour; alpha is dropped, not blended; grey is repeated; of an
+    animation the first frame counts; EXIF orientation is ignored, as it is by the published pipelines, but
+    Pillow turns a TIFF by it. Raises ValueError for 32-bit integers and other floats: their range is unknown.
     """
     if isinstance(image, np.ndarray):
         if image.shape[2] == in_chans:
             return image
         image = to_pillow(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        values = np.asarray(image).astype(np.uint32)                    # (H, W)
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
-    if image.mode in ("LA", "La", "PA"):                                # Pillow needs RGBA in between
+    most = most_of(image)
+    if most:
+        values = np.asarray(image).astype(np.float32)                   # (H, W)
+        if not (values.min() >= 0 and values.max() <= most):            # NaN is not either
+            raise ValueError(f"pixels of {values.min():g} to {values.max():g}: expected 0 to {most}")
+        values *= 255 / most                                            # in place: it may be large
+        values += 0.5
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBa"):                        # Pillow needs RGBA in between
         image = image.convert("RGBA")
     return image if image.mode == MODES[in_chans] else image.convert(MODES[in_chans])
+
+
+def most_of(image):
+    """The value that is white in an image of more than 8 bits, else 0. ValueError where it is unknown."""
+    if image.mode == "F":
+        return 1
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):        # those hold 16 bits in it
+        raise ValueError("integers of 32 bits have no known range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return 4095 if getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,) else 65535
+    return 0
 
 
 def erasing_box(height, width, rng, probability, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3), tries=10):

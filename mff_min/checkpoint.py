@@ -7,7 +7,6 @@ size of the file and with the model that they should fit before memory is taken 
 import json
 import math
 import re
-import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 
 from mff_min import families
 from mff_min.config import UserError
+from mff_min.lists import printable
 from mff_min.mim import MaskedAutoencoder
-from mff_min.runtime import read_checkpoint, write_atomically
 from mff_min.safetensors import NAMES, read_safetensors, write_safetensors
+from mff_min.saving import read_checkpoint, write_atomically, write_tensors
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
 # Of these, the first that is there is read.
@@ -67,6 +67,9 @@ def read_weights(path):
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).exists()]
+        if (path / ".metadata").exists() and not found:
+            raise UserError(f"{path} is a folder of torch.distributed.checkpoint, whose .metadata may run "
+                            f"code: expected a file that torch.save or safetensors wrote")
         if not found:
             raise UserError(f"{path} holds none of {', '.join(IN_FOLDER)}: expected a checkpoint, or a "
                             f"folder with one of these")
@@ -95,7 +98,7 @@ def read_weights(path):
     try:
         state, unknown = families.from_family(tensors, family)
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
+        raise UserError(f"checkpoint {path}: {printable(str(error)[:500])}") from None
     shape = tuple(state[families.PATCHES].shape)
     if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
         raise UserError(f"checkpoint {path} has a patch projection of shape {shape}: expected (width, "
@@ -107,15 +110,6 @@ def read_weights(path):
 
 def read_pickle(path):
     """The dict in a .pth file, without the objects of DROPPED; any other class is refused. UserError."""
-    unpacked = 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        pass                                                            # read_checkpoint says what is wrong
-    if unpacked and unpacked > path.stat().st_size:
-        raise UserError(f"checkpoint {path} unpacks to {unpacked} bytes from {path.stat().st_size}: PyTorch "
-                        f"packs nothing")
     with torch.serialization.safe_globals([(Dropped, name) for name in DROPPED]):
         return read_checkpoint(path)
 
@@ -168,13 +162,7 @@ def write_weights(path, state, family, config, classes=()):
         saved = {CONTAINERS[family]: saved}
     if family == "ours":
         saved |= about
-
-    def write(file):
-        try:
-            torch.save(saved, file)
-        except RuntimeError as error:                                   # PyTorch hides the system's reason
-            raise OSError(f"cannot save {path}: {error.__context__ or error}") from None
-    write_atomically(path, write)
+    write_tensors(path, saved)
 
 
 # ---------------------------------------------------------------- what fits

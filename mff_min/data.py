@@ -8,21 +8,17 @@ Shapes: B images, C H W, L patches.
 
 import math
 import signal
-import struct
 from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from mff_min import augment, rng
 from mff_min.config import UserError
+from mff_min.decode import DECODE_ERRORS, reason_of
+from mff_min.lists import printable
 from mff_min.runtime import Fault
-
-# What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
-                 OverflowError, ZeroDivisionError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
 class Views(Dataset):
@@ -69,12 +65,11 @@ class Views(Dataset):
                 image = augment.to_mode(self.source.open(shown), self.in_chans)
                 return self.view(image, epoch, index) | dict(label=self.source.label(shown), bad=bad)
             except DECODE_ERRORS as error:
-                unknown = isinstance(error, UnidentifiedImageError)
-                reason = "not an image" if unknown else f"{type(error).__name__}: {error}"
-                bad.append((self.source.name(shown), reason))
+                bad.append((self.source.name(shown), reason_of(error)))
                 draws = rng.Rng(self.seed, rng.REPLACE, epoch, index)
                 shown = [draws.integer(0, len(self.source)) for _ in range(attempt + 1)][-1]
-        raise Fault(f"20 images in a row cannot be read; the last is {bad[-1][0]} ({bad[-1][1]})")
+        name, reason = bad[-1]
+        raise Fault(f"20 images in a row cannot be read; the last is {printable(name)} ({reason})")
 
     def view(self, image, epoch, index):
         """image, the crop of this image: Pillow's, which may not be decoded yet, or an array."""

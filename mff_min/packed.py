@@ -21,15 +21,16 @@ import io
 import json
 import mmap
 import os
+import zipfile
 import zlib
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mff_min.augment import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
 from mff_min.config import UserError
+from mff_min.decode import open_image
 from mff_min.lists import printable
 
 NAME, VERSION = b"mff_min pack ", 1
@@ -48,7 +49,7 @@ class Packed:
         self.path = Path(path)
         self.header, self.index = read_index(self.path)
         self.classes, self.short_side = self.header["classes"], self.header["short_side"]
-        self.labels = {"class": self.index["label"]}
+        self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
         self.is_split = self.header["split"] == split
         self.checked = np.zeros(len(self), bool)                        # by this process
 
@@ -58,7 +59,7 @@ class Packed:
     def open(self, i):
         record = self.record(i)
         if self.header["jpeg"]:
-            return Image.open(io.BytesIO(record), formats=("JPEG",))
+            return open_image(io.BytesIO(record), formats=("JPEG",))
         return np.frombuffer(record, np.uint8).reshape(self.index["height"][i], self.index["width"][i], 3)
 
     def record(self, i):
@@ -128,12 +129,38 @@ def read_index(path):
         content = file.read(length)
     if hashlib.sha256(content).digest() != end[8:40]:
         raise damaged
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        index = dict(arrays)
-    header = json.loads(index.pop("header").tobytes())
-    if index["offsets"][-1] != size - END - length:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            packs = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            index = {} if packs else dict(arrays)                       # it may inflate to anything
+        header = json.loads(index.pop("header").tobytes())
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, MemoryError, RecursionError):
+        raise damaged from None
+    if not is_sound(header, index, size - END - length):
         raise damaged
     return header, index
+
+
+def is_sound(header, index, stop):
+    """Whether Journal.finish could have written this header and index, of records that end at stop.
+
+    A checksum tells what was altered by chance, and a stranger's is right too.
+    """
+    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str, jpeg=int)
+    lengths = dict.fromkeys(("height", "width", "label", "crc", "bytes", "path"), 0) | {"offsets": 1}
+    is_dict = isinstance(header, dict)
+    if not is_dict or any(type(header.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    if index.keys() != lengths.keys() or not all(isinstance(name, str) for name in header["classes"]):
+        return False
+    for name, array in index.items():
+        if array.dtype.kind not in ("S" if name == "path" else "iu") or array.ndim != 1:
+            return False
+        if len(array) != len(index["label"]) + lengths[name]:
+            return False
+    offsets = index["offsets"]
+    return bool(offsets[0] == len(START) and offsets[-1] == stop and (offsets[1:] >= offsets[:-1]).all())
 
 
 # ---------------------------------------------------------------- writing

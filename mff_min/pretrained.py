@@ -39,15 +39,16 @@ def read_pretrained(path):
 
 
 def config_of(weights):
-    """The settings of the run that wrote Weights; model, sides, patch and channels from shapes if need be.
+    """The settings of the run that wrote Weights; model, sides, patch and channels are those of its shapes.
 
     Raises UserError where the shapes are of no model.
     """
     size = find_size(weights)
-    told = {name: value for name, value in weights.config.items() if value is not None}
+    told = {name: value for name, value in weights.config.items()
+            if value is not None and not (name in ("mean", "std") and isinstance(value, str))}
     sides = tuple(count * size["patch_size"] for count in find_grid(weights))
-    return dict(model=find_model(size), img_size=sides) | told | dict(patch_size=size["patch_size"],
-                                                                      in_chans=size["in_chans"])
+    return told | dict(model=find_model(size), img_size=sides, patch_size=size["patch_size"],
+                       in_chans=size["in_chans"])
 
 
 def settings_of(pretrained, model, img_size, patch_size, in_chans, mean=None, std=None):

@@ -1,8 +1,7 @@
 """What every stage needs around its loop: processes, the run folder, checkpoints, log, progress line, exits.
 
-A run is a folder: config.json, env.json, log.jsonl, last.pt and previous.pt, encoder.pt, pictures. Files that
-matter are written under a temporary name, flushed to the disk and renamed, so that a reader never meets half
-a file.
+A run is a folder: config.json, env.json, log.jsonl, last.pt and previous.pt, encoder.pt, pictures, run.lock.
+How they are written, so that no fault leaves half a file, and found again is saving.py.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 
 import kernels
+from mff_min import saving
 from mff_min.config import UserError
 from mff_min.sharded import gathered, local
 
-RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,6 +51,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    held: list = dataclasses.field(default_factory=list, compare=False)     # files that are closed at the end
 
     @property
     def is_main(self):
@@ -131,9 +132,12 @@ def start_world(device, deterministic=False):
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    world = World(rank, size, local_rank, device)
     try:
-        yield World(rank, size, local_rank, device)
+        yield world
     finally:
+        for file in world.held:
+            file.close()
         if size > 1:
             dist.destroy_process_group()
 
@@ -160,43 +164,6 @@ def autocast(device, dtype):
 
 # ---------------------------------------------------------------- checkpoints
 
-def write_atomically(path, write):
-    """Let write(file) fill a new file, which takes the place of path when it is whole and on the disk."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write plain values as JSON, atomically."""
-    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
-
-
-def save_checkpoint(folder, state):
-    """Write last.pt; the one before becomes previous.pt, so that there is always a whole one."""
-    last = Path(folder) / "last.pt"
-
-    def write(file):
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:                                   # PyTorch hides the system's reason
-            reason = error.__context__ or error
-            raise OSError(f"cannot save {last}: {str(reason).splitlines()[0]}") from None
-        # The old one moves only when the new one is on the disk.
-        if last.exists():
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(last, last.with_name("previous.pt"))
-    write_atomically(last, write)
-
-
 def save_run(folder, world, model, step, hint, **state):
     """Write last.pt, all that a run needs to go on from this step, on rank 0; all ranks call this together.
 
@@ -208,81 +175,83 @@ def save_run(folder, world, model, step, hint, **state):
         raise Fault(f"weights are not finite at step {step} and are not saved; {hint}")
     state = gathered({"model": model.state_dict(), "step": step, **state}, world.is_main)
     if world.is_main:
-        save_checkpoint(folder, state)
-
-
-def read_checkpoint(path, needs=()):
-    """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception as error:                                          # a damaged file raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
-    missing = [key for key in needs if key not in state]
-    if missing:
-        raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is not the state of a run")
-    return state
-
-
-def find_checkpoint(folder, resume, say):
-    """The state to resume from, or None for a new run.
-
-    resume is "" (a new run, refused where the folder holds one), "auto" (the newest readable checkpoint of
-    the folder, or a new run where there is none), or a file.
-    """
-    folder = Path(folder)
-    candidates = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
-    if resume == "":
-        if candidates:
-            raise UserError(f"{folder} already holds a run: add --resume auto to go on with it, or name "
-                            f"another --output-dir")
-        return None
-    if resume != "auto":
-        if candidates and Path(resume).resolve().parent != folder.resolve():
-            raise UserError(f"{folder} holds another run than --resume {resume}: name another --output-dir")
-        return read_checkpoint(resume, RUN_STATE)
-    for path in candidates:
-        try:
-            return read_checkpoint(path, RUN_STATE)
-        except UserError as error:
-            say(f"warning: {error}")
-    if candidates:
-        raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would "
-                        f"overwrite it")
-    return None
+        saving.save_checkpoint(folder, state)
 
 
 def resumed_state(cfg, world):
-    """The state that a stage goes on from, the same on all ranks, or None for a new run."""
-    state = find_checkpoint(cfg.output_dir, cfg.resume, world.say)
+    """The state that a stage goes on from, the same on all ranks, or None for a new run.
+
+    From here on the folder, if there is one, is this run's alone. Raises UserError where it is another's, or
+    would go on with other settings.
+    """
+    claim(cfg.output_dir, world)
+    state = path = None
+    if cfg.resume:
+        state, path = saving.find_checkpoint(cfg.output_dir, cfg.resume, world.say)
+    elif saving.checkpoints_in(cfg.output_dir):
+        raise UserError(already_a_run(cfg))
     if state:
-        check_same_settings(cfg, state["config"], cfg.allow_change)
+        check_same_settings(cfg, state["config"])
     if len(set(world.gather(state["step"] if state else 0))) > 1:
         raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
                         f"must be one folder that all hosts see")
+    if world.is_main:                                                   # now that all ranks have read it
+        saving.set_newer_aside(cfg.output_dir, path, world.say)
     return state
 
 
-def check_same_settings(cfg, saved, allowed):
-    """Raise UserError when a resumed run would go on with other settings than it began with, and name them.
+def claim(folder, world):
+    """Keep a run folder, where there is one, to this run until it ends. UserError where another has it."""
+    if world.is_main and os.path.isdir(folder):
+        try:
+            world.held.append(saving.lock(folder, world.say))
+        except OSError as error:
+            raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
 
-    saved is the checkpoint's config; allowed holds, separated by commas, the names that may differ.
+
+def settings_of_result(cfg):
+    """The names of a configuration's settings that change the result."""
+    return [field.name for field in dataclasses.fields(cfg) if field.metadata["changes_result"]]
+
+
+def already_a_run(cfg):
+    """What to say of a folder that holds a run already, with what differs from its settings."""
+    changes = []
+    with contextlib.suppress(OSError, ValueError):
+        saved = json.loads((Path(cfg.output_dir) / "config.json").read_text())
+        changes = saving.changed_settings(saved, dataclasses.asdict(cfg), settings_of_result(cfg))
+    table = f", of other settings:\n{saving.table_of(changes)}\n" if changes else ": "
+    return (f"{cfg.output_dir} already holds a run{table}add --resume auto to go on with it, or name another "
+            f"--output-dir")
+
+
+def check_same_settings(cfg, saved, data=()):
+    """Raise UserError when a resumed run would go on with other settings than it began with, and show them.
+
+    saved is the checkpoint's config; data is what check_same_data found. --allow-change names, separated by
+    commas, those that may differ.
     """
-    allowed = [name.strip().replace("-", "_") for name in allowed.split(",") if name.strip()]
-    known = [field.name for field in dataclasses.fields(cfg) if field.metadata["changes_result"]]
+    known = settings_of_result(cfg)
+    allowed = [name.strip().replace("-", "_") for name in cfg.allow_change.split(",") if name.strip()]
     for name in allowed:
         if name not in known:
             raise UserError(f"--allow-change {name}: expected names of settings, such as {known[0]}")
-    changes = [f"{name}: {saved.get(name)} -> {getattr(cfg, name)}" for name in known
-               if name not in allowed and saved.get(name) != getattr(cfg, name)]
+    changes = [change for change in (*saving.changed_settings(saved, dataclasses.asdict(cfg), known), *data)
+               if change[0] not in allowed]
     if changes:
-        names = ",".join(change.split(":")[0] for change in changes)
-        raise UserError(f"the run to resume began with other settings ({'; '.join(changes)}): give the same "
-                        f"flags again, or --allow-change {names}")
+        names = ",".join(dict.fromkeys(name for name, *_ in changes))
+        raise UserError(f"the run to resume began with other settings:\n{saving.table_of(changes)}\n"
+                        f"give the same flags again, or --allow-change {names}")
+
+
+def check_same_data(cfg, state, seen):
+    """Raise UserError when a resumed run would go on with other images; seen is their fingerprint."""
+    if not state or "data" not in state or torch.equal(state["data"], seen):
+        return
+    saved, now = (set(images.tolist()) for images in (state["data"], seen))
+    changed = ("data", f"{len(state['data'])} images",
+               f"{len(seen)} images (+{len(now - saved)} -{len(saved - now)})")
+    check_same_settings(cfg, state["config"], [changed])
 
 
 def load_state(model, state, origin):
@@ -327,32 +296,46 @@ def open_folder(cfg, world):
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not world.held:
+                claim(folder, world)
             for leftover in folder.glob("*.tmp.*"):                     # of a process killed while writing
                 leftover.unlink()
-            write_json(folder / "config.json", dataclasses.asdict(cfg))
-            write_json(folder / "env.json", describe_environment(world))
+            saving.write_json(folder / "config.json", dataclasses.asdict(cfg))
+            saving.write_json(folder / "env.json", describe_environment(world))
         except OSError as error:
             raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
     return folder
 
 
+def warn_of_space(folder, world, model, copies):
+    """Say so where the disk has no room for two checkpoints, each so many times as large as the model."""
+    need = 2 * copies * sum(value.numel() * value.element_size() for value in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        world.say(f"warning: {free / 1e9:.1f} GB are free in {folder}, and two checkpoints take "
+                  f"{need / 1e9:.1f} GB")
+
+
 class Log:
-    """log.jsonl, one JSON object a line, written by rank 0. A resumed run drops the lines after its step."""
+    """log.jsonl, one JSON object a line, written by rank 0. A resumed run drops the lines after its step.
+
+    evaluated says whether the evaluation at that step is among the others.
+    """
 
     def __init__(self, folder, world, step):
         self.path, self.is_main = Path(folder) / "log.jsonl", world.is_main
+        lines = read_log(self.path) if step > 0 else []
+        # "done" marks the last line of a finished run: one that goes on writes it anew.
+        kept = [line for line in lines if line["step"] <= step and "done" not in line]
+        self.evaluated = any(line["step"] == step and "acc1" in line for line in kept)
         if self.is_main:
-            lines = read_log(self.path) if step > 0 else []
-            # "done" marks the last line of a finished run: one that goes on writes it anew.
-            kept = [line for line in lines if line["step"] <= step and "done" not in line]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomically(self.path, lambda file: file.write(text.encode()))
+            saving.write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def write(self, **values):
         """Append one line; values are plain numbers, lists or text and hold at least step."""
         if self.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            saving.append_line(self.path, values)
 
 
 def read_log(path, say=lambda text: None):
@@ -375,7 +358,12 @@ def read_log(path, say=lambda text: None):
 
 
 class BadSamples:
-    """The files that could not be read: counted, warned about, and each named once in bad_samples.jsonl."""
+    """The files that could not be read: counted, warned about, and each named once in bad_samples.jsonl.
+
+    The file names the first MOST_NAMED of them.
+    """
+
+    MOST_NAMED = 10_000
 
     def __init__(self, folder, world, num_samples, max_bad):
         self.path, self.world = Path(folder) / "bad_samples.jsonl", world
@@ -393,16 +381,15 @@ class BadSamples:
         Raises Fault when more than max_bad of the samples are bad.
         """
         new = {name: reason for found in self.world.gather(self.new) for name, reason in found.items()}
-        self.new, first = {}, not self.seen
+        self.new, first, left = {}, not self.seen, max(self.MOST_NAMED - len(self.seen), 0)
         self.seen.update(new)
         if not new:
             return
         if self.world.is_main:
-            with open(self.path, "a") as file:
-                for name, reason in sorted(new.items()):
-                    file.write(json.dumps(dict(name=name, reason=reason)) + "\n")
+            for name, reason in sorted(new.items())[:left]:
+                saving.append_line(self.path, dict(name=name, reason=reason))
             name = min(new)
-            example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them all" * first
+            example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them" * first
             say(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced "
                 f"by others{example}")
         if len(self.seen) > self.max_bad * self.num_samples:
@@ -554,22 +541,27 @@ def run(main, cfg):
     """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n."""
     try:
         main(cfg)
-    except UserError as error:
-        text = str(error).strip().splitlines()[-1]                      # a worker's comes with a traceback
-        leave(f"error: {text.removeprefix('mff_min.config.UserError: ')}", 2)
-    except Fault as error:
-        text = str(error).strip().splitlines()[-1]                      # as above
-        leave(f"error: {text.removeprefix('mff_min.runtime.Fault: ')}", 3)
+    except (UserError, Fault) as error:
+        leave(f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3)
     except Stopped as error:
         leave(f"stopped: {error}", 128 + error.number)
     except OSError as error:                                            # a full disk, a folder that went away
-        leave(f"error: {error}; what was saved before is whole, and --resume auto goes on from there", 3)
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        leave(f"error: {text}; what was saved before is whole, and --resume auto goes on from there", 3)
     except KeyboardInterrupt:
         leave("stopped: interrupted; --resume auto goes on from the last checkpoint, if there is one", 130)
 
 
+def own_words(error):
+    """The text of an error, without the traceback that one of a worker process comes with."""
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        return text.splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
+    return text
+
+
 def leave(text, code):
-    """Print one line to stderr and end the process."""
+    """Print why to stderr, and end the process."""
     sys.stdout.flush()
     print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
     raise SystemExit(code)

@@ -4,28 +4,29 @@ A source has `len(source)`, `source.open(i)` (a Pillow image, or its pixels, an 
 is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.short_side` (of all its images,
 where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
 about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
-them, which classes names. `source.spellings(i)` are the names by which a list may call image i.
+them, which classes names. `source.spellings(i)` are the names by which a list may call image i, and
+`source.paths` (n,) the bytes of its name below the data's folder.
 
 Shapes: n images, H W.
 """
 
 import bisect
+import hashlib
 import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
 
 from mff_min.cifar import read_cifar
 from mff_min.config import UserError
+from mff_min.decode import open_image
 from mff_min.lists import listed, printable, read_cars, read_lines
 from mff_min.packed import open_packed
 from mff_min.shapes import SHAPES, load_shapes
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")          # by content; a name says nothing
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-MAX_PIXELS = 50_000_000                                                 # a header with more is not decoded
 
 
 class ImageFiles:
@@ -42,10 +43,7 @@ class ImageFiles:
         return len(self.paths)
 
     def open(self, i):
-        image = Image.open(self.name(i), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:                     # from the header: not decoded yet
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        return image
+        return open_image(self.name(i))
 
     def label(self, i):
         return int(self.labels["class"][i])
@@ -61,8 +59,8 @@ class ImageFiles:
 class ImageFolder(ImageFiles):
     """Image files below a folder: ROOT/<split>/<class>/*, or ROOT/train or ROOT where there is no such split.
 
-    Without class folders every label is 0, and the class's name is empty. Hidden files and folders are
-    skipped, links are followed. Raises UserError when there is no image, or none but in val/.
+    Without class folders every label is 0, and the class's name is empty. Raises UserError when there is no
+    image, or none but in val/, and where a folder cannot be read.
     """
 
     def __init__(self, root, split):
@@ -74,11 +72,7 @@ class ImageFolder(ImageFiles):
         top = next(path for path in (root / split, root / "train", root) if path.is_dir())
         if top == root and (root / "val").is_dir():
             raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
-        found = []
-        for folder, folders, files in os.walk(top, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            below = os.path.relpath(folder, top)
-            found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
+        found = files_below(top)
         paths = sorted(path for path in found if path.lower().endswith(SUFFIXES))
         if not paths:
             raise UserError(f"data folder {top} holds no images ({len(found)} other files): expected "
@@ -89,6 +83,29 @@ class ImageFolder(ImageFiles):
         super().__init__(top, paths, labels, classes, is_split=(root / split).is_dir())
 
 
+def files_below(top):
+    """The paths of the files below a folder, as seen from it. Hidden files and folders are skipped.
+
+    Links are followed, wherever they lead, but one to a folder that it lies in. Raises UserError where a
+    folder cannot be read: its images would be missing in silence.
+    """
+    def refuse(error):
+        raise UserError(f"folder {printable(error.filename)} cannot be read: {error.strerror}")
+    found, ways = [], {os.fspath(top): {os.path.realpath(top)}}         # the true folders on the way to each
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        way = ways.pop(folder)
+        for name in list(folders):
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            if name[0] == "." or real in way:
+                folders.remove(name)
+            else:
+                ways[path] = way | {real}
+        below = os.path.relpath(folder, top)
+        found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
+    return found
+
+
 class ImageArray:
     """Images in one uint8 array (n, H, W, 3), with labels {name: (n,)}; classes names those of the first."""
 
@@ -96,6 +113,7 @@ class ImageArray:
 
     def __init__(self, images, labels, classes, kind):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
+        self.paths = np.arange(len(images)).astype(bytes)
 
     def __len__(self):
         return len(self.images)
@@ -119,7 +137,7 @@ class Subset:
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
         self.classes, self.is_split = source.classes, source.is_split
-        self.short_side = source.short_side
+        self.short_side, self.paths = source.short_side, source.paths[indices]
         self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
 
     def __len__(self):
@@ -201,6 +219,12 @@ def open_data(spec, split, cache_dir, say):
     return open_packed(spec, split) or ImageFolder(spec, split)
 
 
+def fingerprint(source):
+    """A number for the path of each image, sorted (n,): it tells whether files came, went or were renamed."""
+    digests = [hashlib.blake2b(path, digest_size=8).digest() for path in source.paths.tolist()]
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).sort().values
+
+
 def check_labels(spec, train, val):
     """Raise UserError unless both splits are there, have the same classes, and no label is outside them."""
     for split, source in (("train", train), ("val", val)):
@@ -209,8 +233,9 @@ def check_labels(spec, train, val):
         labels = next(iter(source.labels.values()))
         outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
         if len(outside):
-            raise UserError(f"label {labels[outside[0]]} of {source.name(outside[0])} is outside the "
-                            f"{len(source.classes)} classes of the head")
+            name = printable(source.name(outside[0]))
+            raise UserError(f"label {labels[outside[0]]} of {name} is outside the {len(source.classes)} "
+                            f"classes of the head")
     check_classes(train.classes, val.classes, "train", "val")
     if len(train.classes) < 2:
         raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* of two or "

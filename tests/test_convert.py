@@ -117,7 +117,7 @@ def test_what_has_no_place_is_let_go_on_request(folder):
     ("resnet.pt x.pt", "resnet.pt is of no known family (ours, MAE, timm, mmpretrain, Transformers); it "
                        "holds conv1.weight, bn1.weight, fc.bias ..."),
     ("empty.pt x.pt", "it holds nothing ..."), ("list.pt x.pt", "holds a list: expected a dict"),
-    ("evil.pt x.pt", "checkpoint evil.pt cannot be read"),
+    ("evil.pt x.pt", "checkpoint evil.pt is refused: it asks for posix.system"),
     ("odd.pt x.pt", "odd.pt fits no model size: it is 24 wide and has 3 blocks; width x blocks of the "
                     "models: vit_test 64 x 12, vit_t 192 x 12"),
     ("flat.pt x.pt", "flat.pt has a patch projection of shape (64,): expected (width, channels, side"),

@@ -384,7 +384,7 @@ def bad(tmp_path_factory):
     ("--checkpoint BAD/headless.pt", "is of no known family"),
     ("--checkpoint BAD/norun", "holds none of last.pt, classifier.pt, encoder.pt"),
     ("--checkpoint /nowhere", "checkpoint /nowhere does not exist"),
-    ("--checkpoint LICENSE", "checkpoint LICENSE cannot be read"),
+    ("--checkpoint LICENSE", "checkpoint LICENSE is a text of"),
     ("--checkpoint=", "--checkpoint is not given"),
     ("--data BAD/differ", "train has a, b, c (3), val has a, b, d (3); only train: c (1); only val: d (1)"),
     ("--data BAD/empty", "holds no images"),

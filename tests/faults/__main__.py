@@ -29,7 +29,8 @@ import torch
 from faults.suite import FORK, Outcome, prepared, shared_memory
 
 from mff_min.config import UserError, opt, parse
-from mff_min.runtime import duration, write_json
+from mff_min.runtime import duration
+from mff_min.saving import write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,270 @@
+"""Files that outlive a fault: written whole or not at all, sealed, found again, kept from other runs.
+
+A file is written under a temporary name, flushed to the disk and renamed, so that a reader never meets half
+of it, whatever is killed when. A file of tensors is the zip archive that torch.save writes, with the SHA-256
+of its other bytes as its comment: PyTorch reads it as ever, and here an altered bit is noticed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from mff_min.config import UserError
+from mff_min.lists import listed, printable
+from mff_min.torchfile import look_through
+
+RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
+SEAL = b"sha256:"                                                       # then 64 digits: the zip's comment
+LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
+
+# ---------------------------------------------------------------- writing
+
+
+def write_atomically(path, write, previous=None):
+    """Let write(file) fill a new file, which takes the place of path when it is whole and on the disk.
+
+    What stood there takes the name previous, if that is given. An OSError names the path.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Nothing that is there moves before the new file is on the disk.
+        if previous and path.exists():
+            os.replace(path, path.with_name(previous))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)                                  # writing and fsync name none
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Wait until the names in a folder are on the disk too: fsync of a file says nothing of its name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:                                 # a file system that cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_json(path, value):
+    """Write plain values as JSON, atomically."""
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def append_line(path, values):
+    """Append plain values to a file of JSON lines, the whole line or nothing of it."""
+    line = json.dumps(values).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line):]
+        except OSError as error:
+            file.truncate(end)
+            error.filename = str(path)
+            raise
+
+
+class Summed:
+    """A file to write to, with the SHA-256 of what was written, and the error, which PyTorch hides."""
+
+    def __init__(self, file):
+        self.file, self.sum, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        self.sum.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def write_tensors(path, content, previous=None):
+    """Write content, tensors and plain values nested in dicts, as PyTorch does, atomically and sealed."""
+    def write(file):
+        summed = Summed(file)
+        try:
+            torch.save(content, summed)
+        except RuntimeError:
+            if summed.error:
+                raise summed.error from None
+            raise
+        file.seek(-2, os.SEEK_CUR)                                      # the length of the comment, 0 so far
+        file.write(LENGTH + SEAL + summed.sum.hexdigest().encode())
+    write_atomically(path, write, previous)
+
+
+def save_checkpoint(folder, state):
+    """Write last.pt; the one before becomes previous.pt, so that there is always a whole one."""
+    write_tensors(Path(folder) / "last.pt", state, previous="previous.pt")
+
+
+# ---------------------------------------------------------------- reading
+
+
+def seal_of(path):
+    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 22 - len(SEAL) - 64, 0))                   # the archive's last record
+        end = file.read()
+    record = end.rfind(b"PK\5\6")
+    sealed = SEAL in end or record >= 0 and end[record + 20:record + 22] == LENGTH
+    return end[22 - len(LENGTH):] if sealed else b""
+
+
+def check_seal(path):
+    """Raise UserError where a file of tensors is sealed and was altered since."""
+    seal = seal_of(path)
+    if not seal:
+        return
+    found, left = hashlib.sha256(), os.path.getsize(path) - len(seal)
+    with open(path, "rb") as file:
+        while left > 0:
+            block = file.read(min(left, 2 ** 20))
+            found.update(block)
+            left -= len(block)
+    found.update(bytes(2))                                              # the length of the comment was 0
+    if seal != LENGTH + SEAL + found.hexdigest().encode():
+        raise UserError(f"checkpoint {path} is damaged: its SHA-256 is not the one that it was written with")
+
+
+def read_checkpoint(path, needs=()):
+    """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
+    try:
+        check_seal(path)
+        look_through(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except UserError:
+        raise
+    except Exception as error:                                          # a damaged file raises many kinds
+        lines = str(error).splitlines() or [type(error).__name__]
+        # What PyTorch says of the flag is how to have the file's code run.
+        reason = "it holds more than weights" if "weights_only" in str(error) else printable(lines[0][:200])
+        raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
+    missing = [key for key in needs if key not in state]
+    if missing:
+        raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is not the state of a run")
+    for key in {"model", "config"}.intersection(needs):
+        if not isinstance(state[key], dict):
+            raise UserError(f"checkpoint {path} has a {key} that is no dict: it is not the state of a run")
+        names = [name for name in state[key] if not str(name).isprintable()]
+        if names:                                                       # they would reach the terminal
+            raise UserError(f"checkpoint {path} has control characters in names: {listed(map(str, names))}")
+    return state
+
+
+def checkpoints_in(folder):
+    """The checkpoints of the run in a folder, the newest first."""
+    return [path for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt") if path.exists()]
+
+
+def find_checkpoint(folder, resume, say):
+    """(state, path) to resume from, or (None, None) for a new run.
+
+    resume is "auto" (the newest sound checkpoint of the folder, or a new run where there is none), or a file.
+    """
+    candidates = checkpoints_in(folder)
+    if resume != "auto":
+        if candidates and Path(resume).resolve().parent != Path(folder).resolve():
+            raise UserError(f"{folder} holds another run than --resume {resume}: name another --output-dir")
+        return read_checkpoint(resume, RUN_STATE), Path(resume)
+    for path in candidates:
+        try:
+            state = read_checkpoint(path, RUN_STATE)
+        except UserError as error:
+            say(f"warning: {error}")
+            continue
+        if not seal_of(path):
+            say(f"warning: {path} is not sealed by a SHA-256, as checkpoints were not once: damage would go "
+                f"unnoticed until the next one is written")
+        return state, path
+    if candidates:
+        raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would "
+                        f"overwrite it")
+    return None, None
+
+
+def set_newer_aside(folder, path, say):
+    """Rename what is newer in a folder than the checkpoint at path, which a run goes on from.
+
+    Else the next save would put it, damaged or not wanted, in the place of the one that is sound.
+    """
+    last = Path(folder) / "last.pt"
+    if path and last.exists() and not last.samefile(path):
+        aside = next(name for n in itertools.count(1) if not (name := Path(f"{last}.aside-{n}")).exists())
+        os.replace(last, aside)
+        say(f"warning: {last} is kept as {aside}, and the run goes on from {path}")
+
+
+# ---------------------------------------------------------------- one run a folder
+
+
+def lock(folder, say):
+    """The open file by which this process keeps a folder to itself, until it is closed or the process ends.
+
+    Raises UserError, which says who has it, where it is taken. The lock is POSIX's, which children of fork do
+    not have: workers that outlive a killed run for a moment do not keep its folder.
+    """
+    file = open(Path(folder) / "run.lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):                          # POSIX allows either
+        with file:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {owner}: stop that run, or name another "
+                        f"--output-dir") from None
+    except OSError as error:
+        say(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        return file
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+    file.flush()
+    return file
+
+
+# ---------------------------------------------------------------- the settings of a run
+
+
+def changed_settings(saved, now, names):
+    """[(name, saved, now)] of the settings of these names that differ between two dicts."""
+    def plain(settings, name):
+        return json.dumps(settings.get(name), default=str)              # a tuple is a list
+    return [(name, printable(str(saved.get(name))), printable(str(now.get(name)))) for name in names
+            if plain(saved, name) != plain(now, name)]
+
+
+def table_of(changes):
+    """Differences as the lines of a table."""
+    rows = [("setting", "saved", "now"), *changes]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
