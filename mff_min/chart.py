@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mff_min.pens import PngPen, SvgPen, between, text_width
-from mff_min.runtime import write_atomically
+from mff_min.saving import write_atomically
 
 HEAT = ((247, 244, 238), (240, 178, 110), (190, 76, 96), (74, 34, 88))  # low to high
 

@@ -85,7 +85,7 @@ def chart_of_layers(rows):
 def figure_of_layers(runs):
     """A Figure with a panel for each label: accuracy over the layers, with both baselines and chance.
 
-    runs are {name: rows}; the baselines are those of the first.
+    runs are {name: rows}; the baselines are those of the first, where it has them.
     """
     first, *others = runs.values()
     present = {row["layer"] for rows in runs.values() for row in rows if row["kind"] == "trained"}
@@ -100,15 +100,15 @@ def figure_of_layers(runs):
         for rows, kind, name, colour in lines:
             found = [row for row in rows if (row["label"], row["kind"]) == (label, kind)]
             blocks = [row for row in found if row["layer"] != "fused"]
-            for part in (blocks, found[len(blocks):]):                  # no line leads to the fused feature
+            for part in filter(None, (blocks, found[len(blocks):])):    # no line leads to the fused feature
                 points = [(layers.index(row["layer"]), row["acc1"]) for row in part]
                 series.append(Series(name, points, [row["acc1_error"] for row in part], colour))
         for kind, dash in (("pixels", 6), ("chance", 2)):
-            level, = (row for row in first if (row["label"], row["kind"]) == (label, kind))
-            ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
-            series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
+            for level in (row for row in first if (row["label"], row["kind"]) == (label, kind)):
+                ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
+                series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
         panels.append(Panel(f"label: {label}", "block", "accuracy, %", names, series))
     images = next(row["val_images"] for row in first if row["kind"] == "trained")
-    note = f"Random weights, pixels and chance are those of {next(iter(runs))}." if others else ""
+    note = f"What is grey is of {next(iter(runs))}." if others else ""
     return Figure(f"Linear probes of frozen features: accuracy on {images} validation images, bars of one "
                   f"standard error", panels, share_y=True, note=note)

@@ -12,7 +12,8 @@ from PIL import Image
 from mff_min.config import UserError
 from mff_min.mim import parse_out_indices
 from mff_min.picture import tiles_of
-from mff_min.runtime import read_log, write_json
+from mff_min.runtime import read_log
+from mff_min.saving import write_json
 from mff_min.vit import MODELS
 
 

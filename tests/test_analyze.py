@@ -179,7 +179,17 @@ def test_probes_of_two_runs_share_a_panel_for_each_label(tmp_path):
             points.setdefault(line["name"], []).extend(line.get("points", []))
         assert points["mff"] == [[0, 40], [1, 39], [2, 38]] and points["mae"] == [[0, 30], [1, 29]]
         assert points["random weights"] == [[0, 35], [1, 34], [2, 33]]
-    assert "those of mff" in found["note"]
+    assert found["note"] == "What is grey is of mff."
+    found = analyzed(tmp_path / "mae.json", tmp_path / "mff.json", "--output-dir", tmp_path / "out")["layers"]
+    assert found["panels"][0]["ticks"] == ["0", "11", "fused"] and found["note"] == "What is grey is of mae."
+
+
+def test_a_probe_without_baselines_is_drawn_without_them(tmp_path):
+    rows = [row for row in rows_of_layers(["block 0"], 40.0) if row["kind"] in ("trained", "chance")]
+    config = dict(model="vit_test", global_batch=8)
+    (tmp_path / "a.json").write_text(json.dumps(dict(rows=rows, margins={}, config=config)))
+    found = analyzed(tmp_path / "a.json", "--output-dir", tmp_path / "out")["layers"]
+    assert [line["name"] for line in found["panels"][0]["series"]] == ["a", "chance"]
 
 
 def test_a_record_draws_what_its_folder_draws(tmp_path):

@@ -311,7 +311,7 @@ def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_p
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert found["rows"] == metrics["rows"] and set(found["margins"]) == {"shape", "texture"}
     with Image.open(tmp_path / "a" / "layers.png") as picture:
-        assert picture.size == (2 * 2 * 480, 2 * (330 + 62))
+        assert picture.size == (2 * 2 * 480, 2 * (330 + 42))
 
 
 def test_neighbours_print_their_number_and_temperature(probe, capsys):
