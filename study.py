@@ -39,7 +39,8 @@ import train_probe
 from mff_min import comparison
 from mff_min.config import UserError, check_ranges, knob, opt, parse
 from mff_min.runtime import (Fault, StopSignals, describe_environment, duration, leave, read_log, run,
-                             start_world, write_atomically, write_json)
+                             start_world)
+from mff_min.saving import write_atomically, write_json, write_tensors
 from mff_min.sources import check_labels, open_data
 
 # ---------------------------------------------------------------- what is compared
@@ -181,7 +182,7 @@ def initialise(cfg):
         encoder = train_pretrain.build_model(cfg, "cpu").encoder
         export = {"model": encoder.state_dict(), "config": asdict(cfg)}
         folder = Path(cfg.output_dir)
-        write_atomically(folder / "encoder.pt", lambda file: torch.save(export, file))
+        write_tensors(folder / "encoder.pt", export)
         write_json(folder / "metrics.json", dict(step=0, environment=describe_environment(world)))
 
 
