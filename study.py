@@ -269,7 +269,7 @@ def unit_of(record):
 
 
 def main(cfg):
-    """Run what is left of a study, then print its tables. Returns the results."""
+    """Run what is left of a study, then print its tables and draw its figures. Returns the results."""
     check_ranges(cfg)
     seeds, methods = parse_seeds(cfg.seeds), parse_methods(cfg.methods)
     name = name_of(cfg.data)
@@ -278,6 +278,8 @@ def main(cfg):
     suffix = "" if cfg.preset == device else f"_{cfg.preset}"
     path = Path(cfg.output_dir) / f"study_{name}_{device}{suffix}.json"
     results = read_results(path, name, cfg)
+    if cfg.report and not results["records"]:
+        raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
     if not cfg.report:
         if cfg.data != "shapes":
             splits = (open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val"))
@@ -287,7 +289,7 @@ def main(cfg):
             path.parent.mkdir(parents=True, exist_ok=True)
             run_units(cfg, units, folder, path, results, device, signals)
     if not results["records"]:
-        raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
+        return results
     print("\n" + comparison.report(results, len(plan(PRESETS[cfg.preset], methods, seeds))), flush=True)
     for stem in comparison.save_figures(results, cfg.figures, path.stem):
         print(f"  {stem}.png", flush=True)
