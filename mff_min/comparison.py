@@ -14,6 +14,7 @@ from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS
 
 BASE = "MAE"
+BASELINES = ("random", "pixels")
 CONFIDENCE = 0.95
 COLOURS = {"pixels": "ink", "random": "grey", "MAE": "blue", "PixMIM": "green", "MFF_MAE": "orange",
            "MFF_PixMIM": "red", "MFF_detach": "purple",
@@ -131,6 +132,13 @@ def labels_of(results):
                               for row in record["metrics"].get("rows", ())))
 
 
+def differences(metric):
+    """{method: Difference to MAE} of the others, as far as they share seeds."""
+    found = {method: difference(values, metric.values.get(BASE, {}))
+             for method, values in metric.values.items() if method != BASE}
+    return {method: each for method, each in found.items() if each}
+
+
 # ---------------------------------------------------------------- tables and sentences
 
 
@@ -140,7 +148,7 @@ def table_of(metric):
     yield "|---|---|---|---|---|---|"
     for method, values in metric.values.items():
         spread = f"{statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
-        found = difference(values, metric.values.get(BASE, {})) if method != BASE else None
+        found = differences(metric).get(method)
         points = f"{found.mean:+.2f}" if found else ""
         cells = (method, len(values), f"{statistics.mean(values.values()):.2f}", spread, points,
                  interval_of(found) if found else "")
@@ -155,17 +163,20 @@ def interval_of(found):
 
 
 def verdict(metric):
-    """A sentence on which methods differ from MAE, or "" where there is nothing to compare.
+    """A sentence on how MAE differs from random weights and which methods differ from MAE; "" without MAE.
 
     A method is better or worse where the interval excludes 0; else no difference can be told.
     """
     told = {"better than": [], "worse than": [], "no difference can be told from": []}
-    for method, values in metric.values.items():
-        found = difference(values, metric.values.get(BASE, {})) if method != BASE else None
-        if found:
+    for method, found in differences(metric).items():
+        if method not in BASELINES:
             key = ("better than" if found.mean > 0 else "worse than") if found.told else list(told)[-1]
             told[key].append(f"{method} ({found.mean:+.2f}{f', {found.pairs} pair' * (found.pairs < 2)})")
     said = [f"{text} {BASE}: {', '.join(methods)}" for text, methods in told.items() if methods]
+    learnt = difference(metric.values.get(BASE, {}), metric.values.get("random", {}))
+    if learnt:
+        text = ("better" if learnt.mean > 0 else "worse") + " than" if learnt.told else "not told apart from"
+        said.insert(0, f"{BASE} is {text} random weights ({learnt.mean:+.2f})")
     return f"{metric.name}: {'; '.join(said)}." if said else ""
 
 
@@ -213,10 +224,10 @@ def report(results, planned):
                  + ".")
     said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
     if said:
-        compared = sum(len(metric.values.keys() - {BASE}) for metric in metrics)
         parts.append("\n".join(said))
-        parts.append(f"Each interval is for one comparison. Of {compared}, {compared / 20:.1f} would exclude "
-                     f"0 by chance if no row differed from {BASE}.")
+        count = sum(found.half is not None for metric in metrics for found in differences(metric).values())
+        parts.append(f"Each interval is for one comparison. Of {count}, {count / 20:.1f} would exclude 0 by "
+                     f"chance if no row differed from {BASE}.")
     for label in labels_of(results):
         parts.append("\n".join(layer_table(results, label)))
     return "\n\n".join(parts)
@@ -264,9 +275,8 @@ def forest(results, about):
     """The paired difference of every method to MAE with its interval, a panel for each metric."""
     panels = []
     for metric in metrics_of(results):
-        found = {method: difference(values, metric.values.get(BASE, {}))
-                 for method, values in metric.values.items() if method not in (BASE, "pixels", "random")}
-        found = {method: each for method, each in found.items() if each and each.half is not None}
+        found = {method: each for method, each in differences(metric).items()
+                 if method not in BASELINES and each.half is not None}
         if found:
             points = [(float(x), each.mean) for x, each in enumerate(found.values())]
             zero = [(-0.5, 0.0), (len(found) - 0.5, 0.0)]

@@ -88,8 +88,14 @@ def test_a_sentence_says_what_can_be_told_and_what_cannot(results):
                                           "can be told from MAE: MFF_2 (-1.00, 1 pair).")
     assert comparison.verdict(tuned) == ("shape, fine-tuning: no difference can be told from MAE: MFF_MAE "
                                          "(-1.00, 1 pair).")
+    results["records"] += [layers("random", 0, 20.0, 21.0), layers("random", 1, 20.0, 23.2)]
+    text = comparison.verdict(comparison.metrics_of(results)[0])        # 9 and 8.8 more
+    assert text.startswith("shape, linear: MAE is better than random weights (+8.90); better")
+    results["records"][-1]["metrics"]["rows"][1]["acc1"] = 30.0
+    text = comparison.verdict(comparison.metrics_of(results)[0])
+    assert "MAE is not told apart from random weights (+5.50)" in text
     results["records"][2]["metrics"]["rows"][1]["acc1"] = 10.0          # now -20 and +3.2
-    assert "better" not in comparison.verdict(comparison.metrics_of(results)[0])
+    assert "better than" not in comparison.verdict(comparison.metrics_of(results)[0])
 
 
 def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(results):
