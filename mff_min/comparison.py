@@ -230,7 +230,30 @@ def report(results, planned):
                      f"chance if no row differed from {BASE}.")
     for label in labels_of(results):
         parts.append("\n".join(layer_table(results, label)))
+    if text := weights_text(results):
+        parts.append(text)
     return "\n\n".join(parts)
+
+
+def weights_text(results):
+    """Sentences on the levels that ended with more weight than an equal share, in all seeds, or ""."""
+    said = []
+    for method in ORDER:
+        records = [each for each in results["records"] if each["method"] == method and "fusion" in each]
+        if records:
+            blocks, ends = blocks_of(records[0]), [record["fusion"][-1][1:] for record in records]
+            means = [statistics.mean(column) for column in zip(*ends, strict=True)]
+            heavy = [f"{block} ({means[i]:.3f})" for i, block in enumerate(blocks)
+                     if all(end[i] > 1 / len(blocks) for end in ends)]
+            said.append(f"{method} (equal: {1 / len(blocks):.3f}): block {', '.join(heavy) or 'none'}")
+    return ("Fused levels that ended above an equal weight from every seed, with their mean weight: "
+            + "; ".join(said) + ".") if said else ""
+
+
+def blocks_of(record):
+    """The numbers of the blocks that a pre-training record's flags fuse."""
+    depth = MODELS[re.search(r"--model (\S+)", record["flags"])[1]]["depth"]
+    return parse_out_indices(re.search(r"--out-indices (\S+)", record["flags"])[1], depth)
 
 
 def binomial_error(metric):
@@ -343,10 +366,9 @@ def weights(results, about):
     """The weight of each fused level over the steps, a panel for each method that fuses."""
     panels = []
     for method, (record, curve) in mean_curves(results, "fusion").items():
-        depth = MODELS[re.search(r"--model (\S+)", record["flags"])[1]]["depth"]
-        blocks = parse_out_indices(re.search(r"--out-indices (\S+)", record["flags"])[1], depth)
+        blocks = blocks_of(record)
         series = [Series(f"block {block}", [(float(row[0]), row[1 + i]) for row in curve], (),
-                         block / (depth - 1), dots=False) for i, block in enumerate(blocks)]
+                         block / max(blocks), dots=False) for i, block in enumerate(blocks)]
         equal = [(float(row[0]), 1 / len(blocks)) for row in (curve[0], curve[-1])]
         series.append(Series("equal", equal, (), "grey", dash=4))
         panels.append(Panel(f"{method}: {len(blocks)} levels", "step", "weight", None, series, zero=False))

@@ -106,6 +106,8 @@ def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(res
     assert f"shape, linear: {error:.2f} points of 400 images, chance 10.0 %" in text
     assert "| MFF_MAE | 22.0 | 34.1 |" in text                          # of both layers
     assert "so far" not in comparison.report(results, 9)
+    # Blocks 2 and 4 end at 0.2; block 0 at 0.3 and 0.2, the last at 0.1 and 0.2.
+    assert "MFF_MAE (equal: 0.167): block 0 (0.250), 2 (0.200), 4 (0.200)." in text
 
 
 def test_figures_show_the_numbers_of_the_results(results):
