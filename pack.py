@@ -10,6 +10,7 @@ It may be stopped at any time: the same line goes on, to the same bytes. Given o
 folder has changed since. docs/data.md, "Packing", says what is stored.
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
 from mff_min.data import leave_signals_to_the_trainer
 from mff_min.decode import DECODE_ERRORS, reason_of
 from mff_min.lists import printable
-from mff_min.packed import Journal, Packed, check_same, encode, files_of, journal_of, plan_of
+from mff_min.packed import Journal, Packed, check_same, encode, files_of, journal_of, open_packed, plan_of
 from mff_min.runtime import Fault, Progress, World, leave, run
+from mff_min.saving import lock
 from mff_min.sources import ImageFolder
 
 BLOCK = 256                                                             # images that are flushed together
+HERE = World(0, 1, 0, torch.device("cpu"))                              # progress lines ask who prints them
+KEPT = "what is packed is kept, and the same line goes on from there"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Config:
 
     # these change only how it is reached
     workers: int = knob(0, "processes that decode and resize", least=0)
+    max_bad: float = knob(0.01, "share of the images that may be unreadable in a finished pack", least=0)
     verify: bool = knob(False, "read a finished pack and check every record; write nothing")
 
 
@@ -49,9 +54,14 @@ class Records(Dataset):
         self.source, self.settings = source, settings
 
     def __getitem__(self, i):
+        name = self.source.name(i)
         try:
             return *encode(self.source, i, **self.settings), ""
         except DECODE_ERRORS as error:
+            broken_link = os.path.islink(name) and not os.path.exists(name)
+            if isinstance(error, OSError) and error.errno and not broken_link:
+                # The system's error, not the image's: a disk that went away must not end as a pack of holes.
+                raise Fault(f"{printable(name)}: {error.strerror}; {KEPT}") from None
             return b"", 0, 0, reason_of(error)
 
 
@@ -60,10 +70,12 @@ def main(cfg):
     check_ranges(cfg)
     if cfg.jpeg > 100:
         raise UserError(f"--jpeg {cfg.jpeg}: expected a quality of 1 to 100, or 0 for pixels")
+    if cfg.verify:
+        return verify(cfg.output)
     try:
-        return verify(Path(cfg.output)) if cfg.verify else pack(cfg)
+        return pack(cfg)
     except OSError as error:
-        raise Fault(f"{error}; what is packed is kept, and the same line goes on from there") from None
+        raise Fault(f"{error}; {KEPT}") from None
     except KeyboardInterrupt:
         leave("stopped: interrupted; the same line goes on from there", 130)
 
@@ -74,11 +86,20 @@ def pack(cfg):
     sources = {split: ImageFolder(cfg.source, split) for split in ("val", "train")}     # train.pack is last
     if not sources["val"].is_split:
         del sources["val"]
+        if (output / "val.pack").exists():
+            raise UserError(f"{output} has a val.pack, and {cfg.source} has no val/ any more: expected "
+                            f"another folder to write to")
     try:
         output.mkdir(parents=True, exist_ok=True)
+        held = lock(output, say)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
+    with held:
+        return pack_splits(cfg, settings, sources, output)
 
+
+def pack_splits(cfg, settings, sources, output):
+    """Write the pack of each source, where it is not there; the folder is ours alone."""
     paths, journals = {split: output / f"{split}.pack" for split in sources}, {}
     for split, path in paths.items():
         plan = dict(settings=settings, files=files_of(sources[split]))
@@ -93,8 +114,11 @@ def pack(cfg):
     for split, journal in journals.items():
         source = sources[split]
         write_records(source, journal, cfg.workers, settings)
-        journal.finish(source.labels["class"], source.classes, split if source.is_split else "")
         unread = sum(bool(reason) for *_, reason in journal.entries)
+        if unread > cfg.max_bad * len(source):
+            raise Fault(f"{unread} of {len(source)} images cannot be read, more than --max-bad {cfg.max_bad} "
+                        f"allows; {journal.path} names the reason of each, and a larger --max-bad goes on")
+        journal.finish(source.labels["class"], source.classes, split if source.is_split else "")
         say(f"{paths[split]}: {len(source)} images of {len(source.classes)} classes, "
             f"{amount(paths[split].stat().st_size)}; {unread} cannot be read")
     return list(paths.values())
@@ -117,6 +141,8 @@ def announce(sources, journals, settings, output):
         needed += total * (count - done) / count
     free = shutil.disk_usage(output).free
     if needed > free:
+        for journal in journals.values():
+            journal.discard_empty()
         raise UserError(f"{output} needs about {amount(needed)} more, and {amount(free)} are free: expected "
                         f"a smaller --short-side, --jpeg 95, or another disk")
 
@@ -132,7 +158,7 @@ def write_records(source, journal, workers, settings):
     loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
                         num_workers=workers, collate_fn=unchanged, generator=torch.Generator(),
                         worker_init_fn=leave_signals_to_the_trainer, prefetch_factor=64 if workers else None)
-    progress = Progress(count, first, World(0, 1, 0, torch.device("cpu")), every=5.0, text=journal.pack.name)
+    progress = Progress(count, first, HERE, every=5.0, text=journal.pack.name)
     block = []
     for i, record in enumerate(loader, first + 1):
         block.append(record)
@@ -147,22 +173,26 @@ def unchanged(record):
     return record
 
 
-def verify(folder):
+def verify(spec):
     """Read every record of a folder's packs. UserError with how many are altered, and the first of them."""
-    paths = sorted(folder.glob("*.pack"))
-    if not paths:
-        raise UserError(f"{folder} holds no pack: expected a folder that pack.py wrote")
+    train = open_packed(spec, "train")
+    if not train:
+        raise UserError(f"{spec} holds no pack: expected a folder that pack.py wrote")
+    paths = sorted(train.path.parent.glob("*.pack"))
     for path in paths:
         source, altered = Packed(path, ""), []
+        progress = Progress(len(source), 0, HERE, every=5.0, text=path.name)
         for i in range(len(source)):
             try:
                 source.record(i)
             except ValueError as error:
                 if str(i) not in source.header["bad"]:
                     altered.append(f"{printable(source.name(i))}: {error}")
+            progress.tick(i + 1)
         if altered:
             raise UserError(f"{len(altered)} of {len(source)} images are altered, first {altered[0]}")
-        say(f"{path}: {len(source)} images, every checksum is right")
+        unread = len(source.header["bad"])
+        say(f"{path}: {len(source)} images, every checksum is right; {unread} could not be read when packed")
     return paths
 
 

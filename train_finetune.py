@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, soft_targets
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Stream, Views, each_once, make_loader
+from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
 from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
@@ -256,7 +256,8 @@ def finetune(cfg, world, signals):
     loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
     flops = classifier_flops(model, model.head, False)
-    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
+                  advice_if_late(train_set, cfg.workers))
     if 0 < start < schedule.stop and passes(start) and not log.evaluated:
         note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
@@ -270,7 +271,8 @@ def finetune(cfg, world, signals):
             bad_samples.add(batch["bad"])
             place = world.rank * schedule.accumulation + micro          # the same on any number of ranks
             mix = draw_mix(Rng(cfg.seed, MIX, step, place), *cfg.img_size, cfg.mixup, cfg.cutmix)
-            targets = soft_targets(batch["label"].to(device), len(classes), cfg.smoothing, mix.lam)
+            labels = batch["label"].to(device, non_blocking=True)
+            targets = soft_targets(labels, len(classes), cfg.smoothing, mix.lam)
             more = micro + 1 < schedule.accumulation
             with exchange(trained, more):
                 with autocast(device, dtype):

@@ -28,7 +28,8 @@ from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_min.checkpoint import load_weights, read_weights
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
+from mff_min.data import (DeviceViews, Stream, Views, advice_if_late, collate, crop_on_device,
+                          make_loader)
 from mff_min.flops import peak_img_per_s, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
@@ -237,7 +238,8 @@ def pretrain(cfg, world, signals):
     if start == 0:
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
-    meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), cfg.peak_tflops, world))
+    meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), cfg.peak_tflops, world),
+                  advice_if_late(train_set, cfg.workers, cfg.device_crop))
     signals.start()
     for step in range(start, schedule.stop):
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mff_min.augment import MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
-from mff_min.data import Stream, Views, each_once, make_loader
+from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
 from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
@@ -257,7 +257,8 @@ def probe(cfg, world, signals):
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
     flops = classifier_flops(encoder, head.head, True)
-    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world))
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
+                  advice_if_late(train_set, cfg.workers))
     if 0 < start < schedule.stop and passes(start) and not log.evaluated:
         note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
@@ -269,7 +270,7 @@ def probe(cfg, world, signals):
         for micro in range(schedule.accumulation):
             batch = meter.next(batches)
             bad_samples.add(batch["bad"])
-            features, labels = extract(prepare(batch)), batch["label"].to(device)
+            features, labels = extract(prepare(batch)), batch["label"].to(device, non_blocking=True)
             more = micro + 1 < schedule.accumulation
             with exchange(trained, more):
                 micro_loss = F.cross_entropy(trained(features), labels) / schedule.accumulation

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kernels.reference import mix_share
+from mff_min.decode import MAX_PIXELS
 from mff_min.rng import normal_noise
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of pixels in [0, 1]
 BITS_PER_SAMPLE = 258                                                   # a tag of TIFF
+EVALUATION_MARGIN = 256 / 224
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}                                   # in_chans to Pillow's mode
 
 
@@ -65,14 +67,19 @@ def simple_part(image, size, rng, padding=4):
 def center(image, size, rng=None, margin=1.0):
     """The middle of the image at the scale at which `margin` times the crop just fits; nothing random."""
     height, width = size
-    image = to_array(resize_to_cover(image, (round(height * margin), round(width * margin)), BICUBIC))
+    image = to_array(resize_to_cover(image, cut_from(size, margin), BICUBIC))
     top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
     return np.array(image[top:top + height, left:left + width])
 
 
+def cut_from(size, margin):
+    """(height, width) of what center cuts a crop of this size out of."""
+    return round(size[0] * margin), round(size[1] * margin)
+
+
 def evaluation(image, size, rng=None):
     """The crop that accuracies are measured on: shorter side to 256 for a crop of 224, then the middle."""
-    return center(image, size, margin=256 / 224)
+    return center(image, size, margin=EVALUATION_MARGIN)
 
 
 CROPS = {"random_resized": random_resized, "inception": inception, "single_draw": single_draw,
@@ -194,13 +201,15 @@ def reflection(at, size):
 def resize_to_cover(image, size, resample):
     """The image scaled by Pillow, aspect kept, to the smallest size that covers (height, width).
 
-    An image of that size is returned as it is.
+    An image of that size is returned as it is. Raises ValueError where that is more than MAX_PIXELS.
     """
     (height, width), (H, W) = size, sides(image)
     factor = max(height / H, width / W)
     new = max(height, round(H * factor)), max(width, round(W * factor))
     if new == (H, W):
         return image
+    if new[0] * new[1] > MAX_PIXELS:                                    # a line of pixels, say
+        raise ValueError(f"{W} x {H} pixels would become {new[1]} x {new[0]}, more than {MAX_PIXELS}")
     image = to_pillow(image) if isinstance(image, np.ndarray) else image
     return image.resize(new[::-1], resample)
 

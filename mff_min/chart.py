@@ -82,8 +82,7 @@ class Tiles:
 class Figure:
     """Panels in so many columns (0: all side by side), a legend and a caption below them.
 
-    A panel has the width and height given. With share_y, y runs over all panels alike, which are
-    then all of Panel.
+    A panel has the width and height given. With share_y, for panels of Panel alone, y runs over all alike.
     """
     title: str
     panels: list

@@ -3,7 +3,7 @@
 Which sample is seen when, how it is cropped and which of its patches are masked are pure functions of (seed,
 epoch, index), so nothing depends on the number of workers or ranks, and a run resumes anywhere.
 
-Shapes: B images, C H W, L patches.
+Shapes: B images, C H W, H' W' the sides of a part, L patches.
 """
 
 import math
@@ -12,13 +12,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mff_min import augment, rng
+from mff_min.augment import EVALUATION_MARGIN, cut_from
 from mff_min.config import UserError
 from mff_min.decode import DECODE_ERRORS, reason_of
 from mff_min.lists import printable
 from mff_min.runtime import Fault
+from mff_min.sources import ImageFiles
 
 
 class Views(Dataset):
@@ -32,10 +34,11 @@ class Views(Dataset):
     """
 
     def __init__(self, source, crop, size, in_chans, num_noise, seed, augment=None, reprob=0.0):
-        if 0 < source.short_side < min(size):
-            raise UserError(f"the pack has images of short side {source.short_side}, and the crop is "
-                            f"{size[0]}x{size[1]}: expected a smaller --img-size, or a pack made with a "
-                            f"larger --short-side")
+        needed = min(cut_from(size, EVALUATION_MARGIN) if crop == "evaluation" else size)
+        if 0 < source.short_side < needed:
+            raise UserError(f"the pack has images of short side {source.short_side}, and the crop {crop} of "
+                            f"{size[0]}x{size[1]} needs {needed}: expected a smaller --img-size, or a pack "
+                            f"made with a larger --short-side")
         self.source, self.crop, self.size, self.seed = source, crop, size, seed
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
 
@@ -84,8 +87,8 @@ class Views(Dataset):
 class DeviceViews(Views):
     """Views of a pack whose pixels are made on the device, by crop_on_device: here they are only copied.
 
-    image is uint8 (C, side, side) with the part that the crop shows in its upper left corner, of box (4,),
-    or (C, H, W), the simple crop itself, which resizes nothing; flip () says whether it is mirrored. Of the
+    image is uint8 (C, H', W'), the part that the crop shows, which in a batch stands in the upper left corner
+    of box (4,), or the simple crop itself, which resizes nothing; flip () says whether it is mirrored. Of the
     same (seed, epoch, index) it is the part that Views shows. Raises UserError where the source is no pack,
     or not one of a size that this crop can be made of.
     """
@@ -100,7 +103,6 @@ class DeviceViews(Views):
         if crop == "simple" and set(size) != {source.short_side}:
             raise UserError(f"--device-crop with --crop simple resizes nothing: expected --img-size "
                             f"{source.short_side}, the pack's short side, not {size[0]}x{size[1]}")
-        self.side = math.ceil(source.short_side * 4 / 3) + 1            # a part's aspect is 3/4 to 4/3
 
     def view(self, image, epoch, index):
         draws = rng.Rng(self.seed, rng.CROP, epoch, index)
@@ -108,8 +110,7 @@ class DeviceViews(Views):
             crop, box = augment.simple_part(image, self.size, draws), {}
         else:
             top, left, height, width = augment.random_resized_box(*augment.sides(image), draws)
-            crop = np.zeros((self.side, self.side, self.in_chans), np.uint8)        # (side, side, C)
-            crop[:height, :width] = augment.cut(image, (top, left, height, width))
+            crop = np.array(augment.cut(image, (top, left, height, width)))         # (H', W', C)
             box = dict(box=(0, 0, height, width))
         return dict(image=torch.from_numpy(crop).permute(2, 0, 1), flip=draws.uniform() < 0.5, **box)
 
@@ -171,14 +172,26 @@ def collate(items):
     """A batch of what Views gives: stacked, but bad, one list of all, and replaced (B,), where it names some.
 
     image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice.
+    Smaller ones stand in the upper left corner.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
-    bad, noise = columns.pop("bad"), torch.stack(columns.pop("noise"))  # noise (B, num_noise)
-    pixels = torch.stack([image.permute(1, 2, 0) for image in columns.pop("image")])        # (B, H, W, C)
+    bad, noise, images = columns.pop("bad"), torch.stack(columns.pop("noise")), columns.pop("image")
+    C, H, W = (max(sides) for sides in zip(*(image.shape for image in images), strict=True))
+    pixels = blank(len(images), H, W, C)                                # (B, H, W, C)
+    for row, image in zip(pixels, images, strict=True):
+        row[:image.shape[1], :image.shape[2]] = image.permute(1, 2, 0)
     batch = {name: torch.tensor(values) for name, values in columns.items()}
     return batch | dict(image=pixels.permute(0, 3, 1, 2), noise=noise,
                         replaced=torch.tensor([len(found) > 0 for found in bad]),
                         bad=[entry for found in bad for entry in found])
+
+
+def blank(*shape):
+    """Zeros of this shape, uint8: in a worker in memory that the trainer shares, which saves a copy."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))        # as default_collate has it; all zero
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def leave_signals_to_the_trainer(worker):
@@ -187,9 +200,20 @@ def leave_signals_to_the_trainer(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def advice_if_late(source, workers, device_crop=None):
+    """What would help a run that waits for its data. device_crop says whether it is on, if there is one."""
+    if not workers:
+        return "--workers, as many as there are cores for this process, would help"
+    if isinstance(source, ImageFiles):
+        return "data packed by pack.py would help, or more --workers"
+    if source.short_side and device_crop is False:
+        return "--device-crop would help, or more --workers"
+    return "more --workers would help"
+
+
 def make_loader(views, stream, workers, pin_memory):
     """A DataLoader over the stream, with one thread a worker."""
     return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
                       worker_init_fn=leave_signals_to_the_trainer,
-                      pin_memory=pin_memory, persistent_workers=False, prefetch_factor=4 if workers else None,
+                      pin_memory=pin_memory, persistent_workers=False, prefetch_factor=2 if workers else None,
                       generator=torch.Generator().manual_seed(0))       # else it draws from the global one

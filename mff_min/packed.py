@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mff_min.augment import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
 from mff_min.config import UserError
@@ -51,7 +52,8 @@ class Packed:
         self.classes, self.short_side = self.header["classes"], self.header["short_side"]
         self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
         self.is_split = self.header["split"] == split
-        self.checked = np.zeros(len(self), bool)                        # by this process
+        # Which records were read before: by this process, or by the workers that it forks, who share this.
+        self.checked = torch.zeros(len(self), dtype=torch.bool).share_memory_().numpy()
 
     def __len__(self):
         return len(self.index["label"])
@@ -111,14 +113,14 @@ def open_packed(spec, split):
 
 def read_index(path):
     """(header, index) of a pack, both dicts; what can be checked without reading its records is checked."""
-    damaged = UserError(f"{path} is damaged or was cut short: pack the images again")
+    damaged = UserError(f"{path} is damaged or was cut short: delete it, and pack the images again")
     with open(path, "rb") as file:
         start = file.read(len(START))
         if not start.startswith(NAME):
             raise UserError(f"{path} is no pack: expected a file that pack.py wrote")
         if start != START:
             raise UserError(f"{path} is a pack of version {printable(start[len(NAME):].decode('latin-1'))}: "
-                            f"expected {VERSION:03d}; pack the images again")
+                            f"expected {VERSION:03d}; delete it, and pack the images again")
         size = os.fstat(file.fileno()).st_size
         file.seek(max(size - END, 0))
         end = file.read()
@@ -233,6 +235,12 @@ class Journal:
                    for record, height, width, reason in block]
         self.append(entries)
         self.entries += entries
+
+    def discard_empty(self):
+        """Delete the files of a pack of which no image is written yet."""
+        if not self.entries:
+            self.partial.unlink()
+            self.path.unlink()
 
     def finish(self, labels, classes, split):
         """Write the index, and give the file its name."""

@@ -436,13 +436,13 @@ class Meter(Progress):
 
     It measures throughput and the time lost to waiting for data, and says early how long the run will take.
     peak_img_per_s is the throughput of devices that do nothing but multiply, of which mfu is the share; 0
-    where it is not known.
+    where it is not known. advice is said once, if data is late.
     """
 
-    def __init__(self, schedule, start, world, peak_img_per_s=0.0):
+    def __init__(self, schedule, start, world, peak_img_per_s=0.0, advice="more --workers would help"):
         super().__init__(schedule.stop * schedule.global_batch, start * schedule.global_batch, world)
         self.schedule, self.start, self.device = schedule, start, world.device
-        self.peak_img_per_s, self.advised = peak_img_per_s, False
+        self.peak_img_per_s, self.advice = peak_img_per_s, advice
         self.micro, self.asked = 0, time.monotonic()
         self.waited, self.read_at, self.read_step = 0.0, self.asked, start
         self.queued = torch.cuda.Event() if world.device.type == "cuda" else None
@@ -489,10 +489,10 @@ class Meter(Progress):
             found["mfu"] = img_per_s / self.peak_img_per_s
             text += f"  {100 * found['mfu']:.1f} % MFU"
         self.show(done * self.schedule.global_batch, text)
-        if found["data_wait"] > 0.1 and self.read_step > self.start and not self.advised:   # not the first
-            self.advised = True
-            self.say(f"{100 * found['data_wait']:.0f} % of the time was lost to waiting for data: more "
-                     f"--workers, data packed by pack.py, or --device-crop would help")
+        if found["data_wait"] > 0.1 and self.read_step > self.start and self.advice:        # not the first
+            self.say(f"{100 * found['data_wait']:.0f} % of the time was lost to waiting for data: "
+                     f"{self.advice}")
+            self.advice = ""
         self.waited, self.read_at, self.read_step = 0.0, now, done
         return found
 

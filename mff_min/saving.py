@@ -240,8 +240,8 @@ def lock(folder, say):
         with file:
             file.seek(0)
             owner = file.read().strip() or "another process"
-        raise UserError(f"{folder} is in use by {owner}: stop that run, or name another "
-                        f"--output-dir") from None
+        raise UserError(f"{folder} is in use by {owner}: stop that, or name another folder to write "
+                        f"to") from None
     except OSError as error:
         say(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
         return file

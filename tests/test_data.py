@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
 from mff_min.config import UserError
-from mff_min.data import Stream, Views, make_loader
+from mff_min.data import Stream, Views, advice_if_late, make_loader
 from mff_min.rng import CROP, MASK, Rng, hash64, hash_int, hash_keys, numbers, permutation
 from mff_min.runtime import BadSamples, Fault, World
 from mff_min.sources import ImageFolder, open_data
@@ -131,12 +132,21 @@ def test_repeated_views_of_an_image_stand_side_by_side_and_each_has_its_own_key(
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
-def test_workers_0_and_2_give_the_same_batches(folder, crop):
+def test_workers_0_2_and_4_give_the_same_batches(folder, crop):
     views = Views(ImageFolder(folder, "train"), crop, (32, 24), 3, num_noise=12, seed=0)
-    loaders = [make_loader(views, Stream(12, 6, 3, 0, 0, 4), workers, pin_memory=False) for workers in (0, 2)]
-    for alone, helped in zip(*loaders, strict=True):
-        assert torch.equal(alone["image"], helped["image"]) and torch.equal(alone["noise"], helped["noise"])
+    loaders = [make_loader(views, Stream(12, 6, 3, 0, 0, 4), workers, pin_memory=False)
+               for workers in (0, 2, 4)]
+    for alone, *helped in zip(*loaders, strict=True):
+        assert all(torch.equal(alone[name], batch[name]) for batch in helped for name in ("image", "noise"))
         assert alone["image"].shape == (3, 3, 32, 24) and alone["image"].dtype == torch.uint8
+
+
+def test_late_data_is_answered_with_the_flag_that_is_not_used_yet(folder):
+    files, pack = ImageFolder(folder, "train"), SimpleNamespace(short_side=256)
+    assert advice_if_late(files, 0).startswith("--workers, as many")
+    assert advice_if_late(files, 2, False).startswith("data packed by pack.py")
+    assert advice_if_late(pack, 2, False).startswith("--device-crop")
+    assert advice_if_late(pack, 2, True) == advice_if_late(pack, 2) == "more --workers would help"
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_index(folder):

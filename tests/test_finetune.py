@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
+from waits import waits_in_steps
 
 import train_finetune
 from kernels import TORCH
@@ -91,6 +92,12 @@ def test_a_run_learns_evaluates_and_explains_itself(finetune, tmp_path, capsys):
     theirs = timm.models.VisionTransformer(16, 4, embed_dim=64, depth=12, num_heads=2, num_classes=10,
                                            global_pool="avg")
     theirs.load_state_dict(state["model"], strict=True)
+
+
+def test_steps_that_are_not_logged_never_wait_for_the_gpu(finetune, monkeypatch):
+    flags = "--steps 5 --log-every 99 --save-every 99 --eval-every 99".split()
+    first, *others, last = waits_in_steps(train_finetune, lambda: finetune(*flags), monkeypatch)
+    assert others == [[]] * 3 and "item" in first
 
 
 def test_mfu_is_logged_where_a_peak_is_known(finetune, tmp_path):

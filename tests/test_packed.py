@@ -51,7 +51,7 @@ def folder(tmp_path):
 def packing(folder, *flags, to="pack"):
     """The folder that pack.py writes."""
     output = folder.parent / to
-    pack.main(parse(pack.Config, [str(folder), str(output), *flags]))
+    pack.main(parse(pack.Config, [str(folder), str(output), "--max-bad", "1", *flags]))
     return output
 
 
@@ -211,10 +211,31 @@ def test_autocast_does_not_coarsen_crops_on_the_device():
     assert torch.equal(got, want)
 
 
-def test_parts_of_any_image_fit_on_the_canvas():
-    for height, width in [(32, 32), (32, 43), (32, 900), (900, 32), (43, 32), (32, 33)]:
-        boxes = [augment.random_resized_box(height, width, Rng(3, i)) for i in range(500)]
-        assert max(max(box[2:]) for box in boxes) <= 44                 # ceil(32 * 4 / 3) + 1
+def test_a_batch_of_parts_is_as_large_as_the_largest_and_zero_beside_the_others(folder):
+    views = DeviceViews(sources(folder, "--short-side", "32")[1], "random_resized", (16, 16), 3, 9, seed=0)
+    items = views.__getitems__([(0, i) for i in range(8)])
+    batch = collate(items)
+    sides = np.array([item["box"][2:] for item in items])               # (8, 2)
+    assert batch["image"].shape == (8, 3, *sides.max(0)) and len(set(map(tuple, sides))) > 1
+    for image, item, (height, width) in zip(batch["image"], items, sides, strict=True):
+        assert torch.equal(image[:, :height, :width], item["image"])
+        assert not image[:, height:].any() and not image[:, :, width:].any()
+
+
+@pytest.mark.parametrize("kind", [Views, DeviceViews])
+def test_a_worker_writes_its_batch_into_memory_that_the_trainer_shares(folder, kind):
+    views = kind(sources(folder, "--short-side", "32")[1], "random_resized", (16, 16), 3, 9, seed=0)
+    stream = Stream(11, 8, 8, 0, 0, 2)
+    alone, shared = (list(make_loader(views, stream, workers, False)) for workers in (0, 1))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(alone, shared, strict=True))
+    assert all(batch["image"].is_shared() for batch in shared) and not alone[0]["image"].is_shared()
+
+
+def test_a_record_is_checked_once_by_all_workers_together(folder):
+    source = sources(folder, "--short-side", "32")[1]
+    views = Views(source, "random_resized", (16, 16), 3, 9, seed=0)
+    list(make_loader(views, Stream(11, 11, 11, 0, 0, 1), 1, False))
+    assert source.checked.sum() == 10                                   # of 11 images one has no record
 
 
 def test_simple_crops_at_any_place_are_slices_of_the_padded_image():
@@ -246,8 +267,8 @@ def test_a_large_jpeg_is_decoded_at_half_its_size_within_the_stated_bound(tmp_pa
 
 
 def content(output):
-    """{name: bytes} of all that pack.py left."""
-    return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+    """{name: bytes} of all that pack.py left, but for its lock."""
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.name != "run.lock"}
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -304,6 +325,44 @@ def test_workers_pack_the_same_bytes(folder):
     assert content(packing(folder, "--workers", "2", to="two")) == content(packing(folder, to="none"))
 
 
+def test_a_second_pack_py_is_kept_out_of_a_folder(folder):
+    output = folder.parent / "pack"
+    output.mkdir()
+    code = "import sys; from mff_min.saving import lock; held = lock(sys.argv[1], print); print(1); input()"
+    first = subprocess.Popen([sys.executable, "-uc", code, output], cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    with pytest.raises(UserError, match=rf"pack is in use by process {first.pid} on"):
+        packing(folder)
+    first.communicate("\n")
+    assert content(packing(folder)) == content(packing(folder, to="again"))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_source_that_goes_away_leaves_no_pack_of_holes(folder, capsys, monkeypatch, workers):
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "announce", lambda *rest: folder.rename(folder.with_name("away")))
+        with pytest.raises(Fault, match=r"0.png: No such file or directory; what is packed is kept"):
+            packing(folder, "--workers", workers)
+    folder.with_name("away").rename(folder)
+    assert content(packing(folder)) == content(packing(folder, to="again"))
+
+
+def test_more_unreadable_images_than_max_bad_leave_no_pack(folder):
+    with pytest.raises(Fault, match=r"1 of 11 images cannot be read, more than --max-bad 0.01 allows"):
+        packing(folder, "--max-bad", "0.01")
+    with pytest.raises(UserError, match="was not finished"):
+        open_packed(folder.parent / "pack", "train")
+    assert len(open_packed(packing(folder), "train")) == 11
+
+
+def test_an_image_that_would_become_huge_counts_as_one_that_cannot_be_read(folder):
+    Image.new("L", (1, 20_000)).save(folder / "train" / "cat" / "line.png")
+    source = open_data(str(packing(folder)), "train", "", print)
+    reasons = [reason for _, reason in Views(source, "simple", (16, 16), 3, 1, 0)[0, 5]["bad"]]
+    assert "1 x 20000 pixels would become 256 x 5120000" in reasons[0]
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -336,6 +395,9 @@ def test_an_altered_record_is_never_shown_and_verify_names_it(folder):
         packing(folder, "--verify")
     path.write_bytes(whole)
     packing(folder, "--verify")
+    path.rename(path.with_suffix(".pack.partial"))
+    with pytest.raises(UserError, match="holds a pack that was not finished"):
+        packing(folder, "--verify")
 
 
 # ---------------------------------------------------------------- bad input
@@ -350,6 +412,9 @@ def test_packing_again_says_whether_the_folder_changed(folder, capsys):
     (folder / "train" / "dog" / "1.jpg").unlink()
     noise_image(9, 9).save(folder / "train" / "dog" / "9.png")
     with pytest.raises(UserError, match=r"2 of 11 files, first dog/1.jpg, which is gone"):
+        packing(folder)
+    shutil.rmtree(folder / "val")
+    with pytest.raises(UserError, match="has no val/ any more: expected another folder to write to"):
         packing(folder)
 
 
@@ -374,6 +439,7 @@ def test_a_small_disk_is_refused_and_one_that_fills_up_keeps_what_is_packed(fold
         patch.setattr(pack.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match=r"needs about \d\.\d MB more, and 1.0 MB are free"):
             packing(folder)
+        assert not content(folder.parent / "pack")
     packing(folder, "--short-side", "32")
     shutil.rmtree(folder.parent / "pack")
 
@@ -404,8 +470,11 @@ def test_a_pack_of_another_version_and_files_that_are_no_pack_are_refused(folder
 
 def test_a_pack_smaller_than_the_crop_is_refused(folder):
     source = open_packed(packing(folder, "--short-side", "32"), "train")
-    with pytest.raises(UserError, match="images of short side 32, and the crop is 48x40"):
+    with pytest.raises(UserError, match="short side 32, and the crop random_resized of 48x40 needs 40"):
         Views(source, "random_resized", (48, 40), 3, 1, 0)
+    Views(source, "evaluation", (28, 28), 3, 1, 0)
+    with pytest.raises(UserError, match="short side 32, and the crop evaluation of 29x32 needs 33"):
+        Views(source, "evaluation", (29, 32), 3, 1, 0)
 
 
 SMALL = ("--model vit_test --img-size 32 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from run_folders import assert_same_run, log_of, same_bits, state_of, torchrun
 from test_data import furthest, noise_image
+from waits import waits_in_steps
 
 import train_probe
 from kernels import TORCH
@@ -226,6 +227,12 @@ def test_an_unreadable_validation_image_counts_as_wrong(probe, tmp_path):
         assert metrics["val_images"] == 16 and metrics["acc1"] == 100 * 15 / 16
     with pytest.raises(Fault, match="more than --max-bad 0.01"):
         probe(*flags, to="strict")
+
+
+def test_steps_that_are_not_logged_never_wait_for_the_gpu(probe, monkeypatch):
+    flags = "--steps 5 --log-every 99 --save-every 99 --eval-every 99".split()
+    first, *others, last = waits_in_steps(train_probe, lambda: probe(*flags), monkeypatch)
+    assert others == [[]] * 3 and "item" in first
 
 
 def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path):

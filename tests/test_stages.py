@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import waits_in_steps
 
 import train_pretrain
 from mff_min.config import UserError, parse
@@ -122,60 +121,11 @@ def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
 # ---------------------------------------------------------------- what a step costs
 
 
-class Waits(TorchFunctionMode):
-    """Notes in `found` all that would stop a CPU until its GPU is done: values that leave the device."""
-    LEAVE = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.equal,
-             torch.allclose, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
-             torch.Tensor.__index__, torch.Tensor.__repr__}
-
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.LEAVE:
-            self.found.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-class HiddenWaits(TorchDispatchMode):
-    """The same for what PyTorch does inside: a value that is read, a shape that depends on values."""
-
-    def __init__(self, found):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def waits(pretrain, monkeypatch):
     """waits(*flags): what would wait for the GPU in each of the six steps of a run that logs the first."""
-    make_loader, next_batch, in_steps = train_pretrain.make_loader, Meter.next, []
-
-    def made_before(*arguments):
-        return iter(list(make_loader(*arguments)))                      # loading may wait for its own tensors
-
-    def next_and_note(meter, batches):
-        if meter.micro % meter.schedule.accumulation == 0:
-            in_steps.append([])
-        return next_batch(meter, batches)
-
-    def call(*flags):
-        class Noted:
-            def append(self, name):
-                if in_steps:
-                    in_steps[-1].append(name)
-        monkeypatch.setattr(train_pretrain, "make_loader", made_before)
-        monkeypatch.setattr(Meter, "next", next_and_note)
-        with Waits(Noted()), HiddenWaits(Noted()):
-            pretrain(*"--steps 6 --log-every 99 --save-every 99 --picture-every 99".split(), *flags)
-        return in_steps
-    return call
+    flags = "--steps 6 --log-every 99 --save-every 99 --picture-every 99".split()
+    return lambda *more: waits_in_steps(train_pretrain, lambda: pretrain(*flags, *more), monkeypatch)
 
 
 @pytest.mark.parametrize("flags", ["", "--clip-grad 0.1", "--low-pass-radius 40", "--dtype bfloat16"])
@@ -224,7 +174,7 @@ def test_waiting_for_data_is_said_once_with_what_would_help(capsys, monkeypatch)
         now[0] += 10
         found.append(meter.read(done, 0.5, 1e-3)["data_wait"])
         said = capsys.readouterr().out
-        assert ("more --workers" in said) == (done == 3), said
+        assert ("waiting for data: more --workers would help" in said) == (done == 3), said
     assert found == pytest.approx([50 / 60, 0.5 / 10.5, 2 / 12, 2 / 12])
 
 
