@@ -39,7 +39,7 @@ import train_probe
 from mff_min import comparison
 from mff_min.config import UserError, check_ranges, knob, opt, parse
 from mff_min.runtime import (Fault, StopSignals, describe_environment, duration, leave, read_log, run,
-                             start_world)
+                             source_commit, start_world)
 from mff_min.saving import write_atomically, write_json, write_tensors
 from mff_min.sources import check_labels, open_data
 
@@ -252,6 +252,13 @@ def check_flags(unit, flags, path, cfg):
                         f"({flags}): expected {flags_of(preset, unit)}; name another folder")
 
 
+def as_text(results):
+    """The results as JSON, a record a line."""
+    lines = ",\n  ".join(json.dumps(record) for record in results["records"])
+    head = json.dumps({key: value for key, value in results.items() if key != "records"}, indent=1)
+    return f'{head[:-2]},\n "records": [\n  {lines}\n ]\n}}\n'
+
+
 def add_record(results, record, environment):
     """Put a unit's record into the results, in the place of an older one."""
     if environment not in results["environments"]:
@@ -363,13 +370,14 @@ def run_units(cfg, units, folder, path, results, device, signals):
     """Run the units that the results lack, some at a time, and write the results after each."""
     preset, began = PRESETS[cfg.preset], time.monotonic()
     jobs = 1 if device == "cuda" else cfg.jobs
+    commit = source_commit()                                            # of this process to its end
 
-    def note(unit, seconds):
-        """Add a unit's record if it is finished; whether it is."""
+    def note(unit, seconds, **more):
+        """Add a unit's record if it is finished; whether it is. more is known of its environment."""
         found = read_record(unit, flags_of(preset, unit), folder_of(folder, unit), seconds)
         if found:
-            add_record(results, *found)
-            write_json(path, results)
+            add_record(results, found[0], found[1] | more)
+            write_atomically(path, lambda file: file.write(as_text(results).encode()))
         return found is not None
 
     left = what_is_left(cfg, units, folder, {unit_of(record) for record in results["records"]}, note)
@@ -407,7 +415,7 @@ def run_units(cfg, units, folder, path, results, device, signals):
             process.join()
             del running[unit]
             seconds = time.monotonic() - started
-            if process.exitcode or not note(unit, None if went_on else seconds):
+            if process.exitcode or not note(unit, None if went_on else seconds, commit=commit):
                 stop(running)
                 raise failure(unit, process.exitcode, folder)
             finished += 1

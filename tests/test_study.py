@@ -123,6 +123,12 @@ def test_figures_show_the_numbers_of_the_results(results):
     assert figures["levels"].panels[0].ticks == ["1", "2", "6"]
 
 
+def test_results_are_json_with_a_record_a_line(results):
+    text = study.as_text(results)
+    assert json.loads(text) == results
+    assert sum(line.startswith('  {"method": ') for line in text.splitlines()) == len(results["records"])
+
+
 # ---------------------------------------------------------------- the plan
 
 
