@@ -102,7 +102,7 @@ class Config:
 
     # these change only how it is reached
     study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<preset>")
-    output_dir: str = knob("results", "where study_<data>_<device>.json is written")
+    output_dir: str = knob("results", "where study_<data>_<device>[_<preset>].json is written")
     figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
     report: bool = knob(False, "run nothing: the tables and figures of what is finished")
     minutes: float = knob(0.0, "stop after so long, with everything saved; 0: when all is done", least=0)
@@ -152,6 +152,7 @@ def command_of(cfg, unit, folder):
 
 
 def folder_of(folder, unit):
+    """The run folder of a unit of the study in folder."""
     return folder / unit.method / f"seed{unit.seed}" / unit.stage
 
 
@@ -206,7 +207,7 @@ def read_record(unit, flags, folder, seconds):
     del environment["argv"], environment["time"]
     found.pop("config", None)
     found.pop("margins", None)
-    if "rows" in found:                                                 # the final digits say nothing
+    if "rows" in found:                                                 # what the tables read, no more
         kept = [row for row in found["rows"] if row["kind"] in ("trained", "pixels", "chance")]
         found["val_images"] = max(row.get("val_images", 0) for row in kept)
         found["rows"] = [{key: row[key] for key in ("label", "kind", "layer", "acc1")} for row in kept]
@@ -337,7 +338,7 @@ def device_kind(device):
 
 @contextlib.contextmanager
 def held(folder, kind, patience=30.0):
-    """A context in which no other process, a killed study's unit neither, works in the study's folder.
+    """A context in which no other process works in the study's folder, not even a killed study's last units.
 
     Raises UserError where one does for so many seconds, or where the folder is of another kind of study.
     """

@@ -286,6 +286,11 @@ def test_a_killed_study_goes_on_to_the_same_numbers_and_nothing_is_done_twice(tm
     assert kinds == {"trained", "pixels", "chance"}
     assert (whole / "f" / "study_shapes_cpu_minutes_loss.png").exists()
 
+    # The random encoder is what pre-training starts from, and so are the probe's own random weights.
+    rows = json.loads((whole / "s" / "random" / "seed0" / "layers" / "metrics.json").read_text())["rows"]
+    trained, random = ([row["acc1"] for row in rows if row["kind"] == kind] for kind in ("trained", "random"))
+    assert trained == random != []
+
     process = begin(cut, cache, "--methods", "MAE")
     log = cut / "s" / "MAE" / "seed0" / "pretrain" / "log.jsonl"
     until = time.monotonic() + 300
