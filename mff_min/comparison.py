@@ -1,6 +1,6 @@
 """What a study's results say: means, paired differences with their intervals, tables, sentences and figures.
 
-Methods are paired by seed: the same seed gives them the same initial encoder, images, crops and masks. So a
+Methods are paired by seed: the same seed gives them the same initial encoder, order of images and masks. So a
 difference is taken seed by seed, and its spread over the seeds gives the interval.
 """
 

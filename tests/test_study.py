@@ -10,7 +10,9 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
+from run_folders import same_bits
 
 import study
 from mff_min import comparison
@@ -159,6 +161,15 @@ def test_all_methods_share_all_settings_but_the_two_that_make_them():
                 for method in study.METHODS]
     differ = {name for name in settings[0] if len({str(each[name]) for each in settings}) > 1}
     assert differ == {"out_indices", "detach_shallow", "low_pass_radius", "crop", "output_dir"}
+
+
+def test_all_methods_start_from_the_same_encoder():
+    def encoder(method):
+        words = study.command_of(parse(study.Config, []), study.Unit(method, 3, "pretrain"), ROOT)
+        cfg = parse(study.train_pretrain.Config, words)
+        torch.manual_seed(cfg.seed)
+        return study.train_pretrain.build_model(cfg, torch.device("cpu")).encoder.state_dict()
+    assert all(same_bits(encoder("MAE"), encoder(method)) for method in study.METHODS)
 
 
 def test_curves_keep_at_most_a_hundred_points_with_both_ends():
