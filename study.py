@@ -329,11 +329,11 @@ def parse_methods(text):
 
 
 def device_kind(device):
-    """"cpu" or "cuda". A process of its own looks: else no other fork of this one could use the GPU."""
+    """"cpu" or "gpu". A process of its own looks: else no other fork of this one could use the GPU."""
     if device != "auto":
-        return device.partition(":")[0]
+        return "gpu" if device.startswith("cuda") else "cpu"
     with FORK.Pool(1) as pool:
-        return "cuda" if pool.apply(torch.cuda.is_available) else "cpu"
+        return "gpu" if pool.apply(torch.cuda.is_available) else "cpu"
 
 
 @contextlib.contextmanager
@@ -370,7 +370,7 @@ def held(folder, kind, patience=30.0):
 def run_units(cfg, units, folder, path, results, device, signals):
     """Run the units that the results lack, some at a time, and write the results after each."""
     preset, began = PRESETS[cfg.preset], time.monotonic()
-    jobs = 1 if device == "cuda" else cfg.jobs
+    jobs = 1 if device == "gpu" else cfg.jobs
     commit = source_commit()                                            # of this process to its end
 
     def note(unit, seconds, **more):

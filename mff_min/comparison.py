@@ -21,7 +21,8 @@ COLOURS = {"pixels": "ink", "random": "grey", "MAE": "blue", "PixMIM": "green", 
            "MFF_2": "teal", "MFF_4": "teal", "MFF_12": "teal"}          # the ablation has figures of its own
 ORDER = tuple(COLOURS)
 OTHERS = {"linear": "LARS", "knn": "k-NN", "finetune": "fine-tuning"}   # stages with one accuracy
-LEVELS = {"MAE": 1, "MFF_2": 2, "MFF_4": 4, "MFF_MAE": 6, "MFF_12": 12} # fused by each (MFF, table 4)
+LEVELS = {"MAE": 1, "MFF_2": 2, "MFF_4": 4,
+          "MFF_MAE": 6, "MFF_12": 12}                                   # fused levels (MFF, table 4)
 
 
 # ---------------------------------------------------------------- statistics
@@ -77,11 +78,11 @@ def difference(values, others):
 
 @dataclass(frozen=True)
 class Metric:
-    """A measurement in percent: {method: {seed: value}}, on so many validation images; chance, if known."""
+    """A measurement in percent: {method: {seed: value}}, on so many validation images, and chance."""
     name: str
     values: dict
     val_images: int
-    chance: float | None
+    chance: float
 
 
 def metrics_of(results):
@@ -103,10 +104,10 @@ def metrics_of(results):
     main = next(iter(chance), "")                                       # the label that the other stages use
     for stage, text in OTHERS.items():
         for record in results["records"]:
-            if record["stage"] == stage:
+            if record["stage"] == stage and main:
                 add(f"{main}, {text}", record, record["method"], record["metrics"]["acc1"])
     return [Metric(name, {method: found[method] for method in ORDER if method in found}, images[name],
-                   chance.get(name.split(", ")[0])) for name, found in values.items()]
+                   chance[name.rpartition(", ")[0]]) for name, found in values.items()]
 
 
 def last_block(record):
@@ -194,6 +195,8 @@ def origin(results, planned):
 def summary(results, planned):
     """A table of every method's means with their deviations and n, and the sentences, as Markdown."""
     metrics = metrics_of(results)
+    if not metrics:
+        return origin(results, planned)
     lines = ["| | " + " | ".join(metric.name for metric in metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for method in ORDER:
         cells = [short(metric.values.get(method, {})) for metric in metrics]
@@ -217,11 +220,12 @@ def report(results, planned):
     parts = [origin(results, planned)]
     for metric in metrics:
         parts.append("\n".join(table_of(metric)))
-    errors = [f"{metric.name}: {binomial_error(metric):.2f} points of {metric.val_images} images, chance "
-              f"{metric.chance:.1f} %" for metric in metrics]
-    parts.append("The spread above is over seeds. The validation images are a sample too, the same one for "
-                 "every method: one standard error of an accuracy from it alone is, for " + "; ".join(errors)
-                 + ".")
+    if metrics:
+        errors = [f"{metric.name}: {binomial_error(metric):.2f} points of {metric.val_images} images, chance "
+                  f"{metric.chance:.1f} %" for metric in metrics]
+        parts.append("The spread above is over seeds. The validation images are a sample too, the same one "
+                     "for every method: one standard error of an accuracy from it alone is, for "
+                     + "; ".join(errors) + ".")
     said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
     if said:
         parts.append("\n".join(said))
@@ -346,9 +350,11 @@ def mean_curves(results, key):
         records = [record for record in results["records"]
                    if (record["method"], record["stage"]) == (method, "pretrain") and key in record]
         if records:
-            rows = zip(*(record[key] for record in records), strict=True)
-            found[method] = records[0], [[statistics.mean(column) for column in zip(*row, strict=True)]
-                                         for row in rows]
+            curves = [{row[0]: row for row in record[key]} for record in records]
+            steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+            found[method] = records[0], [
+                [statistics.mean(column) for column in zip(*(curve[step] for curve in curves), strict=True)]
+                for step in steps]
     return found
 
 

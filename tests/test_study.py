@@ -112,6 +112,17 @@ def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(res
     assert "MFF_MAE (equal: 0.167): block 0 (0.250), 2 (0.200), 4 (0.200)." in text
 
 
+def test_a_report_of_the_first_units_and_of_a_torn_log_is_whole(results):
+    first = dict(results, records=results["records"][-1:])              # one encoder, not yet measured
+    assert comparison.summary(first, 9) == comparison.origin(first, 9)
+    assert "for ." not in comparison.report(first, 9)
+    assert list(comparison.figures_of(first)) == ["loss", "weights"]
+    first = dict(results, records=[record("MAE", 0, "finetune", acc1=50.0)])
+    assert comparison.report(first, 9) == comparison.origin(first, 9)   # chance is not known yet
+    del results["records"][-1]["loss"][1]
+    assert comparison.figures_of(results)["loss"].panels[0].series[0].points == [(40.0, 0.4)]
+
+
 def test_figures_show_the_numbers_of_the_results(results):
     figures = comparison.figures_of(results)
     zero, means = figures["differences"].panels[0].series
