@@ -52,24 +52,25 @@ def parser():
         if minutes:
             new.add_argument("--minutes", type=positive(float), default=minutes,
                              help="what would end later than this is not run")
+            new.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         if rounds:
             new.add_argument("--rounds", type=positive(int), default=rounds, help="times each is measured")
-            new.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         new.set_defaults(run=function)
         return new
 
-    new = subject("ops", lambda args: ops.bench_ops(args.output_dir, args.batch, args.minutes),
+    new = subject("ops", lambda args: ops.bench_ops(args.output_dir, args.batch, args.minutes, args.device),
                   "every op: plain PyTorch, torch.compile, Triton", 8.0, 0)
     new.add_argument("--batch", type=positive(int), default=256, help="images; on a CPU, of the byte count")
     subject("bytes", lambda args: ops.bench_bytes(args.output_dir),
             "bytes moved by count: plain PyTorch, torch.compile, Triton", 0, 0)
 
     new = subject("step", step.bench_step, "a training step of each stage, beside the peers'", 30.0, 7)
-    new.add_argument("--cases", type=names, default=["small", "vit_s", "vit_b"],
-                     help=f"sizes, of {','.join(contenders.CASES)}")
+    new.add_argument("--cases", type=names, help=f"sizes, of {','.join(contenders.CASES)}; not given: small, "
+                                                 f"vit_s and vit_b, on a GPU vit_b first")
     new.add_argument("--stages", type=names, default=list(contenders.STAGES),
                      help=f"some of {','.join(contenders.STAGES)}")
-    new.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="types of matrix products")
+    new.add_argument("--dtypes", type=names, help="types of matrix products; not given: float32 and "
+                                                  "bfloat16, on a GPU bfloat16 first")
     new.add_argument("--batch", type=positive(int), help="images of a step; not given: the case's own")
     new.add_argument("--compile", action="store_true", help="torch.compile, too; always on a GPU")
     new.add_argument("--no-waiting", dest="waiting", action="store_false", help="no loop with a loader")
@@ -82,7 +83,7 @@ def parser():
     new = subject("data", data.bench_data, "from files to crops on one core, beside the peers'", 3.0, 7)
     new.add_argument("--images", type=positive(int), default=64, help="JPEGs that are read in a round")
     subject("imports", imports.bench_imports, "seconds of an import in a fresh process", 3.0, 5)
-    subject("all", everything.bench_all, "all subjects, each in a share of the time", 8.8, 3)
+    subject("all", everything.bench_all, "all subjects, each in a share of the time", 8.7, 3)
 
     new = subjects.add_parser("peak", help="peak memory of one contender's step: step asks for it")
     for flag in ("--stage", "--case", "--name", "--dtype"):

@@ -1,29 +1,46 @@
-"""Pipelines from files to crops, images a second of one core: ours beside torchvision's and timm's.
+"""Pipelines from files to batches, images a second of one core: ours beside torchvision's and timm's.
+
+Each runs in a loader with one worker, as in training, and what counts is the CPU time of that worker for each
+batch: reading the files, which the system has in memory, decoding, cropping, stacking, and writing the batch
+to shared memory. Not counted are the disk and what the training process does with a batch: mapping it,
+pinning it, and sending it to the device.
 
 The files are drawn here: JPEGs of 500 x 375 pixels with enough detail to be about as large as ImageNet's.
 Peers hand over normalised floats and we bytes, which are normalised on the device: that is part of the
 comparison, since each is what its loader gives to training.
 """
 
+import contextlib
 import functools
-import subprocess
-import sys
+import io
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mff_bench.measure import Budget, NotRun, Record, in_rounds, need, show_group, stopwatch, timed_row
+import pack
+from mff_bench.measure import (
+    FAILURES,
+    Budget,
+    Record,
+    in_rounds,
+    need,
+    reason_of,
+    show_group,
+    stopwatch,
+    timed_row,
+)
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
-from mff_min.data import DeviceViews, Stream, Views, collate, make_loader
+from mff_min.config import parse
+from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
 from mff_min.randaugment import rand_augment
 from mff_min.runtime import pick_ops, start_world
 from mff_min.sources import ImageFolder, open_data
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = (224, 224)
 
 
@@ -40,17 +57,34 @@ def draw_jpegs(folder, count, size=(500, 375)):
         image.save(folder / "train" / "drawn" / f"{i:05d}.jpg", quality=88)
 
 
-# ---- pipelines: of a folder, a function that makes a batch of training's views of `count` images
+# ---- pipelines: of a folder of `count` images, a sample of in_rounds: seconds for a batch of them all
 
-def torchvision_views(folder):
-    """facebookresearch/mae's pre-training input."""
-    need("torchvision")
-    dataset = torchvision_folder(folder, SIZE)
-    return lambda count: default_collate([dataset[i % len(dataset)] for i in range(count)])
+def worker_clock(dataset, collate, count):
+    """A sample: CPU seconds of a loader's one worker for a batch of count images.
+
+    Its own process says how much it has had when a batch is stacked, so that all that lies between two of
+    them counts: reading, cropping, stacking, and writing the batch to shared memory. What the other side does
+    with it does not. The first batch warms up: it tests a pack's checksums, which later ones need not.
+    """
+    def batch(epoch):
+        return [(epoch, i) if isinstance(dataset, Views) else i for i in range(count)]
+
+    def sample(repeats):
+        loader = DataLoader(dataset, batch_sampler=[batch(epoch) for epoch in range(repeats + 1)],
+                            num_workers=1, prefetch_factor=1, collate_fn=functools.partial(stamped, collate))
+        stamps = [stamp for _, stamp in loader]
+        return (stamps[-1] - stamps[0]) / repeats
+    return sample
+
+
+def stamped(collate, items):
+    """A batch, and the CPU seconds that this process has had."""
+    return collate(items), time.process_time()
 
 
 def torchvision_folder(folder, size):
-    """A torchvision ImageFolder with MAE's transforms."""
+    """A torchvision ImageFolder with MAE's transforms: facebookresearch/mae's pre-training input."""
+    need("torchvision")
     from torchvision import datasets
     from torchvision import transforms as T
     steps = [T.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC),
@@ -60,23 +94,20 @@ def torchvision_folder(folder, size):
 
 def our_views(folder, crop, source=None, augment=None):
     """Our input with one of our crops, of files or of another source."""
-    return batches_of(Views(source or ImageFolder(folder, "train"), crop, SIZE, 3, 196, 0, augment))
+    return Views(source or ImageFolder(folder, "train"), crop, SIZE, 3, 196, 0, augment)
 
 
-def batches_of(views):
-    """Batches of our views, made as a loader's worker makes them."""
-    n = len(views.source)
-    return lambda count: collate(views.__getitems__([divmod(i, n) for i in range(count)]))
+def device_views(source, crop):
+    """A worker's part of our input with --device-crop."""
+    return DeviceViews(source, crop, SIZE, 3, 196, 0)
 
 
 def packed_source(folder, *flags):
     """The images of a folder, as pack.py packs them with these flags."""
-    if not (ROOT / "pack.py").exists():
-        raise NotRun("there is no pack.py yet")
     packed = folder / "_".join(["packed", *flags])
     if not packed.exists():
-        command = [sys.executable, "pack.py", str(folder / "train"), str(packed), *flags]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        with contextlib.redirect_stdout(io.StringIO()):
+            pack.main(parse(pack.Config, [str(folder / "train"), str(packed), *flags]))
     return open_data(str(packed), "train", "", print)
 
 
@@ -85,69 +116,71 @@ def packed_small(folder):
     return packed_source(folder, "--short-side", "224", "--resample", "bilinear")
 
 
-def timm_views(folder):
+class TimmViews(Dataset):
     """timm's input of fine-tuning, with RandAugment and no erasing."""
-    need("timm")
-    from timm.data import create_transform
-    transform = create_transform(224, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.0,
-                                 interpolation="bicubic", color_jitter=None)
-    source = ImageFolder(folder, "train")
 
-    def view(i):
-        image = source.open(i % len(source)).convert("RGB")
+    def __init__(self, folder):
+        need("timm")
+        from timm.data import create_transform
+        self.source = ImageFolder(folder, "train")
+        self.transform = create_transform(224, is_training=True, auto_augment="rand-m9-mstd0.5-inc1",
+                                          re_prob=0.0, interpolation="bicubic", color_jitter=None)
+
+    def __getitem__(self, index):
+        image = self.source.open(index).convert("RGB")
         while True:
             try:
-                return transform(image)
+                return self.transform(image)
             except ValueError:                                          # posterize to 0 bits: Pillow refuses
                 pass
-    return lambda count: default_collate([view(i) for i in range(count)])
 
 
-def crop_on_device(folder, device, batch=64):
-    """Random crops of a batch that is on the device already, 256 pixels wide, and their normalisation."""
-    if device.type != "cuda":
-        raise NotRun("crops on the device need a GPU")
-    ops = pick_ops("auto", device)
+def device_part(folder, device, count):
+    """A sample: the device's part of --device-crop, of a batch that it has already; a CPU uses one thread."""
+    views, ops = device_views(packed_source(folder), "random_resized"), pick_ops("auto", device)
     mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    images = torch.randint(256, (batch, 3, 256, 256), dtype=torch.uint8, device=device)
-    boxes = torch.tensor([[16, 24, 180, 200]], device=device).repeat(batch, 1)
-    flip = torch.arange(batch, device=device) % 2 == 0
+    batch = collate(views.__getitems__([(0, i) for i in range(count)]))
+    batch = {name: batch[name].to(device) for name in ("image", "box", "flip")}
 
-    def crop(count):
-        for _ in range(0, count, batch):
-            ops.prepare(ops.resized_crop(images, boxes, SIZE, flip), mean, std)
-    return crop
+    def crop():
+        pixels, flip = crop_on_device(batch, SIZE, device, ops)
+        ops.prepare(pixels, mean, std, flip=flip)
+    return stopwatch(crop, device)
 
 
 PIPELINES = {                                                           # the first of each is the baseline
     "pre-training": {
-        "torchvision": lambda folder, device: torchvision_views(folder),
-        "mff_min, JPEG, random_resized": lambda folder, device: our_views(folder, "random_resized"),
-        "mff_min, JPEG, simple": lambda folder, device: our_views(folder, "simple"),
+        "torchvision": lambda folder: (torchvision_folder(folder, SIZE), default_collate),
+        "mff_min, JPEG, random_resized": lambda folder: (our_views(folder, "random_resized"), collate),
+        "mff_min, JPEG, simple": lambda folder: (our_views(folder, "simple"), collate),
         "mff_min, packed, random_resized":
-            lambda folder, device: our_views(folder, "random_resized", packed_source(folder)),
-        "mff_min, packed, simple": lambda folder, device: our_views(folder, "simple", packed_small(folder)),
-        "mff_min, packed, simple, mirrored on the device": lambda folder, device: batches_of(
-            DeviceViews(packed_small(folder), "simple", SIZE, 3, 196, 0)),
-        "mff_min, crop on the device": crop_on_device},
+            lambda folder: (our_views(folder, "random_resized", packed_source(folder)), collate),
+        "mff_min, packed, simple":
+            lambda folder: (our_views(folder, "simple", packed_small(folder)), collate),
+        "mff_min, packed, random_resized, --device-crop":
+            lambda folder: (device_views(packed_source(folder), "random_resized"), collate),
+        "mff_min, packed, simple, --device-crop":
+            lambda folder: (device_views(packed_small(folder), "simple"), collate),
+        "mff_min, the device's part of --device-crop": device_part},
     "fine-tuning, RandAugment": {
-        "timm": lambda folder, device: timm_views(folder),
-        "mff_min, JPEG": lambda folder, device: our_views(
-            folder, "inception", augment=functools.partial(rand_augment, magnitude=9.0))},
+        "timm": lambda folder: (TimmViews(folder), default_collate),
+        "mff_min, JPEG": lambda folder: (our_views(
+            folder, "inception", augment=functools.partial(rand_augment, magnitude=9.0)), collate)},
 }
 
 
 def bench_pipelines(name, folder, options, budget, world):
-    """The group of one stage's input: each pipeline's images a second on one thread."""
+    """The group of one stage's input: each pipeline's images a second."""
     count, samples, problems = options.images, {}, {}
     for who, build in PIPELINES[name].items():
         try:
-            batch = build(folder, world.device)
-            samples[who] = stopwatch(lambda batch=batch: batch(count), world.device)
-        except NotRun as problem:
-            problems[who] = str(problem)
+            samples[who] = (device_part(folder, world.device, count) if build is device_part else
+                            worker_clock(*build(folder), count))
+        except FAILURES as problem:
+            problems[who] = reason_of(problem)
     text = f"{name}: {len(samples)} pipelines"
-    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text)
+    compiled = [who for who in samples if PIPELINES[name][who] is device_part]      # by Triton
+    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text, compiled)
     baseline, rows = next(iter(PIPELINES[name])), []
     for who in PIPELINES[name]:
         found = (timed_row(seconds[who], count, seconds.get(baseline)) if who in seconds else
@@ -175,20 +208,19 @@ def bench_data(args):
 
 # ---- loaders: of a folder, batches of (normalised images, noise) on the device, without end
 
-def our_batches(folder, case, batch, workers, device, source=None):
-    """Batches as train_pretrain.py gets them."""
-    source, ops = source or ImageFolder(folder, "train"), pick_ops("auto", device)
+def our_batches(folder, case, batch, workers, device, kind=Views, source=None):
+    """Batches as train_pretrain.py gets them, with Views or, with --device-crop, DeviceViews."""
+    source, ops, size = source or ImageFolder(folder, "train"), pick_ops("auto", device), (case.img_size,) * 2
     mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    views = Views(source, "random_resized", (case.img_size, case.img_size), 3, case.num_patches, 0)
+    views = kind(source, "random_resized", size, 3, case.num_patches, 0)
     stream = Stream(len(source), batch, batch, 0, 0, 10 ** 9)
     for found in make_loader(views, stream, workers, device.type == "cuda"):
-        images = ops.prepare(found["image"].to(device, non_blocking=True), mean, std)
-        yield images, found["noise"].to(device, non_blocking=True)
+        pixels, flip = crop_on_device(found, size, device, ops)
+        yield ops.prepare(pixels, mean, std, flip=flip), found["noise"].to(device, non_blocking=True)
 
 
 def torchvision_batches(folder, case, batch, workers, device):
     """Batches as facebookresearch/mae gets them."""
-    need("torchvision")
     dataset = torchvision_folder(folder, case.img_size)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10 ** 9)
     loader = torch.utils.data.DataLoader(dataset, batch, sampler=sampler, num_workers=workers, drop_last=True,
@@ -200,5 +232,7 @@ def torchvision_batches(folder, case, batch, workers, device):
 LOADERS = {
     "mff_min, JPEG": our_batches,
     "mff_min, packed": lambda folder, *more: our_batches(folder, *more, source=packed_source(folder)),
+    "mff_min, packed, --device-crop":
+        lambda folder, *more: our_batches(folder, *more, kind=DeviceViews, source=packed_source(folder)),
     "torchvision": torchvision_batches,
 }

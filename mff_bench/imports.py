@@ -1,5 +1,6 @@
 """How long a fresh process takes to import what a stage needs: ours, and the peers'."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,15 @@ STATEMENTS = {                                                          # name: 
 }
 
 
+def in_fresh_process(statement):
+    """Run one statement of Python; NotRun says why it failed."""
+    command = [sys.executable, "-W", "ignore", "-c", statement]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise NotRun(said[-1] if said else f"its process ended with code {done.returncode}")
+
+
 def bench_imports(args):
     """Seconds of each import, the interpreter's start among them, into imports_<device>.json."""
     with start_world(args.device) as world:
@@ -24,9 +34,7 @@ def bench_imports(args):
         for name, (package, statement) in STATEMENTS.items():
             try:
                 need(package)
-                command = [sys.executable, "-W", "ignore", "-c", statement]
-                samples[name] = stopwatch(
-                    lambda command=command: subprocess.run(command, cwd=ROOT, check=True), world.device)
+                samples[name] = stopwatch(functools.partial(in_fresh_process, statement), world.device)
             except NotRun as problem:
                 problems[name] = str(problem)
         record = Record("imports", args.output_dir, world, rounds=args.rounds, minutes=args.minutes)

@@ -7,13 +7,14 @@ of times that were taken in the same round. What could not be measured is a row 
 import importlib.metadata
 import importlib.util
 import math
+import re
+import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from mff_min.config import UserError
 from mff_min.runtime import Progress, describe_environment
@@ -25,6 +26,10 @@ LEAST_SECONDS = 0.3                                                     # of a s
 
 class NotRun(Exception):
     """Something cannot be measured here; the text says why."""
+
+
+# A contender that fails is a row that says so: no memory left, a compiler's errors and CUDA's.
+FAILURES = NotRun, RuntimeError
 
 
 class Budget:
@@ -77,26 +82,34 @@ def stopwatch(work, device):
     return sample
 
 
-def in_rounds(samples, rounds, budget, world, text=""):
+def in_rounds(samples, rounds, budget, world, text="", compiled=()):
     """({key: seconds}, a list of one number a round, {key: reason} of those left out) of samples by key.
 
     A sample is a stopwatch. Each round takes all of them once, each round from another one on. A first round
     warms up and is not counted; it tells which still fit into the budget, in their order. What fits is
-    measured once at least.
+    measured once at least; the rounds get a tenth of the budget, even where the warming up took it all. The
+    first time of a key of compiled is mostly a compiler's, and says nothing of the next.
     """
-    repeats, costs, left_out = {}, {}, {}
+    repeats, costs, left_out, compiling = {}, {}, {}, 0.0
     for key, sample in samples.items():
         try:
             budget.check()
-            costs[key] = sample(1)
-            if costs[key] < 2:                                          # else a first time's extra is small
+            if key in compiled and budget.left < compiling:
+                raise NotRun(f"compiling takes about {compiling:.0f} s, and {budget.left:.0f} s were left")
+            costs[key] = first = sample(1)
+            if first < 2 or key in compiled:                            # else a first time's extra is small
                 costs[key] = sample(1)
-        except (NotRun, torch.OutOfMemoryError, TorchDynamoException) as problem:
+        except FAILURES as problem:
+            costs.pop(key, None)
             left_out[key] = reason_of(problem)
             continue
+        if key in compiled:
+            compiling = max(compiling, first)
         repeats[key] = max(1, math.ceil(LEAST_SECONDS / costs[key]))
         costs[key] *= repeats[key]
 
+    if budget.left < budget.seconds / 10:
+        budget = Budget(budget.seconds / 10)
     left = budget.left
     for key, cost in list(costs.items()):
         if cost <= left:
@@ -109,9 +122,13 @@ def in_rounds(samples, rounds, budget, world, text=""):
     for i in range(rounds if costs else 0):
         began, order = time.monotonic(), list(costs)
         for done, key in enumerate(order[i % len(order):] + order[:i % len(order)]):
-            seconds[key].append(samples[key](repeats[key]))
+            try:
+                seconds[key].append(samples[key](repeats[key]))
+            except FAILURES as problem:
+                del costs[key], seconds[key]
+                left_out[key] = f"in round {i + 1}: {reason_of(problem)}"
             progress.tick(i * len(order) + done + 1)
-        if budget.left < time.monotonic() - began:
+        if not costs or budget.left < time.monotonic() - began:
             break
     return seconds, left_out
 
@@ -144,6 +161,11 @@ def timed_row(seconds, images, baseline=None, ours=None):
 
 # ---- what is written down
 
+def result_path(output_dir, subject, device):
+    """<subject>_<device>.json in a folder; a GPU's name may have spaces and slashes."""
+    return Path(output_dir) / f"{subject}_{re.sub('[^A-Za-z0-9.-]+', '_', device)}.json"
+
+
 def versions():
     """The version of every package that matters, None of those that are not installed."""
     found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
@@ -155,9 +177,9 @@ class Record:
 
     def __init__(self, subject, output_dir, world, **more):
         device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
-        self.path = Path(output_dir) / f"{subject}_{device.replace(' ', '_')}.json"
+        self.path = result_path(output_dir, subject, device)
         self.began = time.monotonic()
-        command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
         self.content = {"subject": subject, "device": device, "command": command,
                         "environment": describe_environment(world), "packages": versions(), **more,
                         "groups": []}

@@ -9,7 +9,6 @@ Shapes: B images, T tokens, D width, M levels, C H W, P patch side, K masked pat
 """
 
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from mff_bench.measure import FAILURES, reason_of, result_path
+from mff_min.runtime import start_world
+from mff_min.saving import write_json
 
 HEAD = ("op", "case", "column", "forward ms", "backward ms", "forward GB", "backward GB",
         "forward % copy", "backward % copy", "peak MB", "error")
@@ -169,7 +171,7 @@ def bench_bytes(output_dir, batch=8):
         print_row(rows[-1].values())
     path = Path(output_dir) / "ops_bytes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"torch": torch.__version__, "batch": batch, "rows": rows}, indent=1) + "\n")
+    write_json(path, {"torch": torch.__version__, "batch": batch, "rows": rows})
     print(f"\nwrote {path}")
 
 
@@ -266,15 +268,26 @@ def results(op, arguments):
 
 # ---- subjects
 
-def bench_ops(output_dir, batch, minutes):
-    """The rows of every op, printed as they come; on a GPU also written to output_dir."""
-    if not torch.cuda.is_available():
-        return bench_ops_on_cpu(batch)
+def bench_ops(output_dir, batch, minutes, device):
+    """The rows of every op, printed as they come; on a GPU also written to output_dir, after each case."""
+    with start_world(device) as world:
+        if world.device.type == "cpu":
+            bench_ops_on_cpu(batch)
+        else:
+            bench_ops_on_gpu(output_dir, batch, minutes)
+
+
+def bench_ops_on_gpu(output_dir, batch, minutes):
+    """The rows of every op on the current GPU."""
+    deadline, rows = time.monotonic() + minutes * 60, []
     gpu, rate = torch.cuda.get_device_name(), copy_rate("cuda")
+    path = result_path(output_dir, "ops", gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"gpu": gpu, "torch": torch.__version__, "batch": batch, "copy_bytes_per_s": rate, "rows": rows}
     print(f"{gpu}, PyTorch {torch.__version__}, batch {batch}; a copy moves {rate / 1e9:.0f} GB/s\n")
     print_row(HEAD)
 
-    fused, deadline, rows = kernels.load("triton"), time.monotonic() + minutes * 60, []
+    fused = kernels.load("triton")
     for op, words, arguments in cases():
         plain, kernel = getattr(kernels.TORCH, op), getattr(fused, op)
         moved = {"torch": count_bytes(plain, arguments(batch, "meta")), "compile": None,    # not known here
@@ -288,11 +301,7 @@ def bench_ops(output_dir, batch, minutes):
                 row.update(bench_row(function, plain, arguments, batch, moved["triton"], rate))
             print_row(cells(row))
             rows.append(row)
-
-    path = Path(output_dir) / f"ops_{gpu.replace(' ', '_')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"gpu": gpu, "torch": torch.__version__, "batch": batch, "copy_bytes_per_s": rate, "rows": rows}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(path, found)
     print(f"\nwrote {path}")
 
 
@@ -315,8 +324,8 @@ def bench_row(function, plain, arguments, batch, least, rate):
     try:
         forward, backward, peak = measure(function, arguments(batch, "cuda"), "cuda")
         worst = error(function, plain, arguments(batch, "cuda"))
-    except torch.cuda.OutOfMemoryError:
-        return {"not_run": "out of memory"}
+    except FAILURES as problem:
+        return {"not_run": reason_of(problem)}
     shares = [size / (ms / 1e3) / rate if size else 0.0
               for size, ms in zip(least, (forward, backward), strict=True)]
     return {"ms": (forward, backward), "share_of_copy": shares, "peak_bytes": peak, "error": worst}

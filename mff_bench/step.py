@@ -6,6 +6,8 @@ time that it took and the rate of a plain product of matrices of the same type i
 that computes more has a lower MFU.
 """
 
+import contextlib
+import gc
 import itertools
 import json
 import os
@@ -22,6 +24,7 @@ import torch
 from mff_bench import data
 from mff_bench.contenders import BASELINES, CASES, STAGES, check_equal, fingerprint, make_inputs, step_flops
 from mff_bench.measure import (
+    FAILURES,
     Budget,
     NotRun,
     Record,
@@ -49,11 +52,13 @@ class Stepper:
         self.device, self.dtype = device, DTYPES[dtype]
 
     def __call__(self):
-        with autocast(self.device, self.dtype):
-            loss = self.forward(*self.inputs)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            with autocast(self.device, self.dtype):
+                loss = self.forward(*self.inputs)
+            loss.backward()
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()                                  # others need the memory
 
     def peak_bytes(self):
         """GPU memory that this contender alone needs for a step; the optimizer's state exists."""
@@ -67,16 +72,22 @@ class Stepper:
         return torch.cuda.max_memory_allocated() - before + sum(x.nbytes for x in own)
 
 
+def keys_of(stage, options):
+    """The keys of a group, (name, dtype, mode), in their order: what has to be compiled is last."""
+    modes = ["eager"] + ["compiled"] * options.compile
+    return [(who, dtype, mode)
+            for mode, dtype, who in itertools.product(modes, options.dtypes, STAGES[stage])]
+
+
 def enter(stage, case, inputs, options, budget, device):
     """({key: Stepper}, {key: reason} of those who do not take part, {name: fingerprint}) of one group.
 
-    A key is (name, dtype, mode). The first contender is ours, and the others have to do its work.
+    The first contender is ours, and the others have to do its work.
     """
-    modes = ["eager"] + ["compiled"] * options.compile
     slow, (ours, *_) = slow_dtypes(options.dtypes, device), STAGES[stage]
     steppers, reasons, modules, prints = {}, {}, {}, {}
     for who, contender in STAGES[stage].items():
-        keys = list(itertools.product([who], options.dtypes, modes))
+        keys = [key for key in keys_of(stage, options) if key[0] == who]
         reasons |= {key: slow[key[1]] for key in keys if key[1] in slow}
         try:
             need(contender.package)
@@ -90,22 +101,29 @@ def enter(stage, case, inputs, options, budget, device):
             prints[who] = fingerprint(modules[who], stage, inputs)
             if contender.adapt:
                 check_equal(prints[who], prints[ours])
-        except (NotRun, torch.OutOfMemoryError) as problem:
+        except FAILURES as problem:
             reasons = dict.fromkeys(keys, reason_of(problem)) | reasons
             continue
         optimizer = contender.optimizer(modules[who])
         for key in keys:
             if key not in reasons:
                 steppers[key] = Stepper(modules[who], key[2] == "compiled", optimizer, inputs, device, key[1])
-    return steppers, reasons, prints
+    return {key: steppers[key] for key in keys_of(stage, options) if key in steppers}, reasons, prints
+
+
+def start_afresh(compiles):
+    """Forget what was compiled, and free the memory of those before."""
+    if compiles:
+        torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()                                            # nothing, without a GPU
 
 
 def bench_group(stage, name, options, budget, world):
     """The group of a stage and a case: its rows, and what they share."""
     case, device = CASES[name], world.device
     batch = options.batch or case.batch(device)
-    if options.compile:
-        torch.compiler.reset()
+    start_afresh(options.compile)
     inputs = make_inputs(stage, case, batch, device)
     steppers, reasons, prints = enter(stage, case, inputs, options, budget, device)
     samples = {("product", dtype): product(device, DTYPES[dtype]) for dtype in options.dtypes
@@ -113,7 +131,8 @@ def bench_group(stage, name, options, budget, world):
     samples |= {key: stopwatch(stepper, device) for key, stepper in steppers.items()}
     title = f"{stage} {name}, {case.img_size} px, batch {batch}"
     text = f"{title}: {len(steppers)} contenders"
-    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text)
+    compiled = [key for key in steppers if key[2] == "compiled" or device.type == "cuda"]   # by Triton
+    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text, compiled)
 
     ours, *_ = STAGES[stage]
     flops = {who: step_flops(stage, case, contender) for who, contender in STAGES[stage].items()
@@ -123,15 +142,16 @@ def bench_group(stage, name, options, budget, world):
     baseline = next((key for key in ((who, options.dtypes[0], "eager") for who in (BASELINES[stage], ours))
                      if key in seconds), None)
     rows = []
-    modes = ["eager"] + ["compiled"] * options.compile
-    for mode, dtype, who in itertools.product(modes, options.dtypes, STAGES[stage]):
-        key = who, dtype, mode
+    for key in keys_of(stage, options):
+        who, dtype, mode = key
         row = {"name": who, "dtype": dtype, "mode": mode}
         if key in seconds:
             row |= timed_row(seconds[key], batch, seconds.get(baseline), seconds.get((ours, dtype, mode)))
             row |= {"loss": prints[who][0], "trained_values": prints[who][1]}
-            row["mfu"] = row["img_per_s"] * flops.get(who, flops[ours]) / rates[dtype]
-            row["peak_bytes"] = steppers[key].peak_bytes() if device.type == "cuda" else None
+            if dtype in rates:
+                row["mfu"] = row["img_per_s"] * flops.get(who, flops[ours]) / rates[dtype]
+            if device.type == "cuda":
+                row |= peak_on_gpu(steppers[key])
         else:
             row["not_run"] = reasons.get(key) or left_out[key]
         rows.append(row)
@@ -139,6 +159,14 @@ def bench_group(stage, name, options, budget, world):
             "patch_size": case.patch_size, "decoder": case.decoder, "batch": batch,
             "rounds": max(map(len, seconds.values()), default=0), "baseline": " ".join(baseline or ()),
             "flops_per_image": flops, "product_flops_per_s": rates, "rows": rows}
+
+
+def peak_on_gpu(stepper):
+    """{"peak_bytes"} of a Stepper's step, or why there is none."""
+    try:
+        return {"peak_bytes": stepper.peak_bytes()}
+    except FAILURES as problem:
+        return {"peak_not_run": reason_of(problem)}
 
 
 PRODUCT = {"cpu": 1024, "cuda": 8192}                                   # side of a plain product's matrices
@@ -215,46 +243,71 @@ def bench_waiting(name, options, budget, world):
     """The share of a pre-training loop's time that it waits for images, for each way to load them.
 
     Each loader runs alone, since it would fill its buffer while another is timed; the first half of the time
-    only empties it.
+    only empties it. The step is compiled wherever compiling is measured.
     """
-    case, device, slow = CASES[name], world.device, slow_dtypes(options.dtypes, world.device)
-    dtype = [dtype for dtype in options.dtypes if dtype not in slow or dtype == "float32"][-1]
-    batch = options.batch or case.batch(device)
+    case, device, dtype = CASES[name], world.device, options.dtypes[0]
+    batch, mode = options.batch or case.batch(device), "compiled" if options.compile else "eager"
+    slow = slow_dtypes([dtype], device)
     title = f"waiting for data, pretrain {name}, batch {batch}, {options.workers} workers"
-    rows = []
+    start_afresh(options.compile)
+    rows, steps = [], {}
     with tempfile.TemporaryDirectory() as folder:
         data.draw_jpegs(Path(folder), options.images)
         for who, load in data.LOADERS.items():
-            row = {"name": who, "dtype": dtype, "mode": "eager"}
+            row = {"name": who, "dtype": dtype, "mode": mode}
+            model = BASELINES["pretrain"] if who == "torchvision" else "mff_min MFF_MAE"
             try:
+                need(STAGES["pretrain"][model].package)
                 budget.check()
-                model = BASELINES["pretrain"] if who == "torchvision" else "mff_min MFF_MAE"
-                contender = STAGES["pretrain"][model]
-                module = contender.build(case, device)
-                batches = iter(load(Path(folder), case, batch, options.workers, device))
-                step = Stepper(module, False, contender.optimizer(module), None, device, dtype)
-                row |= waiting(step, batches, budget.share(len(data.LOADERS) - len(rows)), batch)
-            except NotRun as problem:
-                row["not_run"] = str(problem)
+                if slow:
+                    raise NotRun(slow[dtype])
+                if model not in steps:                                  # compiled once for all its loaders
+                    steps[model] = pretraining_step(model, case, mode, device, dtype)
+                with contextlib.closing(load(Path(folder), case, batch, options.workers, device)) as batches:
+                    row |= waiting(steps[model], batches, budget, len(data.LOADERS) - len(rows), batch)
+            except FAILURES as problem:
+                row["not_run"] = reason_of(problem)
             rows.append(row)
     return {"name": title, "stage": "waiting", "case": name, "batch": batch, "workers": options.workers,
             "rows": rows}
 
 
-def waiting(step, batches, budget, batch, most_seconds=20.0):
-    """{"data_wait", "img_per_s", ...} of the second half of a loop's time."""
-    limit = Budget(min(most_seconds, max(budget.left, 0.0)))
+def pretraining_step(name, case, mode, device, dtype):
+    """A contender's Stepper in pre-training, without inputs."""
+    contender = STAGES["pretrain"][name]
+    module = contender.build(case, device)
+    return Stepper(module, mode == "compiled", contender.optimizer(module), None, device, dtype)
+
+
+LOOP_SECONDS = 20.0                                                     # of a loop, at most
+
+
+def waiting(step, batches, budget, parts, batch):
+    """{"data_wait", "img_per_s", ...} of the second half of a loop's time, after a step that warms up.
+
+    Its time is one of so many parts of what the warming up leaves of the budget. As in training, a GPU is
+    asked for a step while it does the one before: what is waited for while it has work left is not lost.
+    """
+    queued = torch.cuda.Event() if step.device.type == "cuda" else None
+    wait = torch.cuda.synchronize if queued else lambda: None
+    step.inputs = next(batches)
+    step()                                                              # compiles
+    wait()
+    limit = Budget(min(LOOP_SECONDS, budget.share(parts).seconds))
     waited, count, began = 0.0, 0, None
     while not count or limit.left > 0:
         if began is None and limit.left <= limit.seconds / 2:
+            wait()
             waited, began = 0.0, time.perf_counter()
         asked = time.perf_counter()
+        if queued:
+            queued.record()
         step.inputs = next(batches)
-        waited += time.perf_counter() - asked
+        if not queued or queued.query():
+            waited += time.perf_counter() - asked
         step()
-        if step.device.type == "cuda":
-            torch.cuda.synchronize()
         count += began is not None
+    wait()
     total = time.perf_counter() - began
     return {"median": total / count, "img_per_s": count * batch / total, "data_wait": waited / total,
             "steps": count}
@@ -262,36 +315,47 @@ def waiting(step, batches, budget, batch, most_seconds=20.0):
 
 # ---- the subject
 
+def plan(options, device):
+    """The groups, (stage or "waiting", case), in their order; fills in flags that depend on the device.
+
+    What matters most comes first: small sizes on a CPU, whose steps take seconds, and on a GPU the size that
+    the figures are quoted for, in bfloat16, and whether its loaders keep up.
+    """
+    on_gpu = device.type == "cuda"
+    options.compile = options.compile or on_gpu
+    options.dtypes = options.dtypes or (["bfloat16", "float32"] if on_gpu else ["float32", "bfloat16"])
+    options.cases = options.cases or (["vit_b", "vit_s", "small"] if on_gpu else ["small", "vit_s", "vit_b"])
+    for kind, names, known in (("--cases", options.cases, CASES), ("--stages", options.stages, STAGES),
+                               ("--dtypes", options.dtypes, DTYPES)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(f"{kind} {unknown[0]}: expected some of {','.join(known)}")
+    groups = [(stage, name) for name in options.cases for stage in options.stages]
+    if options.waiting:
+        groups.insert(1 if on_gpu else len(groups), ("waiting", options.cases[0 if on_gpu else -1]))
+    return groups
+
+
 def bench_step(args):
     """Every stage at every size that was asked for, into step_<device>.json."""
     with start_world(args.device) as world:
         on_gpu = world.device.type == "cuda"
         threads = args.threads or os.cpu_count()
         torch.set_num_threads(threads)
-        args.compile = args.compile or on_gpu
-        groups = [(stage, name) for name in args.cases for stage in args.stages]
-        for kind, names, known in (("--cases", args.cases, CASES), ("--stages", args.stages, STAGES),
-                                   ("--dtypes", args.dtypes, DTYPES)):
-            unknown = [name for name in names if name not in known]
-            if unknown:
-                raise UserError(f"{kind} {unknown[0]}: expected some of {','.join(known)}")
+        groups = plan(args, world.device)
         record = Record("step", args.output_dir, world, rounds=args.rounds, minutes=args.minutes)
         budget = Budget(60 * args.minutes)
         for i, (stage, name) in enumerate(groups):
-            share = budget.share(len(groups) - i + args.waiting)
-            for_memory = args.peaks and not on_gpu
-            timing = Budget(0.7 * max(share.left, 0.0)) if for_memory else share
-            group = bench_group(stage, name, args, timing, world)
-            if for_memory:
-                add_peaks(group, share, threads)
-            finish(record, group, world)
-        if args.waiting:
-            name = args.cases[-1]
-            finish(record, bench_waiting(name, args, budget, world), world)
+            # Compiling takes most of a group's time on a GPU: a fair share would not compile a group's half.
+            share = budget.share(min(len(groups) - i, 1.5 if on_gpu else len(groups)))
+            if stage == "waiting":
+                group = bench_waiting(name, args, share, world)
+            else:
+                for_memory = args.peaks and not on_gpu
+                timing = Budget(0.7 * share.seconds) if for_memory else share
+                group = bench_group(stage, name, args, timing, world)
+                if for_memory:
+                    add_peaks(group, share, threads)
+            record.add(group)
+            world.say("\n".join(show_group(group)))
         world.say(f"\nwrote {record.path}")
-
-
-def finish(record, group, world):
-    """Write a group down and show it."""
-    record.add(group)
-    world.say("\n".join(show_group(group)))

@@ -78,6 +78,11 @@ def spread(found):
     return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def digits(value):
+    """A number as text, with three digits that count and no exponent."""
+    return f"{float(f'{value:.3g}'):.12g}"
+
+
 def bench(results):
     """What `python bench.py` measured on each machine, a table a group: from its step, data and imports."""
     return "\n\n".join(text for result in results for text in machine(result)) or "Not run."
@@ -102,7 +107,7 @@ def table(group):
         if "not_run" in row:
             yield f"| {name} | not run: {row['not_run']} | | | | |"
             continue
-        rate = f"{row['img_per_s']:.3g}" if "img_per_s" in row else f"{row['median']:.2f} s"
+        rate = digits(row["img_per_s"]) if "img_per_s" in row else f"{row['median']:.2f} s"
         ratio = spread(row["speed_over_baseline"]) if "speed_over_baseline" in row else ""
         shares = [f"{100 * row[key]:.1f}" if key in row else "" for key in ("mfu", "data_wait")]
         peak = f"{row['peak_bytes'] / 2 ** 20:.0f}" if row.get("peak_bytes") else ""

@@ -1,14 +1,19 @@
 """bench.py: its byte model against what can be derived by hand, its records, and that work is equal."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import generated
 import pytest
 import torch
+from torch.utils.data import Dataset, default_collate
 
 import bench
 import kernels
@@ -117,12 +122,58 @@ def test_step_records_every_stage_beside_its_peers(benched, monkeypatch):
                 assert math.isclose(row["mfu"], row["img_per_s"] * flops / rate)
 
 
-def test_the_share_of_waiting_is_recorded(benched):
-    found = benched(f"{STEP.replace('5', '0.1')} --stages probe")
+def test_waiting_is_measured_with_a_compiled_step_where_compiling_is(benched, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(step, "LOOP_SECONDS", 0.2)
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: compiled.append(module) or module)
+    without(monkeypatch, "timm")
+    found = benched(f"{STEP} --stages probe --compile")
     check_record(found, "step")
     waiting = found["groups"][-1]
-    ours, *_ = waiting["rows"]
-    assert waiting["stage"] == "waiting" and 0 < ours["data_wait"] < 1
+    *ours, peer = waiting["rows"]
+    assert waiting["stage"] == "waiting" and [row["name"] for row in waiting["rows"]] == list(data.LOADERS)
+    assert all(0 < row["data_wait"] < 1 and row["mode"] == "compiled" for row in ours)
+    assert peer["not_run"] == "timm is not installed"
+    assert len(compiled) == 2                               # the probe's step, and one for all three loaders
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_gpu_that_has_work_left_waits_for_no_data(monkeypatch, idle):
+    order = []
+    event = SimpleNamespace(record=lambda: order.append("record"), query=lambda: idle)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+
+    class Queued:
+        device = torch.device("cuda")
+
+        def __call__(self):
+            order.append("step")
+    found = step.waiting(Queued(), iter(range(10 ** 9)), measure.Budget(0.05), 1, 4)
+    assert (found["data_wait"] > 0) == idle and found["steps"] > 0
+    assert order[:3] == ["step", "wait", "record"] and order.count("wait") == 3     # not one a step
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_a_contender_without_memory_is_a_row_that_says_so(monkeypatch, benched):
+    times = iter([1.0] * 3)
+    samples = {"a": lambda repeats: 1.0, "b": lambda repeats: next(times, None) or out_of_memory(),
+               "c": out_of_memory}
+    seconds, left_out = measure.in_rounds(samples, 3, measure.Budget(60), WORLD)
+    assert seconds == {"a": [1.0] * 3}
+    assert left_out == {"b": "in round 2: out of memory", "c": "out of memory"}
+
+    stepper = SimpleNamespace(peak_bytes=out_of_memory)
+    assert step.peak_on_gpu(stepper) == {"peak_not_run": "out of memory"}
+    planted(monkeypatch, out_of_memory)
+    monkeypatch.setattr(step, "pretraining_step", out_of_memory)
+    found = benched(f"{STEP} --stages probe")
+    check_record(found, "step")
+    (_, peer), loaders = (group["rows"] for group in found["groups"])
+    assert {row["not_run"] for row in (peer, *loaders)} == {"out of memory"}
 
 
 def test_peak_memory_is_of_a_process_of_its_own():
@@ -140,39 +191,156 @@ def test_data_records_every_pipeline(benched):
     pytest.importorskip("torchvision")
     found = benched("data --rounds 1 --images 2")
     rows = {row["name"]: row for row in check_record(found, "data")}
-    assert rows["torchvision"]["img_per_s"] > 0 and rows["mff_min, JPEG, simple"]["speed_over_baseline"]
-    assert "GPU" in rows["mff_min, crop on the device"]["not_run"]
+    assert all(row["img_per_s"] > 0 and row["speed_over_baseline"] for row in rows.values())
     assert 40_000 < found["files"]["mean_bytes"] < 160_000              # ImageNet's are 110 kB
 
 
+class Busy(Dataset):
+    """Items that take a worker 10 ms of CPU time each, and a second more when it starts."""
+    started = False
+
+    def __getitem__(self, index):
+        end = time.process_time() + (0.01 if self.started else 1.0)
+        self.started = True
+        while time.process_time() < end:
+            pass
+        return index
+
+
+def test_a_worker_is_timed_in_its_own_process_once_it_runs():
+    before = time.process_time()
+    seconds = data.worker_clock(Busy(), default_collate, 4)(3)
+    assert 0.04 <= seconds < 0.3 and time.process_time() - before < 1
+
+
+def test_the_device_crops_as_many_images_as_the_workers(tmp_path, monkeypatch):
+    seen, crop = [], data.crop_on_device
+    monkeypatch.setattr(data, "crop_on_device", lambda batch, *more: seen.append(batch) or crop(batch, *more))
+    data.draw_jpegs(tmp_path, 3)
+    data.device_part(tmp_path, torch.device("cpu"), 3)(1)
+    batch, = seen
+    views = data.device_views(data.packed_source(tmp_path), "random_resized")
+    expected = data.collate(views.__getitems__([(0, i) for i in range(3)]))
+    assert len(batch["image"]) == 3 and batch["box"].unique(dim=0).shape == (3, 4)
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
 def test_imports_are_recorded(benched, monkeypatch):
-    monkeypatch.setattr(imports, "STATEMENTS", {"timm": ("nowhere", ""), "mff_min": ("torch", "import json")})
-    timm, ours = check_record(benched("imports --rounds 1"), "imports")
+    monkeypatch.setattr(imports, "STATEMENTS", {"timm": ("nowhere", ""), "mff_min": ("torch", "import json"),
+                                                "lightly": ("torch", "import json.nothing")})
+    timm, ours, broken = check_record(benched("imports --rounds 1"), "imports")
     assert timm["not_run"] == "nowhere is not installed" and ours["statement"] == "import json"
+    assert broken["not_run"].startswith("ModuleNotFoundError: No module named 'json.nothing'")
 
 
 def test_all_lists_what_did_not_run(benched, monkeypatch):
-    monkeypatch.setattr(everything, "SHARES", {"data": 0.5, "bytes": 1.0})
+    monkeypatch.setitem(everything.SHARES, "cpu", {"data": 0.5, "bytes": 1.0})
     monkeypatch.setattr(everything, "flags_of", lambda subject, *more: ["--unknown"])
     data_row, bytes_row = check_all(benched("all --minutes 0.5"))
     assert data_row["not_run"] == "it ended with code 2" and "too few for it" in bytes_row["not_run"]
 
 
+def test_all_runs_its_subjects(benched, monkeypatch, tmp_path):
+    flags = f"{STEP} --stages probe --no-waiting --output-dir {tmp_path}".split()
+    monkeypatch.setitem(everything.SHARES, "cpu", {"step": 1.0})
+    monkeypatch.setattr(everything, "flags_of", lambda *_: flags[1:])
+    row, = check_all(benched("all"))
+    assert "not_run" not in row and row["seconds"] > 0
+    check_record(json.loads((tmp_path / "step_cpu.json").read_text()), "step")
+
+
+def test_a_stopped_all_leaves_no_process_behind(tmp_path, monkeypatch):
+    (tmp_path / "bench.py").write_text("import os, pathlib, time\n"
+                                       "pathlib.Path('pid').write_text(str(os.getpid()))\n"
+                                       "os.kill(os.getppid(), 15)\n"
+                                       "time.sleep(600)\n")
+    monkeypatch.setattr(everything, "ROOT", tmp_path)
+    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            everything.run_part("data", [], 60)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def check_all(found):
     """The rows of all_cpu.json, each of which names its subject, and was run or says why not."""
     rows, = (group["rows"] for group in found["groups"])
-    assert [row["name"] for row in rows] == list(everything.SHARES)
+    assert [row["name"] for row in rows] == list(everything.SHARES["cpu"])
     assert len(found["not_run"]) == sum("not_run" in row for row in rows)
     return rows
 
 
 def test_the_flags_of_all_are_those_of_its_subjects(tmp_path):
     args = bench.parser().parse_args(["all", "--output-dir", str(tmp_path)])
-    for on_gpu in (False, True):
-        for subject in everything.SHARES:
-            flags = everything.flags_of(subject, args, 1.5, on_gpu)
+    for device, shares in everything.SHARES.items():
+        for subject in shares:
+            flags = everything.flags_of(subject, args, 1.5, device == "cuda")
             there = bench.parser().parse_args([subject, *flags]).output_dir
             assert (ROOT / there).resolve() == tmp_path
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """The seconds gone on a GPU that compiles a step in 40 s, first does it in 5 s and later in 0.1 s."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    world = World(0, 1, 0, torch.device("cuda"))
+
+    def spend(first, later):
+        costs = iter([first])
+
+        def sample(repeats):
+            seconds = next(costs, later)
+            now[0] += seconds * repeats
+            return seconds
+        return sample
+
+    def enter(stage, case, inputs, options, budget, device):
+        now[0] += 3.0 * len(contenders.STAGES[stage])
+        keys = step.keys_of(stage, options)
+        steppers = {key: spend(40.0 if key[2] == "compiled" else 5.0, 0.1) for key in keys}
+        return steppers, {}, dict.fromkeys(contenders.STAGES[stage], (1.0, 1))
+
+    def waiting(stepper, batches, budget, parts, batch):
+        stepper(1)
+        now[0] += min(20.0, budget.share(parts).seconds)
+        return {"median": 0.1, "img_per_s": 10 * batch, "data_wait": 0.0, "steps": 10}
+    for module in (measure, step):
+        monkeypatch.setattr(module, "time", clock)
+    for name, value in (
+            ("start_world", lambda device: contextlib.nullcontext(world)), ("enter", enter),
+            ("product", lambda *_: spend(0.1, 0.1)), ("stopwatch", lambda sample, device: sample),
+            ("make_inputs", lambda *_: None), ("step_flops", lambda *_: 1.0), ("waiting", waiting),
+            ("peak_on_gpu", lambda stepper: {"peak_bytes": 1}),
+            ("pretraining_step", lambda *_: spend(40.0, 0.1))):
+        monkeypatch.setattr(step, name, value)
+    for name in ("draw_jpegs", "packed_source"):
+        monkeypatch.setattr(data, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU / 2")
+    return now
+
+
+@pytest.mark.parametrize("subject", ["all", "step"])
+def test_on_a_gpu_pretraining_in_bfloat16_is_measured_first_and_in_time(tmp_path, fake_gpu, subject):
+    args = bench.parser().parse_args([subject, "--output-dir", str(tmp_path)])
+    if subject == "all":
+        minutes = args.minutes * everything.SHARES["cuda"]["step"]
+        flags = everything.flags_of("step", args, minutes, True)
+        args = bench.parser().parse_args(["step", *flags, "--output-dir", str(tmp_path)])
+    step.bench_step(args)
+    found = json.loads((tmp_path / "step_A_GPU_2.json").read_text())
+    first, second, *_ = found["groups"]
+    assert (first["stage"], first["case"], second["stage"]) == ("pretrain", "vit_b", "waiting")
+    rows = {(row["name"], row["mode"]): row for row in first["rows"]
+            if row["dtype"] == "bfloat16" and "median" in row}
+    assert {name for name, mode in rows if mode == "compiled"} == set(contenders.STAGES["pretrain"])
+    assert all(len(row["seconds"]) == args.rounds and row["median"] == 0.1 for row in rows.values())
+    assert all("median" in row and row["mode"] == "compiled" for row in second["rows"])
+    assert fake_gpu[0] < 60 * args.minutes + everything.GRACE
 
 
 # ---------------------------------------------------------------- equal work, in time
@@ -180,8 +348,8 @@ def test_the_flags_of_all_are_those_of_its_subjects(tmp_path):
 def planted(monkeypatch, peer):
     """Let a peer of ours take part in the probe: peer(case, device) builds it."""
     ours = contenders.STAGES["probe"]["mff_min"]
-    stages = {"probe": {"ours": ours, "timm": dataclasses.replace(ours, build=peer,
-                                                                  adapt=contenders.same_names)}}
+    peer = dataclasses.replace(ours, build=peer, adapt=contenders.same_names)
+    stages = contenders.STAGES | {"probe": {"ours": ours, "timm": peer}}
     monkeypatch.setattr(contenders, "STAGES", stages)
     monkeypatch.setattr(step, "STAGES", stages)
 
@@ -241,6 +409,28 @@ def test_what_does_not_fit_into_the_time_is_named(monkeypatch):
     assert seconds == {} and "last" not in asked and left_out["last"] == "its 5 seconds were over"
 
 
+def test_a_compiler_is_not_timed_and_not_begun_too_late(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def compiled():
+        costs = iter([40.0])
+
+        def sample(repeats):
+            seconds = next(costs, 0.25)
+            now[0] += seconds * repeats
+            return seconds
+        return sample
+    samples = {name: compiled() for name in "abcd"}
+    seconds, left_out = measure.in_rounds(samples, 3, measure.Budget(140), WORLD, "", "abcd")
+    assert seconds == {name: [0.25] * 3 for name in "abc"}
+    assert left_out == {"d": "compiling takes about 40 s, and 19 s were left"} and now[0] < 140
+
+    samples = {name: compiled() for name in "ab"}
+    seconds, _ = measure.in_rounds(samples, 3, measure.Budget(42), WORLD, "", "ab")
+    assert seconds == {"a": [0.25] * 3}                     # a tenth of the budget is for the rounds
+
+
 def test_contenders_take_turns_and_each_begins_a_round():
     order = []
     samples = {name: lambda repeats, name=name: order.append(name) or 1.0 for name in "abc"}
@@ -297,7 +487,8 @@ def test_the_readme_copes_with_what_was_not_run(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     assert "\nNot run.\n" in generated.written("bench")
     ratio = {"median": 1.5, "quartiles": [1.25, 2]}
-    rows = [{"name": "ours", "dtype": "float32", "mode": "eager", "median": 2.0, "img_per_s": 8.0, "mfu": 0.5,
+    rows = [{"name": "fast", "median": 1.0, "img_per_s": 2048.5},
+            {"name": "ours", "dtype": "float32", "mode": "eager", "median": 2.0, "img_per_s": 8.0, "mfu": 0.5,
              "speed_over_baseline": ratio, "peak_bytes": 2 ** 21}, {"name": "lightly", "not_run": "absent"},
             {"name": "a loop", "median": 1.0, "data_wait": 0.25}]
     record = {"device": "cpu", "environment": {"threads": 2}, "packages": {"torch": "2.15", "timm": None},
@@ -305,6 +496,7 @@ def test_the_readme_copes_with_what_was_not_run(tmp_path, monkeypatch):
     (tmp_path / "results" / "step_cpu.json").write_text(json.dumps(record))
     text = generated.written("bench")
     for line in ("`python bench.py step` on cpu, threads: 2 (torch 2.15):",
+                 "| fast | 2050 |  |  |  |  |",
                  "| ours float32 eager | 8 | 1.50 [1.25, 2.00] | 50.0 | 2 |  |",
                  "| lightly | not run: absent | | | | |", "| a loop | 1.00 s |  |  |  | 25.0 |"):
         assert line in text.splitlines()
