@@ -386,7 +386,8 @@ def run_units(cfg, units, folder, path, results, device, signals):
           f"pre-trained and measured; results: {path}", flush=True)
     if not left:
         return
-    torch.use_deterministic_algorithms(False)                           # loads what every fork would load
+    if device == "cpu":                                                 # on a GPU it might be looked at here
+        torch.use_deterministic_algorithms(False)                       # loads what every fork would load
     costs = measure(cfg, left, results, folder, jobs)
     print(f"about {duration(sum(costs[unit.stage] for unit in left) / jobs)} for them, {jobs} at a time",
           flush=True)
