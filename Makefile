@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune study figures test lint clean
+.PHONY: demo record-demo probe record-probe finetune record-finetune study figures test faults record-faults lint \
+    clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
     --global-batch 32 --batch-size 32 --lr 3e-3
@@ -60,6 +61,16 @@ figures: $(VENV)/demo-installed
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest
+
+# Every fault of docs/reliability.md, and then without each guard in turn: some fifteen minutes on two cores.
+faults: $(VENV)/test-installed
+	$(BIN)/python tests/faults --output-dir runs/faults
+	$(BIN)/python tests/faults --controls --output-dir runs/faults
+
+record-faults:
+	mkdir -p results
+	cp runs/faults/faults_cpu.json runs/faults/controls_cpu.json results/
+	$(BIN)/python tests/generated.py
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, s
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
+from mff_min.finite import FiniteSteps
 from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
@@ -40,7 +41,7 @@ from mff_min.probe import accuracy, count_all, shown
 from mff_min.randaugment import fill_color, rand_augment
 from mff_min.rng import MIX, Rng
 from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
-from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
+from mff_min.runtime import (BadSamples, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, pick_ops,
                              resumed_state, run, save_run, start_world, warn_of_space)
 from mff_min.saving import write_json, write_tensors
@@ -109,6 +110,7 @@ class Config:
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
                                    "what a bfloat16 product reaches, on a CPU no mfu", least=0)
+    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
@@ -145,7 +147,7 @@ def main(cfg):
     """Fine-tune, or only measure, as cfg says; returns the metrics, acc1 and acc5 among them."""
     measures = cfg.evaluate or cfg.robustness
     cfg = replace(cfg, output_dir=cfg.output_dir or ("runs/measured" if measures else "runs/finetune"))
-    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
+    with start_world(cfg.device, cfg.deterministic, cfg.timeout) as world, StopSignals() as signals:
         check(cfg, world.size)
         return measure(cfg, world) if measures else finetune(cfg, world, signals)
 
@@ -217,18 +219,22 @@ def finetune(cfg, world, signals):
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
         trained = torch.compile(trained)
-    folder = open_folder(cfg, world)
+    folder = open_folder(cfg, world, state)
     warn_of_space(folder, world, model, copies=4 if cfg.ema else 3)     # its weights, their average, moments
     log = Log(folder, world, start)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
     resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
                    "--clip-grad, a lower --lr or --dtype float32 may help")
+    finite = FiniteSteps(optimizer, world, folder, stream, train_set, resume_hint, scaler.is_enabled(),
+                         state and state.get("skips"))
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
+        finite.check()
         more = {"average": average.state_dict()} if average else {}
         save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
-                 classes=classes, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **more)
+                 classes=classes, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                 skips=finite.skips, **more)
 
     def evaluate():
         """Accuracy on all validation images, and of the averaged weights as ema_acc1 and so on."""
@@ -254,7 +260,7 @@ def finetune(cfg, world, signals):
         f"{'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of {cfg.data}, "
         f"{len(classes)} classes\n{schedule.plan(start)}")
     loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
-    batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
+    batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     flops = classifier_flops(model, model.head, False)
     meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
                   advice_if_late(train_set, cfg.workers))
@@ -262,6 +268,7 @@ def finetune(cfg, world, signals):
         note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
+        world.step = step + 1
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
 
@@ -286,16 +293,15 @@ def finetune(cfg, world, signals):
                 save(step, loss_value)
                 raise Stopped(stop_signal, step, schedule.stop, folder)
 
-        done, grad_norm = step + 1, None
+        done = step + 1
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
         passed = passes(done)
-        if cfg.clip_grad or logs:
-            scaler.unscale_(optimizer)
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            grad_norm = torch.nn.utils.get_total_norm(grads)
+        scaler.unscale_(optimizer)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads)
         if cfg.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
-        scaler.step(optimizer)
+        finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
         scaler.update()
         optimizer.zero_grad()
         if average:
@@ -303,13 +309,12 @@ def finetune(cfg, world, signals):
 
         saves = done % cfg.save_every == 0 or ends or passed or stop_signal
         if logs or saves:
-            loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
-            if not math.isfinite(loss_value):
-                raise Fault(f"loss is {loss_value} at step {done}; {resume_hint}")
+            finite.check()                                              # waits for the GPU: not every step
+            loss_value = world.mean([loss.item()])[0]
             bad_samples.report(meter.say)
         if logs:
             log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
-                      grad_norm=grad_norm.item(), **meter.read(done, loss_value, lr))
+                      grad_norm=grad_norm.item(), **finite.counted(), **meter.read(done, loss_value, lr))
         if saves:
             save(done, loss_value)
         if stop_signal and not ends:
@@ -382,7 +387,7 @@ def count_on(source, crop, model, cfg, world, ops, dtype, bad_samples, columns=s
 
     views = Views(source, crop, cfg.img_size, cfg.in_chans, 0, cfg.seed)
     keys = each_once(len(source), cfg.batch_size, world)
-    batches = make_loader(views, keys, cfg.workers, device.type == "cuda")
+    batches = make_loader(views, keys, cfg.workers, device.type == "cuda", cfg.timeout)
     counts = count_all(score, batches, bad_samples)
     bad_samples.report(world.say)
     return world.total(counts)

@@ -30,11 +30,12 @@ from mff_min.config import (UserError, check_batches, check_channels, check_rang
                             side_or_sides)
 from mff_min.data import (DeviceViews, Stream, Views, advice_if_late, collate, crop_on_device,
                           make_loader)
+from mff_min.finite import FiniteSteps
 from mff_min.flops import peak_img_per_s, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Fault, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
+from mff_min.runtime import (BadSamples, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
                              save_run, start_world, warn_of_space)
 from mff_min.saving import write_atomically, write_json, write_tensors
@@ -99,6 +100,7 @@ class Config:
     peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
                                    "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
+    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     picture_every: int = knob(0, "steps between pictures; 0: ten over the run", least=0)
@@ -151,7 +153,7 @@ def load_initial_weights(model, path, say):
 
 def main(cfg):
     """Pre-train as cfg says; returns the final metrics: step, loss, and on rank 0 what evaluate returns."""
-    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
+    with start_world(cfg.device, cfg.deterministic, cfg.timeout) as world, StopSignals() as signals:
         check(cfg, world)
         return pretrain(cfg, world, signals)
 
@@ -213,35 +215,40 @@ def pretrain(cfg, world, signals):
         if state["scaler"]:                                             # empty unless it was float16
             scaler.load_state_dict(state["scaler"])
 
-    folder = open_folder(cfg, world)
+    folder = open_folder(cfg, world, state)
     warn_of_space(folder, world, model, copies=3)                       # its weights and AdamW's moments
     log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
 
-    loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
     resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
                    "--clip-grad, a lower --lr or --dtype float32 may help")
+    finite = FiniteSteps(optimizer, world, folder, stream, train_set, resume_hint, scaler.is_enabled(),
+                         state and state.get("skips"))
+    loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
+        finite.check()
         save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
-                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), skips=finite.skips)
 
     def draw(step):
         """Write a picture of what the model predicts for a few held-out images."""
         drawn = whole(model, lambda: build_model(cfg, device), world)
         if world.is_main:
             draw_reconstructions(cfg, drawn, val_set, to_device, folder, step)
+        world.meet()                                                    # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop
     announce(cfg, schedule, model, start, say)
     if start == 0:
         draw(0)
-    batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda"))
+    batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), cfg.peak_tflops, world),
                   advice_if_late(train_set, cfg.workers, cfg.device_crop))
     signals.start()
     for step in range(start, schedule.stop):
+        world.step = step + 1
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
 
@@ -260,27 +267,25 @@ def pretrain(cfg, world, signals):
                 save(step, loss_value)
                 raise Stopped(stop_signal, step, schedule.stop, folder)
 
-        done, grad_norm = step + 1, None
+        done = step + 1
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        if cfg.clip_grad or logs:
-            scaler.unscale_(optimizer)
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            grad_norm = full(torch.nn.utils.get_total_norm(grads))
+        scaler.unscale_(optimizer)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grad_norm = full(torch.nn.utils.get_total_norm(grads))
         if cfg.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
-        scaler.step(optimizer)
+        finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
         scaler.update()
         optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
 
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:
-            loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
-            if not math.isfinite(loss_value):
-                raise Fault(f"loss is {loss_value} at step {done}; {resume_hint}")
+            finite.check()                                              # waits for the GPU: not every step
+            loss_value = world.mean([loss.item()])[0]
             bad_samples.report(meter.say)
         if logs:
             log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
-                      grad_norm=grad_norm.item(), **meter.read(done, loss_value, lr),
+                      grad_norm=grad_norm.item(), **finite.counted(), **meter.read(done, loss_value, lr),
                       fusion_weights=full(model.fusion_weights()).tolist())
         if saves:
             save(done, loss_value)

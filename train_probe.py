@@ -29,6 +29,7 @@ from mff_min.augment import MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
+from mff_min.finite import FiniteSteps
 from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
@@ -37,7 +38,7 @@ from mff_min.pretrained import build_encoder, build_fusion, build_untrained, rea
 from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
                            pixel_features, pool_tokens, shown)
 from mff_min.rng import ORDER, permutation
-from mff_min.runtime import (BadSamples, Fault, Log, Meter, Progress, StopSignals, Stopped, autocast,
+from mff_min.runtime import (BadSamples, Log, Meter, Progress, StopSignals, Stopped, autocast,
                              check_same_data, describe_environment, load_state, open_folder, pick_dtype,
                              pick_ops, resumed_state, run, save_run, start_world, warn_of_space)
 from mff_min.saving import write_atomically, write_json
@@ -96,6 +97,7 @@ class Config:
     compile: bool = knob(False, "torch.compile the encoder")
     peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
                                    "what a bfloat16 product reaches, on a CPU no mfu", least=0)
+    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
@@ -122,7 +124,7 @@ def check(cfg, world_size):
 
 def main(cfg):
     """Probe as cfg says; returns the metrics, acc1 and acc5 among them, or those of every layer."""
-    with start_world(cfg.device, cfg.deterministic) as world, StopSignals() as signals:
+    with start_world(cfg.device, cfg.deterministic, cfg.timeout) as world, StopSignals() as signals:
         check(cfg, world.size)
         return probe(cfg, world, signals)
 
@@ -151,13 +153,13 @@ def probe(cfg, world, signals):
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
     forward = torch.compile(encoder.forward_features) if cfg.compile else encoder.forward_features
-    folder = open_folder(cfg, world)
+    folder = open_folder(cfg, world, state)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
 
     def load(source, crop, batches):
         """A loader of views of a source, in batches of (epoch, index)."""
         views = Views(source, crop, cfg.img_size, cfg.in_chans, 0, cfg.seed)
-        return make_loader(views, batches, cfg.workers, device.type == "cuda")
+        return make_loader(views, batches, cfg.workers, device.type == "cuda", cfg.timeout)
 
     def prepare(batch):
         """Normalised images on the device."""
@@ -225,9 +227,11 @@ def probe(cfg, world, signals):
     warn_of_space(folder, world, head, copies=2)                        # its weights and LARS's momentum
     log = Log(folder, world, start)
     resume_hint = "a lower --blr may help"
+    finite = FiniteSteps(optimizer, world, folder, stream, train_set, resume_hint)
 
     def save(step, loss):
         """Write last.pt: all that the run needs to go on from this step."""
+        finite.check()
         save_run(folder, world, head, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
                  optimizer=optimizer.state_dict())
 
@@ -263,6 +267,7 @@ def probe(cfg, world, signals):
         note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
+        world.step = step + 1
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
 
@@ -276,18 +281,19 @@ def probe(cfg, world, signals):
                 micro_loss = F.cross_entropy(trained(features), labels) / schedule.accumulation
                 micro_loss.backward()                                   # ranks add up gradients once a step
             loss += micro_loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
 
         done = step + 1
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in head.parameters()])
+        finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
+        optimizer.zero_grad()
+
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
         passed = passes(done)
         stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or passed or stop_signal
         if logs or saves:
-            loss_value = world.mean([loss.item()])[0]                   # waits for the GPU: not every step
-            if not math.isfinite(loss_value):
-                raise Fault(f"loss is {loss_value} at step {done}; {resume_hint}")
+            finite.check()                                              # waits for the GPU: not every step
+            loss_value = world.mean([loss.item()])[0]
             bad_samples.report(meter.say)
         if logs:
             log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,

@@ -3,7 +3,7 @@
 Which sample is seen when, how it is cropped and which of its patches are masked are pure functions of (seed,
 epoch, index), so nothing depends on the number of workers or ranks, and a run resumes anywhere.
 
-Shapes: B images, C H W, H' W' the sides of a part, L patches.
+Shapes: B images, C H W, L patches.
 """
 
 import math
@@ -87,10 +87,10 @@ class Views(Dataset):
 class DeviceViews(Views):
     """Views of a pack whose pixels are made on the device, by crop_on_device: here they are only copied.
 
-    image is uint8 (C, H', W'), the part that the crop shows, which in a batch stands in the upper left corner
-    of box (4,), or the simple crop itself, which resizes nothing; flip () says whether it is mirrored. Of the
-    same (seed, epoch, index) it is the part that Views shows. Raises UserError where the source is no pack,
-    or not one of a size that this crop can be made of.
+    image is uint8 (C, height, width), the part that the crop shows, of box (4,), which in a batch stands in
+    the upper left corner; or the simple crop itself, which resizes nothing; flip () says whether it is
+    mirrored. Of the same (seed, epoch, index) it is the part that Views shows. Raises UserError where the
+    source is no pack, or not one of a size that this crop can be made of.
     """
 
     def __init__(self, source, crop, size, in_chans, num_noise, seed):
@@ -110,7 +110,7 @@ class DeviceViews(Views):
             crop, box = augment.simple_part(image, self.size, draws), {}
         else:
             top, left, height, width = augment.random_resized_box(*augment.sides(image), draws)
-            crop = np.array(augment.cut(image, (top, left, height, width)))         # (H', W', C)
+            crop = np.array(augment.cut(image, (top, left, height, width)))         # (height, width, C)
             box = dict(box=(0, 0, height, width))
         return dict(image=torch.from_numpy(crop).permute(2, 0, 1), flip=draws.uniform() < 0.5, **box)
 
@@ -211,9 +211,9 @@ def advice_if_late(source, workers, device_crop=None):
     return "more --workers would help"
 
 
-def make_loader(views, stream, workers, pin_memory):
-    """A DataLoader over the stream, with one thread a worker."""
+def make_loader(views, stream, workers, pin_memory, timeout=0.0):
+    """A DataLoader over the stream, one thread a worker; timeout: seconds to wait for them, or 0."""
     return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=leave_signals_to_the_trainer,
+                      worker_init_fn=leave_signals_to_the_trainer, timeout=timeout if workers else 0,
                       pin_memory=pin_memory, persistent_workers=False, prefetch_factor=2 if workers else None,
                       generator=torch.Generator().manual_seed(0))       # else it draws from the global one

@@ -44,8 +44,10 @@ class LARS(torch.optim.Optimizer):
 
     As in MoCo v3 and the official MAE code, 1-D parameters (biases) are neither scaled nor decayed, and the
     learning rate stands outside the momentum. trust_coefficient is the length of a gradient relative to its
-    parameter.
+    parameter. A step changes nothing where found_inf, on the device as fused AdamW takes it, is not 0.
     """
+
+    found_inf = None
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
@@ -66,8 +68,9 @@ class LARS(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(update)
-                param.sub_(group["lr"] * momentum)
+                momentum = group["momentum"] * state["momentum"] + update
+                for old, new in (state["momentum"], momentum), (param, param - group["lr"] * momentum):
+                    old.copy_(new if self.found_inf is None else old.where(self.found_inf > 0, new))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ How they are written, so that no fault leaves half a file, and found again is sa
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import kernels
 from mff_min import saving
 from mff_min.config import UserError
+from mff_min.ranks import Lost, Ranks, watch_launcher
 from mff_min.sharded import gathered, local
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,13 +46,19 @@ class Stopped(Exception):
 
 # ---------------------------------------------------------------- processes and devices
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class World:
-    """Who this process is among those that torchrun started; alone, it is rank 0 of 1."""
+    """Who this process is among those that torchrun started; alone, it is rank 0 of 1.
+
+    step is what messages about a lost rank name. total, gather, meet and local_main_first wait for as long as
+    another rank may save, draw or evaluate, the others for --timeout.
+    """
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    step: int | None = None
+    patient: object = None                                              # a process group, of several ranks
     held: list = dataclasses.field(default_factory=list, compare=False)     # files that are closed at the end
 
     @property
@@ -71,9 +79,9 @@ class World:
 
     def total(self, counts):
         """The sum of each of these ints over all ranks."""
-        counts = torch.tensor(counts, dtype=torch.int64)                # on the CPU: goes through gloo
+        counts = torch.tensor(counts, dtype=torch.int64)
         if self.size > 1:
-            dist.all_reduce(counts)
+            dist.all_reduce(counts, group=self.patient)
         return counts.tolist()
 
     def share(self, tensors):
@@ -90,28 +98,41 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 
+    def lowest(self, tensor):
+        """The lowest of all ranks' values, element by element, on their device: nothing waits for it."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor
+
     def gather(self, value):
         """The list of all ranks' values, which may be any plain object."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.patient)
         return values
+
+    def meet(self):
+        """Wait until all ranks are here."""
+        self.total([0])
 
     def local_main_first(self, work):
         """work() on one process of each host, then on the others, which find its files there."""
         if self.local_rank == 0:
             result = work()
-        if self.size > 1:
-            dist.barrier()
+        self.meet()
         return result if self.local_rank == 0 else work()
 
 
 @contextlib.contextmanager
-def start_world(device, deterministic=False):
+def start_world(device, deterministic=False, timeout=600.0):
     """The World of this process. device is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
 
-    On a CPU the same work gives the same bits; on a GPU it does so with deterministic.
+    On a CPU the same work gives the same bits; on a GPU it does so with deterministic. timeout is that of
+    ranks.Ranks. A process of torchrun's ends when torchrun does.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        watch_launcher()
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # else PyTorch refuses matrix products
@@ -130,16 +151,14 @@ def start_world(device, deterministic=False):
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     world = World(rank, size, local_rank, device)
     try:
-        yield world
+        with contextlib.nullcontext() if size == 1 else Ranks(world, timeout) as ranks:
+            world.patient = ranks and ranks.patient
+            yield world
     finally:
         for file in world.held:
             file.close()
-        if size > 1:
-            dist.destroy_process_group()
 
 
 def pick_dtype(name, device):
@@ -176,18 +195,19 @@ def save_run(folder, world, model, step, hint, **state):
     state = gathered({"model": model.state_dict(), "step": step, **state}, world.is_main)
     if world.is_main:
         saving.save_checkpoint(folder, state)
+    world.meet()                                                        # a save may outlast --timeout
 
 
 def resumed_state(cfg, world):
     """The state that a stage goes on from, the same on all ranks, or None for a new run.
 
-    From here on the folder, if there is one, is this run's alone. Raises UserError where it is another's, or
-    would go on with other settings.
+    From here on the folder, if there is one, is this run's alone. The state's "path" is where it comes from.
+    Raises UserError where the folder is another's, or the run would go on with other settings.
     """
     claim(cfg.output_dir, world)
-    state = path = None
+    state = None
     if cfg.resume:
-        state, path = saving.find_checkpoint(cfg.output_dir, cfg.resume, world.say)
+        state = saving.find_checkpoint(cfg.output_dir, cfg.resume, world.say)
     elif saving.checkpoints_in(cfg.output_dir):
         raise UserError(already_a_run(cfg))
     if state:
@@ -195,8 +215,6 @@ def resumed_state(cfg, world):
     if len(set(world.gather(state["step"] if state else 0))) > 1:
         raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
                         f"must be one folder that all hosts see")
-    if world.is_main:                                                   # now that all ranks have read it
-        saving.set_newer_aside(cfg.output_dir, path, world.say)
     return state
 
 
@@ -290,8 +308,11 @@ def source_commit():
     return git.stdout.strip() or "unknown"
 
 
-def open_folder(cfg, world):
-    """Make the run folder and write config.json and env.json into it. Raises UserError where it cannot."""
+def open_folder(cfg, world, state=None):
+    """Make the run folder and write config.json and env.json into it. Raises UserError where it cannot.
+
+    state is what the run goes on from: what is newer in the folder is set aside.
+    """
     folder = Path(cfg.output_dir)
     if world.is_main:
         try:
@@ -300,10 +321,13 @@ def open_folder(cfg, world):
                 claim(folder, world)
             for leftover in folder.glob("*.tmp.*"):                     # of a process killed while writing
                 leftover.unlink()
+            if state:
+                saving.set_newer_aside(folder, state["path"], world.say)
             saving.write_json(folder / "config.json", dataclasses.asdict(cfg))
             saving.write_json(folder / "env.json", describe_environment(world))
         except OSError as error:
             raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
+    world.meet()                                                        # it exists now
     return folder
 
 
@@ -541,15 +565,21 @@ def run(main, cfg):
     """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n."""
     try:
         main(cfg)
-    except (UserError, Fault) as error:
-        leave(f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3)
+    except (UserError, Fault, Lost) as error:
+        leave(error, f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3)
     except Stopped as error:
-        leave(f"stopped: {error}", 128 + error.number)
-    except OSError as error:                                            # a full disk, a folder that went away
-        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        leave(f"error: {text}; what was saved before is whole, and --resume auto goes on from there", 3)
-    except KeyboardInterrupt:
-        leave("stopped: interrupted; --resume auto goes on from the last checkpoint, if there is one", 130)
+        leave(error, f"stopped: {error}", 128 + error.number)
+    except (RuntimeError, EOFError, OSError) as error:
+        text = advice(error, cfg)
+        if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
+            text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            text += "; what was saved before is whole, and --resume auto goes on from there"
+        if not text:
+            raise
+        leave(error, f"error: {text}", 3)
+    except KeyboardInterrupt as error:
+        text = "stopped: interrupted; --resume auto goes on from the last checkpoint, if there is one"
+        leave(error, text, 130)
 
 
 def own_words(error):
@@ -560,8 +590,35 @@ def own_words(error):
     return text
 
 
-def leave(text, code):
-    """Print why to stderr, and end the process."""
+def leave(error, text, code):
+    """Print why to stderr, unless another rank has done so, and end the process."""
     sys.stdout.flush()
-    print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
+    if not getattr(error, "told", False):
+        print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
+    for child in multiprocessing.active_children():                     # one that hangs would be waited for
+        child.kill()
     raise SystemExit(code)
+
+
+def advice(error, cfg):
+    """What to try where PyTorch ran out of memory or lost a loader's process; "" for any other error."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, EOFError | ConnectionError):
+        reason = "DataLoader worker ended without a word"
+    if reason.startswith("DataLoader"):
+        return f"{reason.rstrip('. ')}; fewer --workers, or more shared memory for them, may help"
+    on_cpu = "DefaultCPUAllocator" in reason
+    if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+        return ""
+    text, half = f"out of {'' if on_cpu else 'GPU '}memory", getattr(cfg, "batch_size", 0) // 2
+    if not half or not hasattr(cfg, "global_batch"):
+        return f"{text}: {reason}"
+    together = half * int(os.environ.get("WORLD_SIZE", 1))
+    text += (f" at --batch-size {cfg.batch_size}: try --batch-size {half} with --global-batch "
+             f"{cfg.global_batch} as it is: {cfg.global_batch // together} micro-batches a step instead of "
+             f"{cfg.global_batch // (2 * together)}")
+    if not getattr(cfg, "grad_checkpointing", True):
+        text += ", or --grad-checkpointing"
+    field, = (field for field in dataclasses.fields(cfg) if field.name == "batch_size")
+    return text + ("; that changes the result, so it takes --allow-change batch_size to resume"
+                   if field.metadata["changes_result"] else "")

@@ -126,14 +126,20 @@ def save_checkpoint(folder, state):
 
 
 def seal_of(path):
-    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed."""
+    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed.
+
+    Where the end has been altered it is still told that there was a seal.
+    """
     with open(path, "rb") as file:
+        if file.read(8) == b"version ":                                 # git-lfs's pointer has a SHA-256 too
+            return b""
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 22 - len(SEAL) - 64, 0))                   # the archive's last record
+        file.seek(max(size - 2 ** 16, 0))
         end = file.read()
-    record = end.rfind(b"PK\5\6")
-    sealed = SEAL in end or record >= 0 and end[record + 20:record + 22] == LENGTH
-    return end[22 - len(LENGTH):] if sealed else b""
+    record = end.rfind(b"PK\5\6")                                       # the archive's last
+    comment = end[record + 20:] if record >= 0 else b""                 # its length, and itself
+    sealed = LENGTH + SEAL in end or comment.startswith(LENGTH) or comment[2:].startswith(SEAL)
+    return end[-len(LENGTH + SEAL) - 64:] if sealed else b""
 
 
 def check_seal(path):
@@ -187,7 +193,7 @@ def checkpoints_in(folder):
 
 
 def find_checkpoint(folder, resume, say):
-    """(state, path) to resume from, or (None, None) for a new run.
+    """The state to resume from, with its own path as "path", or None for a new run.
 
     resume is "auto" (the newest sound checkpoint of the folder, or a new run where there is none), or a file.
     """
@@ -195,7 +201,7 @@ def find_checkpoint(folder, resume, say):
     if resume != "auto":
         if candidates and Path(resume).resolve().parent != Path(folder).resolve():
             raise UserError(f"{folder} holds another run than --resume {resume}: name another --output-dir")
-        return read_checkpoint(resume, RUN_STATE), Path(resume)
+        return read_checkpoint(resume, RUN_STATE) | dict(path=Path(resume))
     for path in candidates:
         try:
             state = read_checkpoint(path, RUN_STATE)
@@ -205,11 +211,11 @@ def find_checkpoint(folder, resume, say):
         if not seal_of(path):
             say(f"warning: {path} is not sealed by a SHA-256, as checkpoints were not once: damage would go "
                 f"unnoticed until the next one is written")
-        return state, path
+        return state | dict(path=path)
     if candidates:
         raise UserError(f"no checkpoint in {folder} can be read: nothing to resume from, and a new run would "
                         f"overwrite it")
-    return None, None
+    return None
 
 
 def set_newer_aside(folder, path, say):
@@ -218,7 +224,7 @@ def set_newer_aside(folder, path, say):
     Else the next save would put it, damaged or not wanted, in the place of the one that is sound.
     """
     last = Path(folder) / "last.pt"
-    if path and last.exists() and not last.samefile(path):
+    if last.exists() and not last.samefile(path):
         aside = next(name for n in itertools.count(1) if not (name := Path(f"{last}.aside-{n}")).exists())
         os.replace(last, aside)
         say(f"warning: {last} is kept as {aside}, and the run goes on from {path}")

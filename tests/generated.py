@@ -72,6 +72,35 @@ def finetune_shapes_cpu(result):
             f"results/finetune_shapes_cpu.json and results/finetune_random_cpu.json.")
 
 
+PROMISES = 12                                                           # of docs/reliability.md
+
+
+def faults_cpu(result):
+    """What `make faults` counted: a table of its faults and one of its controls, from their two records."""
+    controls = json.loads((ROOT / "results" / "controls_cpu.json").read_text())
+    tried, survived = (sum(row[key] for row in result["faults"]) for key in ("tried", "survived"))
+    caught = sum(row["caught"] for row in controls["controls"])
+    environment = result["environment"]
+    lines = [f"{survived} of {tried} trials survived, in {result['seconds'] / 60:.1f} minutes on "
+             f"{environment['cpus']} CPUs with PyTorch {environment['torch'].split('+')[0]}; "
+             f"{caught} of {len(controls['controls'])} removed guards were caught.", "",
+             "| promise | fault | tried | survived | most steps lost | also |", "|---|---|---|---|---|---|"]
+    for promise in range(1, PROMISES + 1):
+        rows = [row for row in result["faults"] if row["promise"] == promise]
+        lines += [f"| {promise} | {row['name']} | {row['tried']} | {row['survived']} | {row['lost']} | "
+                  f"{in_words(row['figures'])} |" for row in rows] or [f"| {promise} | not run | | | | |"]
+    lines += ["", "| guard that was removed | fault | trials that survived without it |", "|---|---|---|"]
+    lines += [f"| {row['name']} | {row['fault']} | "
+              f"{row['found'].partition(' survived')[0] if row['caught'] else 'not caught'} |"
+              for row in controls["controls"]]
+    return "\n".join(lines)
+
+
+def in_words(figures):
+    """A dict of figures as text, their names in words."""
+    return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+
+
 def spread(found):
     """A ratio as text: the median and both quartiles."""
     low, high = found["quartiles"]
@@ -115,7 +144,7 @@ def table(group):
 
 
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
-          "finetune_shapes_cpu": finetune_shapes_cpu}
+          "finetune_shapes_cpu": finetune_shapes_cpu, "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_shapes_cpu_minutes", "study_imagenette_cpu_minutes")
 MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
@@ -153,7 +182,8 @@ def written(name):
     if name.startswith(("study_", "summary_")):
         text = of_study(name)
     elif name in BLOCKS:
-        text = BLOCKS[name](json.loads((results / f"{name}.json").read_text()))
+        path = results / f"{name}.json"
+        text = BLOCKS[name](json.loads(path.read_text())) if path.exists() else "Not run."
     else:
         block, subjects = MACHINES[name]
         paths = [path for subject in subjects for path in sorted(results.glob(f"{subject}_*.json"))]

@@ -439,5 +439,6 @@ def test_a_probe_is_no_encoder_and_a_state_with_unknown_names_is_refused(probe, 
 
 def test_a_resumed_probe_keeps_the_settings_it_began_with(probe):
     probe("--steps", "1")
-    with pytest.raises(UserError, match=r"other settings \(pool: token -> avg; batch_size: 8 -> 16\)"):
+    message = r"other settings:\n.*\n  pool        token  avg\n  batch_size  8      16\n"
+    with pytest.raises(UserError, match=message):
         probe("--steps", "1", "--pool", "avg", "--batch-size", "16", "--resume", "auto")

@@ -20,6 +20,8 @@ from sources import FILES, ROOT, comments, complaints
 from kernels import TORCH, reference
 from mff_min import augment, cifar, examine, measures, mim, picture, probe, shapes, targets, vit
 from mff_min.data import DeviceViews, Views, collate
+from mff_min.finite import FiniteSteps
+from mff_min.runtime import World
 from mff_min.sources import ImageArray
 
 
@@ -132,6 +134,8 @@ def exercise():
     TORCH.prepare(pixels, mean, std, flip=flip, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
     TORCH.resized_crop(pixels, box, (9, 11), flip)
     TORCH.resized_crop(images, box, (9, 11))
+    world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.SGD([torch.nn.Parameter(noise)])
+    FiniteSteps(optimizer, world, None, None, None, "", half=True).step(1, 0.1, noise[0, 0], noise[0, 1])
     filtered = targets.low_pass_target(TORCH.prepare(pixels, mean, std), mean, std, 5.25, TORCH)
     reference.low_pass_products(images, 5.25)
     model(images, noise, filtered)

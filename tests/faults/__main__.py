@@ -57,22 +57,22 @@ def cause(fault, quick, remove=None):
     """The Outcome of a fault in a process of its own, without a guard; or the text of what ended it."""
     ours, theirs = FORK.Pipe(duplex=False)
 
-    def work():
+    def work(folder):
         try:
             if remove:
                 remove()
-            with shared_memory() as folder:
-                theirs.send(fault.run(Path(folder), quick))
+            theirs.send(fault.run(Path(folder), quick))
         except BaseException:                                           # whatever it was: told, not hidden
             theirs.send(traceback.format_exc())
-    process = FORK.Process(target=work)
-    process.start()
-    theirs.close()
-    try:
-        outcome = ours.recv()
-    except EOFError:
-        outcome = "the process that was to cause it died"
-    process.join()
+    with shared_memory() as folder:
+        process = FORK.Process(target=work, args=(folder,))
+        process.start()
+        theirs.close()
+        try:
+            outcome = ours.recv()
+        except EOFError:
+            outcome = "the process that was to cause it died"
+        process.join()
     return outcome
 
 
@@ -137,7 +137,10 @@ def main(cfg):
     began = time.monotonic()
     prepared()                                                          # once, for all that is forked
     if cfg.controls:
-        rows = run_controls(faults, [guard for guard in guards if cfg.only in guard.fault])
+        guards = [guard for guard in guards if cfg.only in guard.fault]
+        if not guards:
+            raise UserError(f"--only {cfg.only}: no guard is removed for such a fault")
+        rows = run_controls(faults, guards)
         name, good, count = "controls", sum(row["caught"] for row in rows), len(rows)
         text = f"caught {good} of {count}"
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from faults.suite import Child, Fault, Guard, Tally, flags_of, prepared
+from faults.suite import TINY, Child, Fault, Guard, Tally, flags_of, prepared
 
 import train_finetune
 import train_pretrain
@@ -31,11 +31,18 @@ from mff_min.probe import pool_tokens
 from mff_min.runtime import BadSamples, World
 from mff_min.shapes import SHAPES
 from mff_min.sources import ImageArray, Subset
+from mff_min.vit import MODELS
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SIZE, MOST, CLASSES = (16, 16), 17, len(SHAPES)
 NEIGHBOURS = 24                                                         # all: no class is without votes
 STATISTICS = IMAGENET_MEAN, IMAGENET_STD
+
+
+def ready():
+    """prepared(), and from here on vit_test is what it is there."""
+    MODELS["vit_test"] = TINY
+    return prepared()
 
 
 def images(count, labels=None):
@@ -93,8 +100,8 @@ def quietly():
 
 def classifier():
     """A classifier of noise: (its settings, the model)."""
-    pretrained = read_pretrained(prepared() / "finetune")
-    flags = flags_of("finetune", prepared(), "unused", "--evaluate")
+    pretrained = read_pretrained(ready() / "finetune")
+    flags = flags_of("finetune", ready(), "unused", "--evaluate")
     cfg = replace(parse(train_finetune.Config, flags), mean=STATISTICS[0], std=STATISTICS[1], img_size=SIZE,
                   in_chans=3)
     model = build_vit("vit_test", SIZE, 4, 3, num_classes=CLASSES, global_pool="avg")
@@ -130,7 +137,7 @@ def classifiers_accuracy(folder, quick):
 
 def held_out_loss(folder, quick):
     """Pre-training's held-out loss: the mean over images, whatever the last batch holds."""
-    flags = flags_of("pretrain", prepared(), folder)
+    flags = flags_of("pretrain", ready(), folder)
     cfg = parse(train_pretrain.Config, flags)
     torch.manual_seed(0)
     model, source, tally = train_pretrain.build_model(cfg, torch.device("cpu")), images(MOST), Tally()
@@ -158,7 +165,7 @@ def held_out_loss(folder, quick):
 
 def probes_accuracy(folder, quick):
     """The probe's accuracy as a whole run has it: its protocol, --knn and --cache, of 1 to 17 images."""
-    encoder = build_encoder(read_pretrained(prepared() / "pretrain" / "encoder.pt"))
+    encoder = build_encoder(read_pretrained(ready() / "pretrain" / "encoder.pt"))
     tally, heads = Tally(), []
 
     def features(source):
@@ -175,7 +182,7 @@ def probes_accuracy(folder, quick):
             val = first(images(MOST, labels), count)
         train_probe.open_data = lambda spec, split, cache_dir, say: train if split == "train" else val
         to = folder / "-".join(map(str, (*flags, count, batch_size)))
-        flags = flags_of("probe", prepared(), to, *flags, "--steps", 2, "--batch-size", batch_size,
+        flags = flags_of("probe", ready(), to, *flags, "--steps", 2, "--batch-size", batch_size,
                          "--global-batch", 12, "--lr", 30)
         heads.clear()
         with quietly():
@@ -228,7 +235,7 @@ def two_real_ranks(folder, quick):
     source, tally = images(MOST, hard(scores)), Tally()
     for count, batch_size in ((1, 3), (5, 2)) if quick else ((1, 3), (2, 1), (5, 2), (17, 4)):
         to = folder / f"{count}-{batch_size}"
-        flags = flags_of("finetune", prepared(), to, "--evaluate", "--checkpoint", folder / "classifier.pt",
+        flags = flags_of("finetune", ready(), to, "--evaluate", "--checkpoint", folder / "classifier.pt",
                          "--batch-size", batch_size)
 
         def work(count=count, flags=flags):

@@ -1,5 +1,6 @@
 """Promise 9: files that are damaged, huge, unusual or no images are replaced, named, and stop nothing."""
 
+import functools
 import io
 import json
 import os
@@ -14,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from faults.evaluation import on_two_ranks
-from faults.suite import STAGES, Fault, Guard, Outcome, Tally, flags_of, fork, prepared
+from faults.evaluation import on_two_ranks, ready
+from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
 import pack
@@ -24,7 +25,7 @@ from mff_min.config import UserError, parse
 from mff_min.data import Stream, Views, make_loader
 from mff_min.decode import MAX_BYTES, MAX_PIXELS, open_image
 from mff_min.packed import Packed
-from mff_min.runtime import BadSamples, run, start_world
+from mff_min.runtime import BadSamples, start_world
 from mff_min.sources import ImageFolder
 
 SECOND = 1.0                                                            # of a processor, for one file
@@ -91,8 +92,8 @@ class Mutants:
     """A source of mutants, each a file when it is opened, and behind them as many whole images."""
     short_side = 0
 
-    def __init__(self, count, path):
-        self.count, self.path, self.kinds = count, path, list(originals().items())
+    def __init__(self, count, folder):
+        self.count, self.folder, self.kinds = count, folder, list(originals().items())
         self.whole = Image.new("RGB", (40, 40))
 
     def __len__(self):
@@ -105,8 +106,9 @@ class Mutants:
         if i >= self.count:
             return self.whole
         files, draws = self.kinds[i % len(self.kinds)][1], random.Random(i)
-        self.path.write_bytes(mutant(files[draws.randrange(len(files))], draws))
-        return open_image(str(self.path))
+        path = self.folder / f"mutant of {os.getpid()}"
+        path.write_bytes(mutant(files[draws.randrange(len(files))], draws))
+        return open_image(str(path))
 
     def label(self, i):
         return 0
@@ -117,8 +119,8 @@ class Mutants:
 
 def mutated_images(folder, quick):
     """Each mutant becomes a view or is replaced, within a second, and the process lives and says nothing."""
-    count, step = (2_100, 300) if quick else (21_000, 1_000)
-    source = Mutants(count, folder / "mutant")
+    count, step = (2_100, 350) if quick else (21_000, 1_500)
+    source = Mutants(count, folder)
     views = Views(source, "random_resized", (16, 16), 3, 0, 0), Views(source, "evaluation", (16, 16), 3, 0, 0)
     tried, survived, problems, replaced, slowest, grown = 0, 0, [], Counter(), 0.0, 0
 
@@ -135,7 +137,9 @@ def mutated_images(folder, quick):
                 file.write(json.dumps([i, seconds, shown, reasons, memory("VmHWM") - resident]) + "\n")
 
     for first in range(0, count, step):
-        end, rows = fork(lambda first=first: show(first)), 0
+        if first % (2 * step) == 0:                                     # two at a time
+            children = [Child(functools.partial(show, begin)) for begin in (first, first + step)]
+        end, rows = children.pop(0).end(limit=300), 0
         for line in (folder / f"{first}").read_text().splitlines():
             i, seconds, shown, reasons, peak = json.loads(line)
             rows, slowest, grown = rows + 1, max(slowest, seconds), max(grown, peak)
@@ -259,7 +263,7 @@ def huge_images(folder, quick):
 # ---------------------------------------------------------------- unusual pixels
 
 
-def unusual_images(folder):
+def unusual_images():
     """[(name, file, the pixels (H, W, 3) that they are, or None where they must be refused)]."""
     ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
     grey = np.repeat(np.round(255 * ramp)[..., None], 3, axis=2)        # (64, 64, 3)
@@ -273,11 +277,11 @@ def unusual_images(folder):
     alpha = Image.fromarray(noise[..., 1])
     luma = np.asarray(rgb.convert("L").convert("RGB"))
     few = rgb.quantize(64)
-    orientation = Image.Exif()
-    orientation[0x0112] = 6
+    turned = Image.Exif()
+    turned[0x0112] = 3                                                  # Orientation: by 180 degrees
     smooth = Image.fromarray(np.round(255 * np.stack([ramp, ramp.T, 1 - ramp], axis=2)).astype(np.uint8))
     rows = [b"\0" + row.tobytes() for row in np.repeat(swapped[..., None], 3, axis=2)]
-    cases = [
+    return [
         ("PNG of 16 bits", encoded(deep, "PNG"), grey),
         ("PNG of 16 bits, RGB", png_of(64, 64, 16, 2, rows), grey),
         ("TIFF of 16 bits", encoded(deep, "TIFF"), grey),
@@ -302,9 +306,9 @@ def unusual_images(folder):
          np.asarray(smooth)),
         ("animated, the first frame", encoded(few, "GIF", save_all=True, append_images=[few.rotate(90)]),
          np.asarray(few.convert("RGB"))),
-        ("turned by EXIF", encoded(smooth, "JPEG", quality=100, exif=orientation), np.asarray(smooth)),
+        ("turned by EXIF", encoded(smooth, "JPEG", quality=100, exif=turned), np.asarray(smooth)),
+        ("TIFF that is turned", encoded(smooth, "TIFF", exif=turned), np.asarray(smooth)[::-1, ::-1]),
     ]
-    return cases
 
 
 def as_big_endian(values):
@@ -315,7 +319,7 @@ def as_big_endian(values):
 def unusual_pixels(folder, quick):
     """Deep and float ramps keep their values, and other modes become the colours that they stand for."""
     tally, furthest = Tally(), 0.0
-    for name, file, want in unusual_images(folder):
+    for name, file, want in unusual_images():
         try:
             got = np.asarray(augment.to_mode(open_image(io.BytesIO(file)), 3)).astype(float)    # (64, 64, 3)
         except ValueError as error:
@@ -330,7 +334,7 @@ def unusual_pixels(folder, quick):
         furthest = max(furthest, abs(got.mean() - want.mean()))
         tally.note("" if difference <= near else f"{name}: {difference:.0f} off, mean {got.mean():.1f} "
                                                  f"where it is {want.mean():.1f}")
-    return tally.outcome(furthest_mean=round(furthest, 3))
+    return tally.outcome(furthest_mean=round(float(furthest), 3))
 
 
 # ---------------------------------------------------------------- odd files
@@ -433,12 +437,13 @@ def odd_folders(folder, quick):
     (root / "train" / "a" / "secret.jpg").chmod(0o644)                  # text, to root too
     folder.chmod(0o755)
 
-    def ends(what, code, *parts, stage="probe", **changes):
+    ready()
+
+    def ends(what, code, *parts, name="probe", **changes):
         """Note whether a stage ends with this code, and unless it is 0 with a line that has these parts."""
         changes = dict(data=root, steps=2, max_bad=1) | changes
         flags = [word for flag, value in changes.items() for word in (f"--{flag}", value)]
-        flags = flags_of(stage, prepared(), folder / what, *flags)
-        end = fork(lambda: run(STAGES[stage].main, parse(STAGES[stage].Config, flags)))
+        end = fork(stage(name, folder / what, *flags))
         absent = [part for part in parts if part not in end.last]
         whole = end.code == code and not absent and (not code or end.last.startswith("error: "))
         tally.note("" if whole and is_clean(end.said) else f"{what}: code {end.code}, {end.said[-300:]!r}")
@@ -451,7 +456,7 @@ def odd_folders(folder, quick):
     ends("too many", 3, "of 34 images cannot be read", "--max-bad 0.01 allows", "bad_samples.jsonl",
          max_bad=0.01)
     ends("allowed", 0)
-    ends("less than a batch", 0, stage="pretrain", global_batch=64, batch_size=64)
+    ends("less than a batch", 0, name="pretrain", global_batch=64, batch_size=64)
     more = ["c", "d", "e", "f", "g", "h\x1b[2J"]
     for name in more:
         (root / "val" / name).mkdir()
@@ -499,13 +504,7 @@ def convert_to_rgb():
     augment.to_mode = lambda image, in_chans: image.convert("RGB")
 
 
-def decode_before_looking():
-    """As Pillow alone opens files: with a warning from 89 million pixels on, an error from 179."""
-    decode.MAX_PIXELS = 10 ** 12
-
-
 GUARDS = [
     Guard("every-decode-error", "mutated images of seven formats", catch_oserror_alone),
     Guard("deep-pixels-scaled", "deep, float and unusual pixels", convert_to_rgb),
-    Guard("most-pixels", "images that would be huge", decode_before_looking),
 ]

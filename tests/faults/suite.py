@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -23,6 +24,7 @@ import train_pretrain
 import train_probe
 from mff_min.config import parse
 from mff_min.runtime import run
+from mff_min.vit import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -33,6 +35,7 @@ SMALL = {
     "probe": "",
     "finetune": "--rand-augment 0",
 }
+TINY = dict(patch_size=4, embed_dim=32, depth=2, num_heads=2)           # what vit_test is, in children
 COMMON = ("--data shapes:60 --global-batch 8 --batch-size 8 --lr 1e-3 --log-every 1 --save-every 2 "
           "--device cpu")
 
@@ -108,6 +111,7 @@ class Child:
     def begin(self, work):
         os.dup2(self.words.fileno(), 1)
         os.dup2(self.words.fileno(), 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)      # pytest has others
         work()
 
     def end(self, limit=60.0):
@@ -126,6 +130,29 @@ def fork(work, limit=60.0):
     return Child(work).end(limit)
 
 
+def share_out(trials, tally, processes=2):
+    """Note in tally what trials come to, functions that give (problem or "", lost) once or often."""
+    def work(share, pipe):
+        for trial in share:
+            for result in trial():
+                pipe.send(result)
+        pipe.send(None)
+    running = []
+    for first in range(processes):
+        ours, theirs = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=work, args=(trials[first::processes], theirs))
+        process.start()
+        theirs.close()
+        running.append((process, ours))
+    for process, pipe in running:
+        try:
+            while result := pipe.recv():
+                tally.note(*result)
+        except EOFError:
+            tally.note("the process of some trials died before their end")
+        process.join()
+
+
 def shared_memory():
     """A new folder in shared memory, or where temporary files lie, as a context."""
     fast = Path("/dev/shm")
@@ -135,7 +162,7 @@ def shared_memory():
 # ---------------------------------------------------------------- stages
 
 
-@functools.lru_cache
+@functools.cache
 def prepared():
     """A folder with the embedded images and a small encoder to train on; it is deleted with this process.
 
@@ -144,7 +171,7 @@ def prepared():
     torch.set_num_threads(1)
     prepared.holder = shared_memory()
     folder = Path(prepared.holder.name)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), patch.dict(MODELS, vit_test=TINY):
         for name, module in STAGES.items():
             flags = flags_of(name, folder, folder / name, "--steps", 1)
             module.main(parse(module.Config, flags))
@@ -162,4 +189,8 @@ def flags_of(stage, shared, folder, *more):
 def stage(name, folder, *more):
     """work for fork: a stage as its command line runs it, into folder."""
     flags = flags_of(name, prepared(), folder, *more)
-    return lambda: run(STAGES[name].main, parse(STAGES[name].Config, flags))
+
+    def work():
+        MODELS["vit_test"] = TINY
+        run(STAGES[name].main, parse(STAGES[name].Config, flags))
+    return work
