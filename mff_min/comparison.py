@@ -224,7 +224,7 @@ def report(results, planned):
         errors = [f"{metric.name}: {binomial_error(metric):.2f} points of {metric.val_images} images, chance "
                   f"{metric.chance:.1f} %" for metric in metrics]
         parts.append("The spread above is over seeds. The validation images are a sample too, the same one "
-                     "for every method: one standard error of an accuracy from it alone is, for "
+                     "for every method from a seed: one standard error of an accuracy from it alone is, for "
                      + "; ".join(errors) + ".")
     said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
     if said:
