@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune figures test faults record-faults lint clean
+.PHONY: demo record-demo probe record-probe finetune record-finetune study figures test faults record-faults lint \
+    clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
     --global-batch 32 --batch-size 32 --lr 3e-3
@@ -48,6 +49,10 @@ record-finetune:
 	cp runs/finetune/metrics.json results/finetune_shapes_cpu.json
 	cp runs/finetune-random/metrics.json results/finetune_random_cpu.json
 	$(BIN)/python tests/generated.py
+
+# Five methods, three seeds, the number of fused levels: tiny encoders on two cores. The same command goes on with it.
+study: $(VENV)/demo-installed
+	$(BIN)/python study.py --preset minutes
 
 # Every figure and table of README.md and docs/ anew: from results/, and from the demo, which runs if it has not.
 figures: $(VENV)/demo-installed

@@ -80,6 +80,7 @@ class Config:
     knn_temperature: float = opt(0.07, "their weight is exp(cosine similarity / temperature)", above=0)
     layers: str = opt("", "probe blocks instead: all, or a list such as 0,5,11")
     layer_images: int = opt(10_000, "images of each split for --layers, at most", above=1)
+    layer_baselines: bool = opt(True, "with --layers: also random weights and pixels, and a picture")
     seed: int = opt(0, "of the head's weights, the order and the crops", least=0)
     dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
@@ -200,10 +201,13 @@ def probe(cfg, world, signals):
     if cfg.layers or cfg.knn or cfg.cache:
         if cfg.layers:
             fusion = build_fusion(pretrained, encoder)
-            encoders = {"trained": (encoder, fusion), "random": build_untrained(encoder, fusion, cfg.seed)}
+            encoders = {"trained": (encoder, fusion)}
+            if cfg.layer_baselines:
+                encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
             metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
-            picture = chart_of_layers(metrics["rows"])
-            write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
+            if cfg.layer_baselines:
+                picture = chart_of_layers(metrics["rows"])
+                write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
         elif cfg.knn:
             metrics = classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say)
         else:
@@ -377,10 +381,11 @@ def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device
     """How well each layer tells each label: {"rows": [...], ...}, and a table of it for the terminal.
 
     The features are unmasked, of the evaluation crop, pooled as --pool says, and the blocks' before the final
-    norm; the probe is logistic regression. Its baselines: the same layers with random weights, and pixels.
+    norm; the probe is logistic regression. Its baselines, unless --no-layer-baselines: the same layers with
+    random weights, and pixels.
     """
     def measure(images):
-        found = {("pixels", "pixels"): pixel_features(images)}
+        found = {("pixels", "pixels"): pixel_features(images)} if cfg.layer_baselines else {}
         for kind, (encoder, fusion) in encoders.items():
             for layer, x in features_of_layers(encoder, fusion, layers, images, cfg.pool, ops).items():
                 found[kind, layer] = x
@@ -407,7 +412,7 @@ def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device
         rows.append(dict(label=name, kind="chance", layer="chance", acc1=100 / num_classes, acc1_error=0.0))
     say(f"{len(rows)} logistic regressions in {time.monotonic() - started:.0f} s on {len(main)} validation "
         f"images\n{table_of_layers(rows)}")
-    margins = {name: margin(rows, name) for name in train_labels}
+    margins = {name: margin(rows, name) for name in train_labels if cfg.layer_baselines}
     for name, found in margins.items():
         say(margin_line(name, found))
     return dict(pool=cfg.pool, train_images=len(labels), rows=rows, margins=margins)

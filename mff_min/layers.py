@@ -59,16 +59,20 @@ def margin_line(label, found):
 
 
 def table_of_layers(rows):
-    """Top-1 accuracy in percent as text: a line a layer, and for each label trained and random weights."""
+    """Top-1 accuracy in percent as text: a line a layer, and for each label trained and random weights.
+
+    What was not measured is left blank.
+    """
     labels = list(dict.fromkeys(row["label"] for row in rows))
     cells = {(row["label"], row["kind"], row["layer"]): f"{row['acc1']:.1f} +- {row['acc1_error']:.1f}"
              for row in rows}
     lines = [" " * 10 + "".join(f"{label + ', trained':>20}{'random weights':>20}" for label in labels)]
     for layer in dict.fromkeys(row["layer"] for row in rows if row["kind"] == "trained"):
-        lines.append(f"{layer:10}" + "".join(f"{cells[label, kind, layer]:>20}" for label in labels
-                                             for kind in ("trained", "random")))
+        lines.append(f"{layer:10}" + "".join(f"{cells.get((label, kind, layer), ''):>20}"
+                                             for label in labels for kind in ("trained", "random")))
     for kind in ("pixels", "chance"):
-        lines.append(f"{kind:10}" + "".join(f"{cells[label, kind, kind]:>20}{'':20}" for label in labels))
+        lines.append(f"{kind:10}" + "".join(f"{cells.get((label, kind, kind), ''):>20}{'':20}"
+                                            for label in labels))
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -54,6 +54,8 @@ class Ranks:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)               # else torchrun's cuts this short
             silent = self.find_silent()
             if self.is_told():
+                with contextlib.suppress(RuntimeError):
+                    show_in_summary(self.store.get("reason").decode())
                 raise SystemExit(3) from None
             lost = Lost(f"{self.fate(silent, error)}; --resume auto goes on from the last checkpoint")
             self.tell(lost)
@@ -82,19 +84,25 @@ class Ranks:
 
     def is_told(self):
         with contextlib.suppress(RuntimeError):
-            return self.store.check(["ended"])
+            return self.store.check(["reason"])
         return False
 
     def tell(self, error):
-        """Leave word that this rank ends; torchrun shows what its error file holds beside the rank."""
-        error.told = False
+        """Leave word of why this rank ends, unless another one has."""
+        text = "".join(traceback.format_exception_only(error)).strip()
+        text, error.told = f"rank {self.world.rank}: {text}", False
         with contextlib.suppress(RuntimeError):
             error.told = self.store.add("ended", 1) > 1
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if path and not error.told:
-            text = "".join(traceback.format_exception_only(error)).strip()
-            about = dict(message=text, extraInfo=dict(py_callstack=text, timestamp=str(int(time.time()))))
-            Path(path).write_text(json.dumps(dict(message=about)))
+            if not error.told:
+                self.store.set("reason", text)
+        show_in_summary(text)
+
+
+def show_in_summary(text):
+    """Let torchrun's summary of this rank's end hold a text: it is read from a file that torchrun named."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = dict(message=text, extraInfo=dict(py_callstack=text, timestamp=str(int(time.time()))))
+        Path(path).write_text(json.dumps(dict(message=about)))
 
 
 def is_loss(error):

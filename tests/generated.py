@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import analyze  # noqa: E402
+import study  # noqa: E402
+from mff_min import comparison  # noqa: E402
 from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
@@ -143,6 +145,7 @@ def table(group):
 
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
           "finetune_shapes_cpu": finetune_shapes_cpu, "faults_cpu": faults_cpu}
+STUDIES = ("study_shapes_cpu", "study_shapes_cpu_minutes", "study_imagenette_cpu_minutes")
 MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
 
@@ -155,12 +158,30 @@ def draw(folder):
     with contextlib.chdir(ROOT):                                        # the figures name results/
         for flags in FIGURES:
             analyze.main(parse(analyze.Config, [*flags.split(), "--output-dir", str(folder)]))
+    for path in sorted((ROOT / "results").glob("study_*.json")):
+        comparison.save_figures(json.loads(path.read_text()), folder, path.stem)
+
+
+def of_study(name):
+    """What a study found, from its results file; with summary_ before its name, in short."""
+    path = ROOT / "results" / f"{name.removeprefix('summary_')}.json"
+    if not path.exists():
+        return "Not run."
+    result = json.loads(path.read_text())
+    planned = len(study.plan(study.PRESETS[result["preset"]], list(study.METHODS), [0, 1, 2]))
+    if name.startswith("summary_"):
+        return comparison.summary(result, planned)
+    figures = [f"![{figure.title}](figures/{name}_{kind}.svg)"
+               for kind, figure in comparison.figures_of(result).items()]
+    return "\n\n".join([comparison.report(result, planned), *figures])
 
 
 def written(name):
     """The block called name, as a document has to hold it."""
     results = ROOT / "results"
-    if name in BLOCKS:
+    if name.startswith(("study_", "summary_")):
+        text = of_study(name)
+    elif name in BLOCKS:
         path = results / f"{name}.json"
         text = BLOCKS[name](json.loads(path.read_text())) if path.exists() else "Not run."
     else:
@@ -168,6 +189,9 @@ def written(name):
         paths = [path for subject in subjects for path in sorted(results.glob(f"{subject}_*.json"))]
         text = block([json.loads(path.read_text()) for path in paths])
     return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
+
+
+NAMES = (*BLOCKS, *MACHINES, *STUDIES, "summary_study_shapes_cpu_minutes")
 
 
 def document(name):
@@ -180,7 +204,7 @@ def document(name):
 
 def rewrite():
     """Put every block into its document, in the place of the one before."""
-    for name in (*BLOCKS, *MACHINES):
+    for name in NAMES:
         path = document(name)
         path.write_text(re.sub(rf"<!-- {name}: .*?<!-- end -->", lambda _, name=name: written(name),
                                path.read_text(), flags=re.S))

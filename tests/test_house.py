@@ -179,7 +179,7 @@ def test_a_wrong_command_is_caught(line, complaint):
     assert len(found) == 1 and complaint in found[0] if complaint else found == []
 
 
-@pytest.mark.parametrize("name", [*generated.BLOCKS, *generated.MACHINES])
+@pytest.mark.parametrize("name", generated.NAMES)
 def test_measured_figures_in_documents_are_those_of_the_results(name):
     assert generated.written(name) in generated.document(name).read_text()
 

@@ -296,6 +296,14 @@ def test_fewer_views_than_epochs_are_called_an_approximation(probe, capsys):
     assert "1 views for 2 epochs: an approximation of the protocol" in capsys.readouterr().out
 
 
+def test_without_baselines_layers_are_those_of_the_trained_encoder_and_the_same(probe, tmp_path, capsys):
+    with_baselines = probe("--layers", "11")["rows"]
+    metrics = probe("--layers", "11", "--no-layer-baselines", to="alone")
+    assert metrics["rows"] == [row for row in with_baselines if row["kind"] in ("trained", "chance")]
+    assert metrics["margins"] == {} and not (tmp_path / "alone" / "layers.png").exists()
+    assert "block 11" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_path, capsys, pool):
     metrics = probe("--layers", "0,11", "--pool", pool)

@@ -134,7 +134,7 @@ def exercise():
     TORCH.prepare(pixels, mean, std, flip=flip, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
     TORCH.resized_crop(pixels, box, (9, 11), flip)
     TORCH.resized_crop(images, box, (9, 11))
-    world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.SGD([torch.nn.Parameter(noise)])
+    world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.AdamW([mean], fused=True)
     FiniteSteps(optimizer, world, None, None, None, "", half=True).step(1, 0.1, noise[0, 0], noise[0, 1])
     filtered = targets.low_pass_target(TORCH.prepare(pixels, mean, std), mean, std, 5.25, TORCH)
     reference.low_pass_products(images, 5.25)

@@ -211,8 +211,8 @@ def start_again(folder, quick):
                differs(folder / "dies", whole))
     ran = torchrun(folder / "raises", "raise", "--steps", STEPS).end()
     cause = ran.said.partition("Root Cause")[2]
-    tally.note("" if "KeyError: 'a bug'" in cause and re.search(r"rank +: 1 ", cause) else
-               f"torchrun names no cause: {ran.said[-300:]}")
+    named = "KeyError: 'a bug'" in cause and re.search("rank +: 1 |rank 1: KeyError", cause)
+    tally.note("" if named and ran.code else f"torchrun names no cause: {ran.said[-300:]}")
     return tally.outcome()
 
 

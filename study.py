@@ -1,0 +1,541 @@
+"""Compare MAE, PixMIM and MFF on equal terms: the same seeds, data, recipe and probes (arXiv 2308.00261).
+
+    python study.py --preset minutes                                    embedded images, two CPU cores
+    python study.py --preset minutes --data IMAGENETTE                  a folder with train/ and val/
+    python study.py --preset cpu                                        larger images, hours
+    python study.py --preset gpu --data IMAGENETTE --minutes 8 --workers 12     a part at a time, on a GPU
+
+A unit is one stage of one method from one seed, and runs as the stage's script would in a process of its own.
+The same command goes on with a study that was stopped in whatever way: finished units are in the results
+file, cut ones resume. Every method gets the recipe that a pilot on MAE alone chose.
+
+    MAE, MFF_MAE                paired, seed by seed, before anything else
+    random                      the weights that MAE starts from, measured likewise; and raw pixels
+    PixMIM, MFF_PixMIM, MFF_detach
+    MFF_2, MFF_4, MFF_12        so many fused levels (table 4); 1 is MAE, 6 is MFF_MAE
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import train_finetune
+import train_pretrain
+import train_probe
+from mff_min import comparison
+from mff_min.config import UserError, check_ranges, knob, opt, parse
+from mff_min.runtime import (Fault, StopSignals, describe_environment, duration, leave, read_log, run,
+                             source_commit, start_world)
+from mff_min.saving import write_atomically, write_json, write_tensors
+from mff_min.sources import check_labels, open_data
+
+# ---------------------------------------------------------------- what is compared
+
+GROUPS = (("MAE", "MFF_MAE"), ("random",), ("PixMIM", "MFF_PixMIM", "MFF_detach"),
+          ("MFF_2", "MFF_4", "MFF_12"))
+ABLATION = GROUPS[-1]
+PIXMIM = "--low-pass-radius 40 --crop simple"
+METHODS = {"MAE": "--out-indices last",
+           "MFF_MAE": "--out-indices spread",
+           "random": "--out-indices last",
+           "PixMIM": f"--out-indices last {PIXMIM}",
+           "MFF_PixMIM": f"--out-indices spread {PIXMIM}",
+           "MFF_detach": "--out-indices spread --detach-shallow",
+           "MFF_2": "--out-indices 0,11",
+           "MFF_4": "--out-indices 0,4,8,11",
+           "MFF_12": "--out-indices all"}
+
+SMALL = "--model vit_test --patch-size 8 --decoder-embed-dim 64 --decoder-num-heads 2"
+TUNE = "--crop simple --rand-augment 0 --mixup 0 --cutmix 0 --drop-path 0"
+# Flags of each stage. "shapes" is the data unless --data names another; "ablation": the stages of ABLATION.
+PRESETS = {
+    "minutes": dict(
+        shapes="shapes:10000", ablation=("pretrain", "layers"),
+        pretrain=f"{SMALL} --decoder-depth 1 --img-size 48 --global-batch 32 --batch-size 32 --steps 400 "
+                 f"--lr 3e-3",
+        layers="--layers 2,5,8,11 --layer-images 2000 --pool avg",
+        finetune=f"{TUNE} --global-batch 32 --batch-size 32 --steps 100 --lr 4e-3"),
+    "cpu": dict(
+        shapes="shapes:20000", ablation=("pretrain", "layers", "knn"),
+        pretrain=f"{SMALL} --decoder-depth 2 --img-size 64 --global-batch 64 --batch-size 64 --steps 2500 "
+                 f"--lr 3e-3",
+        layers="--layers 0,2,4,6,8,11 --layer-images 5000 --pool avg",
+        knn="--knn 20 --pool avg",
+        finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3"),
+    "gpu": dict(
+        shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
+        pretrain="--model vit_t --patch-size 8 --decoder-embed-dim 192 --decoder-depth 4 "
+                 "--decoder-num-heads 6 --img-size 112 --global-batch 512 --batch-size 512 --epochs 300 "
+                 "--lr 1e-3",
+        layers="--layers 0,2,4,6,8,11 --pool avg",
+        knn="--knn 20 --pool avg",
+        linear="--pool avg --cache 1 --cache-lrs 0.025,0.05,0.1,0.2 --epochs 90 --global-batch 1024 "
+               "--batch-size 512",
+        finetune="--global-batch 256 --batch-size 256 --epochs 50"),
+}
+FORK = multiprocessing.get_context("fork")                              # nothing is imported again
+MODULES = {"pretrain": train_pretrain, "layers": train_probe, "knn": train_probe, "linear": train_probe,
+           "finetune": train_finetune}
+
+
+@dataclass(frozen=True)
+class Config:
+    # these change the result
+    preset: str = opt("minutes", "sizes and lengths of everything", choices=list(PRESETS))
+    data: str = opt("shapes", "shapes (embedded), or a folder or pack with classes, train/ and val/")
+    seeds: str = opt("0,1,2", "comma-separated; more of them may be added later")
+    methods: str = opt("all", f"all, or some of {','.join(METHODS)}")
+
+    # these change only how it is reached
+    study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<preset>")
+    output_dir: str = knob("results", "where study_<data>_<device>[_<preset>].json is written")
+    figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
+    report: bool = knob(False, "run nothing: the tables and figures of what is finished")
+    minutes: float = knob(0.0, "stop after so long, with everything saved; 0: when all is done", least=0)
+    jobs: int = knob(2, "units at a time, each of one thread; 1 on a GPU", above=0)
+    workers: int = knob(0, "loader processes for each unit", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+
+
+class Unit(NamedTuple):
+    """One stage of one method from one seed."""
+    method: str
+    seed: int
+    stage: str
+
+
+def plan(preset, methods, seeds):
+    """The units of a study, in the order in which they are run."""
+    found = []
+    for group in GROUPS:
+        for seed in seeds:
+            for stage in MODULES:
+                found += [Unit(method, seed, stage) for method in group if method in methods
+                          and stage in (preset["ablation"] if group is ABLATION else preset)
+                          and stage in preset]
+    return found
+
+
+def flags_of(preset, unit):
+    """The flags of a unit that change its result, but for the data and the seed."""
+    more = {"pretrain": METHODS[unit.method], "layers": "--no-layer-baselines" * (unit.method != "random")}
+    return f"{preset[unit.stage]} {more.get(unit.stage, '')}".strip()
+
+
+def command_of(cfg, unit, folder):
+    """The words that the unit's script would be given."""
+    preset = PRESETS[cfg.preset]
+    data = preset["shapes"] if cfg.data == "shapes" else cfg.data
+    words = [*flags_of(preset, unit).split(), "--data", data]
+    if unit.stage == "pretrain":
+        words += ["--picture-every", "1000000", "--picture-images", "4"]
+    else:
+        words += ["--checkpoint", str(folder_of(folder, unit._replace(stage="pretrain")))]
+    return words + ["--seed", str(unit.seed), "--output-dir", str(folder_of(folder, unit)),
+                    "--resume", "auto", "--device", cfg.device, "--workers", str(cfg.workers),
+                    "--cache-dir", cfg.cache_dir]
+
+
+def folder_of(folder, unit):
+    """The run folder of a unit of the study in folder."""
+    return folder / unit.method / f"seed{unit.seed}" / unit.stage
+
+
+# ---------------------------------------------------------------- a unit, in a process of its own
+
+
+def carry_out(unit, words, log):
+    """Run a unit's stage in this process, which has done nothing yet; it ends with the stage's exit code."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)                      # PR_SET_PDEATHSIG: it ends with us
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)                           # else the parent's
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    module = MODULES[unit.stage]
+    print(f"{module.__name__}.py {' '.join(words)}", flush=True)
+    run(initialise if (unit.method, unit.stage) == ("random", "pretrain") else module.main,
+        parse(module.Config, words))
+
+
+def initialise(cfg):
+    """Write the encoder that pre-training with this configuration would start from."""
+    with start_world(cfg.device) as world:
+        torch.manual_seed(cfg.seed)
+        encoder = train_pretrain.build_model(cfg, "cpu").encoder
+        export = {"model": encoder.state_dict(), "config": asdict(cfg)}
+        folder = Path(cfg.output_dir)
+        write_tensors(folder / "encoder.pt", export)
+        write_json(folder / "metrics.json", dict(step=0, environment=describe_environment(world)))
+
+
+# ---------------------------------------------------------------- the results file
+
+
+def thinned(points, most=100):
+    """At most so many of the points, evenly, the first and the last among them."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def read_record(unit, flags, folder, seconds):
+    """(what the results file keeps of a finished unit, its environment), or None where it is not finished."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text())
+    except FileNotFoundError:
+        return None
+    environment = found.pop("environment")
+    del environment["argv"], environment["time"]
+    found.pop("config", None)
+    found.pop("margins", None)
+    if "rows" in found:                                                 # what the tables read, no more
+        kept = [row for row in found["rows"] if row["kind"] in ("trained", "pixels", "chance")]
+        found["val_images"] = max(row.get("val_images", 0) for row in kept)
+        found["rows"] = [{key: row[key] for key in ("label", "kind", "layer", "acc1")} for row in kept]
+    record = dict(unit._asdict(), flags=flags, seconds=seconds, metrics=found)
+    lines = [line for line in read_log(folder / "log.jsonl") if "lr" in line]
+    if lines:
+        record["loss"] = thinned([[line["step"], round(line["loss"], 5)] for line in lines])
+    if lines and len(lines[0].get("fusion_weights", ())) > 1:
+        record["fusion"] = thinned([[line["step"], *(round(weight, 5) for weight in line["fusion_weights"])]
+                                    for line in lines])
+    return record, environment
+
+
+def read_results(path, name, cfg):
+    """The results file of this study, or an empty one. UserError where it is of another study."""
+    empty = dict(preset=cfg.preset, data=name, settings=PRESETS[cfg.preset], environments=[], records=[])
+    try:
+        found = json.loads(path.read_text())
+        kinds = [f"--preset {each['preset']} on "
+                 f"{each['settings']['shapes'] if each['data'] == 'shapes' else each['data']}"
+                 for each in (found, empty)]
+        units = [(Unit(record["method"], record["seed"], record["stage"]), record["flags"])
+                 for record in found["records"]]
+    except FileNotFoundError:
+        return empty
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the results of a study: move it away, or name another "
+                        f"--output-dir") from None
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{path} holds {kinds[0]}: expected {kinds[1]}; name another --output-dir")
+    for unit, flags in units:
+        check_flags(unit, flags, path, cfg)
+    return found
+
+
+def check_flags(unit, flags, path, cfg):
+    """Raise UserError unless a unit found in path was run with the flags that this study would give it."""
+    preset = PRESETS[cfg.preset]
+    if unit.method not in METHODS or unit.stage not in preset:
+        raise UserError(f"{path} holds {unit.method}, {unit.stage}, which --preset {cfg.preset} lacks")
+    if flags != flags_of(preset, unit):
+        raise UserError(f"{path} holds {unit.method}, seed {unit.seed}, {unit.stage} with other settings "
+                        f"({flags}): expected {flags_of(preset, unit)}; name another folder")
+
+
+def as_text(results):
+    """The results as JSON, a record a line."""
+    lines = ",\n  ".join(json.dumps(record) for record in results["records"])
+    head = json.dumps({key: value for key, value in results.items() if key != "records"}, indent=1)
+    return f'{head[:-2]},\n "records": [\n  {lines}\n ]\n}}\n'
+
+
+def add_record(results, record, environment):
+    """Put a unit's record into the results, in the place of an older one."""
+    if environment not in results["environments"]:
+        results["environments"].append(environment)
+    record["environment"] = results["environments"].index(environment)
+    key = unit_of(record)
+    results["records"] = [old for old in results["records"] if unit_of(old) != key] + [record]
+
+
+def unit_of(record):
+    return Unit(record["method"], record["seed"], record["stage"])
+
+
+# ---------------------------------------------------------------- the study
+
+
+def main(cfg):
+    """Run what is left of a study, then print its tables and draw its figures. Returns the results."""
+    check_ranges(cfg)
+    seeds, methods = parse_seeds(cfg.seeds), parse_methods(cfg.methods)
+    name = name_of(cfg.data)
+    folder = Path(cfg.study_dir or f"runs/study/{name}_{cfg.preset}")
+    device = device_kind(cfg.device)
+    suffix = "" if cfg.preset == device else f"_{cfg.preset}"
+    path = Path(cfg.output_dir) / f"study_{name}_{device}{suffix}.json"
+    results = read_results(path, name, cfg)
+    if cfg.report and not results["records"]:
+        raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
+    if not cfg.report:
+        if cfg.data != "shapes":
+            splits = (open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val"))
+            check_labels(cfg.data, *splits)
+        units = plan(PRESETS[cfg.preset], methods, seeds)
+        with StopSignals() as signals, held(folder, dict(preset=cfg.preset, data=name)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            run_units(cfg, units, folder, path, results, device, signals)
+    if not results["records"]:
+        return results
+    print("\n" + comparison.report(results, len(plan(PRESETS[cfg.preset], methods, seeds))), flush=True)
+    for stem in comparison.save_figures(results, cfg.figures, path.stem):
+        print(f"  {stem}.png", flush=True)
+    return results
+
+
+def name_of(data):
+    """What a file calls the data: "shapes", or the last part of its path. UserError for a count of shapes."""
+    kind, _, argument = data.partition(":")
+    if kind == "shapes" and argument:
+        raise UserError(f"--data {data}: expected shapes alone, since the preset says how many")
+    return Path(argument or data).resolve().name
+
+
+def parse_seeds(text):
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise UserError(f"--seeds {text}: expected different whole numbers, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def parse_methods(text):
+    if text == "all":
+        return list(METHODS)
+    unknown = [part for part in text.split(",") if part not in METHODS]
+    if unknown:
+        raise UserError(f"--methods {unknown[0]!r} is none of {', '.join(METHODS)}")
+    return text.split(",")
+
+
+def device_kind(device):
+    """"cpu" or "gpu". A process of its own looks: else no other fork of this one could use the GPU."""
+    if device != "auto":
+        return "gpu" if device.startswith("cuda") else "cpu"
+    with FORK.Pool(1) as pool:
+        return "gpu" if pool.apply(torch.cuda.is_available) else "cpu"
+
+
+@contextlib.contextmanager
+def held(folder, kind, patience=30.0):
+    """A context in which no other process works in the study's folder, not even a killed study's last units.
+
+    Raises UserError where one does for so many seconds, or where the folder is of another kind of study.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")                               # units inherit it, and so hold it too
+    except OSError as error:
+        raise UserError(f"--study-dir {folder} cannot be written: {error.strerror}") from None
+    with lock:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"another process works in {folder}: wait for it or end it") from None
+                time.sleep(0.2)
+        about = folder / "study.json"
+        found = json.loads(about.read_text()) if about.exists() else kind
+        if found != kind:
+            raise UserError(f"{folder} holds a study of --preset {found.get('preset')} on "
+                            f"{found.get('data')}: expected {kind['preset']} on {kind['data']}; name another "
+                            f"--study-dir")
+        write_json(about, kind)
+        yield
+
+
+def run_units(cfg, units, folder, path, results, device, signals):
+    """Run the units that the results lack, some at a time, and write the results after each."""
+    preset, began = PRESETS[cfg.preset], time.monotonic()
+    jobs = 1 if device == "gpu" else cfg.jobs
+    commit = source_commit()                                            # of this process to its end
+
+    def note(unit, seconds, **more):
+        """Add a unit's record if it is finished; whether it is. more is known of its environment."""
+        found = read_record(unit, flags_of(preset, unit), folder_of(folder, unit), seconds)
+        if found:
+            add_record(results, found[0], found[1] | more)
+            write_atomically(path, lambda file: file.write(as_text(results).encode()))
+        return found is not None
+
+    left = what_is_left(cfg, units, folder, {unit_of(record) for record in results["records"]}, note)
+    print(f"{len(units)} units, {len(left)} of them left: {len({unit[:2] for unit in units})} encoders, "
+          f"pre-trained and measured; results: {path}", flush=True)
+    if not left:
+        return
+    if device == "cpu":                                                 # on a GPU it might be looked at here
+        torch.use_deterministic_algorithms(False)                       # loads what every fork would load
+    costs = measure(cfg, left, results, folder, jobs)
+    print(f"about {duration(sum(costs[unit.stage] for unit in left) / jobs)} for them, {jobs} at a time",
+          flush=True)
+
+    running, finished, printed = {}, 0, time.monotonic()
+    signals.start()
+    while left or running:
+        if signals.number or cfg.minutes and time.monotonic() - began > 60 * cfg.minutes:
+            stop(running)
+            signals.release()
+            text = f"{finished} units finished in this part, {len(left) + len(running)} left"
+            if signals.number:
+                leave(f"stopped: signal {signals.number}: {text}; the same command goes on",
+                      128 + signals.number)
+            print(f"stopped after {cfg.minutes:g} minutes: {text}; the same command goes on", flush=True)
+            return
+        busy = {unit[:2] for unit in running}                           # one stage of an encoder at a time
+        unit = next((unit for unit in left if unit[:2] not in busy), None)
+        if unit and len(running) < jobs:
+            left.remove(unit)
+            went_on = (folder_of(folder, unit) / "last.pt").exists()
+            running[unit] = start(cfg, unit, folder), time.monotonic(), went_on
+            continue
+        multiprocessing.connection.wait([process.sentinel for process, _, _ in running.values()], timeout=1.0)
+        for unit, (process, started, went_on) in list(running.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            del running[unit]
+            seconds = time.monotonic() - started
+            if process.exitcode or not note(unit, None if went_on else seconds, commit=commit):
+                stop(running)
+                raise failure(unit, process.exitcode, folder)
+            finished += 1
+            print(f"{unit.method}, seed {unit.seed}, {unit.stage}: {duration(seconds)}", flush=True)
+            costs, printed = renewed(costs, results, left + list(running)), 0.0
+        if time.monotonic() - printed > 30:
+            printed = time.monotonic()
+            gone = sum(min(printed - started, costs[unit.stage]) for unit, (_, started, _) in running.items())
+            rest = (sum(costs[unit.stage] for unit in left + list(running)) - gone) / jobs
+            print(f"{finished} of {finished + len(left) + len(running)} units  "
+                  f"{duration(printed - began)} gone, about {duration(rest)} left", flush=True)
+    signals.release()
+
+
+def what_is_left(cfg, units, folder, done, note):
+    """The units to run. Those that had ended before a study was killed are noted; settings are compared."""
+    for unit in units:
+        about = folder_of(folder, unit) / "flags.txt"
+        if about.exists():
+            check_flags(unit, about.read_text(), about, cfg)
+        if unit not in done and note(unit, None):
+            done.add(unit)
+    left = [unit for unit in units if unit not in done]
+    for unit in list(left):                                             # its encoder may be elsewhere
+        origin = unit._replace(stage="pretrain")
+        if origin not in left and not (folder_of(folder, origin) / "encoder.pt").exists():
+            left.insert(left.index(unit), origin)
+    return left
+
+
+def start(cfg, unit, folder, *more):
+    """A process that has begun with a unit."""
+    place, words = folder_of(folder, unit), command_of(cfg, unit, folder)
+    flags = flags_of(PRESETS[cfg.preset], unit).encode()
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / "flags.txt", lambda file: file.write(flags))
+    process = FORK.Process(target=carry_out, args=(unit, [*words, *more], place / "output.txt"))
+    process.start()
+    return process
+
+
+def failure(unit, code, folder):
+    """What to raise where a unit ended with this code: UserError for 2, with the last line that it said."""
+    output = folder_of(folder, unit) / "output.txt"
+    said = output.read_text().strip().splitlines()
+    kind = UserError if code == 2 else Fault
+    return kind(f"{unit.method}, seed {unit.seed}, {unit.stage} ended with code {code} ({output}): "
+                f"{said[-1].removeprefix('error: ') if said else 'it said nothing'}")
+
+
+def stop(running):
+    """Ask the running units to save and end, and wait until they have."""
+    for process, _, _ in running.values():
+        process.terminate()
+    for process, _, _ in running.values():
+        process.join()
+
+
+def renewed(costs, results, units):
+    """Seconds of each stage: the mean of this study's own units where there are any."""
+    costs = dict(costs)
+    for stage in {unit.stage for unit in units}:
+        seconds = [record["seconds"] for record in results["records"]
+                   if record["stage"] == stage and record["method"] != "random" and record["seconds"]]
+        if seconds:
+            costs[stage] = statistics.mean(seconds)
+    return costs
+
+
+TRIAL_STEPS = 6
+
+
+def measure(cfg, units, results, folder, jobs):
+    """Seconds that a unit of each stage takes: of those that are finished, or from a few steps of each stage.
+
+    The steps run as many at a time as the units will. A probe's time is that of its forward passes, a third
+    of a step of fine-tuning each, and as much again for what follows them.
+    """
+    costs = renewed({}, results, units)
+    if all(unit.stage in costs for unit in units):
+        return costs
+    print(f"measuring {TRIAL_STEPS} steps of pre-training and of fine-tuning", flush=True)
+    trial, rates, images = folder / "trial", {}, {}
+    shutil.rmtree(trial, ignore_errors=True)
+    for seed in range(jobs):
+        start(cfg, Unit("random", seed, "pretrain"), trial).join()
+    for method, stage in (("MFF_12", "pretrain"), ("random", "finetune")):
+        began = time.monotonic()
+        line, given = try_out(cfg, [Unit(method, seed, stage) for seed in range(jobs)], trial)
+        before = time.monotonic() - began                               # of every unit, about
+        num_samples = line["step"] * given["global_batch"] / line["epoch"]
+        steps = given["steps"] or given["epochs"] * num_samples / given["global_batch"]
+        rates[stage], images[stage] = line["img_per_s"], steps * given["global_batch"]
+    for stage in {unit.stage for unit in units} - set(costs):
+        if stage in rates:
+            costs[stage] = before + images[stage] / rates[stage]
+            continue
+        given = parse(MODULES[stage].Config, PRESETS[cfg.preset][stage].split())
+        seen = 2 * min(given.layer_images, num_samples) if stage == "layers" else 1.2 * num_samples
+        costs[stage] = before + 2 * seen / (3 * rates["finetune"])
+    return costs
+
+
+def try_out(cfg, units, folder):
+    """Run these at once for TRIAL_STEPS: the last one's last line of log, and its configuration."""
+    processes, lines = [start(cfg, unit, folder, "--log-every", str(TRIAL_STEPS // 2)) for unit in units], []
+    place = folder_of(folder, units[-1])
+    while processes[-1].is_alive() and not (lines and lines[-1]["step"] >= TRIAL_STEPS):
+        processes[-1].join(0.1)
+        lines = [line for line in read_log(place / "log.jsonl") if "img_per_s" in line]
+    for process in processes:
+        process.terminate()
+        process.join()
+    if not lines:
+        raise failure(units[-1], processes[-1].exitcode, folder)
+    return lines[-1], json.loads((place / "config.json").read_text())
+
+
+if __name__ == "__main__":
+    run(main, parse(Config))

@@ -1,0 +1,347 @@
+"""study.py and what it says of its results: its order, its arithmetic, and that no unit is done twice."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from run_folders import same_bits
+
+import study
+from mff_min import comparison
+from mff_min.config import UserError, parse
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.7062047362), (2, 4.3026527297), (3, 3.1824463053),
+                                   (4, 2.7764451052), (9, 2.2621571628), (10, 2.2281388520),
+                                   (30, 2.0422724563), (100, 1.9839715185)])
+def test_the_quantiles_of_student_are_those_of_the_published_table(df, t):
+    assert comparison.t_quantile(0.95, df) == pytest.approx(t, abs=1e-9)
+
+
+def test_of_one_and_of_two_degrees_of_freedom_the_quantile_is_a_closed_form():
+    assert comparison.t_quantile(0.99, 1) == pytest.approx(math.tan(0.99 * math.pi / 2), rel=1e-12)
+    assert comparison.t_quantile(0.99, 2) == pytest.approx(0.99 * math.sqrt(2 / (1 - 0.99 ** 2)), rel=1e-12)
+
+
+def test_a_difference_is_taken_seed_by_seed_and_its_interval_is_students():
+    found = comparison.difference({0: 11.0, 1: 22.0, 2: 33.0, 9: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0, 7: 0.0})
+    assert (found.mean, found.pairs) == (2.0, 3)                        # 1, 2 and 3, of deviation 1
+    assert found.half == pytest.approx(4.3026527297 / math.sqrt(3)) and not found.told
+    assert comparison.difference({0: 11.0, 1: 21.1}, {0: 10.0, 1: 20.0}).told
+    assert comparison.difference({0: 5.0}, {0: 4.0}) == comparison.Difference(1.0, None, 1)
+    assert comparison.difference({0: 5.0}, {1: 4.0}) is None
+
+
+# ---------------------------------------------------------------- tables and sentences
+
+
+def record(method, seed, stage, **metrics):
+    flags = "--model vit_test --out-indices " + ("last" if method == "MAE" else "spread")
+    return dict(method=method, seed=seed, stage=stage, flags=flags, seconds=1.0, environment=0,
+                metrics=dict(val_images=400, **metrics))
+
+
+def layers(method, seed, shallow, deep):
+    values = (("trained", "block 2", shallow), ("trained", "block 11", deep), ("chance", "chance", 10.0))
+    rows = [dict(label="shape", kind=kind, layer=layer, acc1=acc1) for kind, layer, acc1 in values]
+    return record(method, seed, "layers", rows=rows)
+
+
+@pytest.fixture
+def results():
+    """Two seeds of two methods, and one of a third."""
+    records = [layers("MAE", 0, 20.0, 30.0), layers("MAE", 1, 22.0, 32.0),
+               layers("MFF_MAE", 0, 21.0, 33.0), layers("MFF_MAE", 1, 23.0, 35.2),
+               layers("MFF_2", 0, 20.0, 29.0), record("MAE", 0, "finetune", acc1=50.0),
+               record("MFF_MAE", 0, "finetune", acc1=49.0)]
+    for seed in (0, 1):
+        run = record("MFF_MAE", seed, "pretrain")
+        run["loss"] = [[1, 1.0], [20, 0.5 + seed / 10], [40, 0.4]]
+        run["fusion"] = [[1, *[1 / 6] * 6], [40, 0.3 - seed / 10, 0.2, 0.2, 0.1, 0.1, 0.1 + seed / 10]]
+        records.append(run)
+    environment = dict(device="cpu", cpus=2, torch="2.0")
+    return dict(preset="minutes", data="shapes", environments=[environment], records=records)
+
+
+def test_a_table_has_mean_deviation_n_and_the_paired_difference(results):
+    metric, tuned = comparison.metrics_of(results)
+    assert list(comparison.table_of(metric)) == [
+        "| shape, linear | n | mean, % | sd | minus MAE | 95 % interval |",
+        "|---|---|---|---|---|---|",
+        "| MAE | 2 | 31.00 | 1.41 |  |  |",
+        "| MFF_MAE | 2 | 34.10 | 1.56 | +3.10 | +1.83 to +4.37 |",     # 3.0 and 3.2: half is 12.706 * 0.1
+        "| MFF_2 | 1 | 29.00 |  | -1.00 | one pair: none |"]
+    assert list(comparison.table_of(tuned))[-1] == "| MFF_MAE | 1 | 49.00 |  | -1.00 | one pair: none |"
+
+
+def test_a_sentence_says_what_can_be_told_and_what_cannot(results):
+    metric, tuned = comparison.metrics_of(results)
+    assert comparison.verdict(metric) == ("shape, linear: better than MAE: MFF_MAE (+3.10); no difference "
+                                          "can be told from MAE: MFF_2 (-1.00, 1 pair).")
+    assert comparison.verdict(tuned) == ("shape, fine-tuning: no difference can be told from MAE: MFF_MAE "
+                                         "(-1.00, 1 pair).")
+    results["records"] += [layers("random", 0, 20.0, 21.0), layers("random", 1, 20.0, 23.2)]
+    text = comparison.verdict(comparison.metrics_of(results)[0])        # 9 and 8.8 more
+    assert text.startswith("shape, linear: MAE is better than random weights (+8.90); better")
+    results["records"][-1]["metrics"]["rows"][1]["acc1"] = 30.0
+    text = comparison.verdict(comparison.metrics_of(results)[0])
+    assert "MAE is not told apart from random weights (+5.50)" in text
+    results["records"][2]["metrics"]["rows"][1]["acc1"] = 10.0          # now -20 and +3.2
+    assert "better than" not in comparison.verdict(comparison.metrics_of(results)[0])
+
+
+def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(results):
+    text = comparison.report(results, 12)
+    assert text.startswith("Preset minutes on shapes, seeds 0, 1, 9 of 12 units so far; measured on cpu, 2 ")
+    p = (0.31 + 0.341 + 0.29) / 3
+    error = 100 * math.sqrt(p * (1 - p) / 400)
+    assert f"shape, linear: {error:.2f} points of 400 images, chance 10.0 %" in text
+    assert "| MFF_MAE | 22.0 | 34.1 |" in text                          # of both layers
+    assert "so far" not in comparison.report(results, 9)
+    # Blocks 2 and 4 end at 0.2; block 0 at 0.3 and 0.2, the last at 0.1 and 0.2.
+    assert "MFF_MAE (equal: 0.167): block 0 (0.250), 2 (0.200), 4 (0.200)." in text
+
+
+def test_a_report_of_the_first_units_and_of_a_torn_log_is_whole(results):
+    first = dict(results, records=results["records"][-1:])              # one encoder, not yet measured
+    assert comparison.summary(first, 9) == comparison.origin(first, 9)
+    assert "for ." not in comparison.report(first, 9)
+    assert list(comparison.figures_of(first)) == ["loss", "weights"]
+    first = dict(results, records=[record("MAE", 0, "finetune", acc1=50.0)])
+    assert comparison.report(first, 9) == comparison.origin(first, 9)   # chance is not known yet
+    del results["records"][-1]["loss"][1]
+    assert comparison.figures_of(results)["loss"].panels[0].series[0].points == [(40.0, 0.4)]
+
+
+def test_figures_show_the_numbers_of_the_results(results):
+    figures = comparison.figures_of(results)
+    zero, means = figures["differences"].panels[0].series
+    assert means.points == [(0.0, pytest.approx(3.1))] and means.errors == [pytest.approx(1.2706, abs=1e-4)]
+    assert figures["loss"].panels[0].series[0].points == [(20.0, pytest.approx(0.55)), (40.0, 0.4)]
+    panel, = figures["weights"].panels
+    assert [line.name for line in panel.series] == [*(f"block {i}" for i in (0, 2, 4, 6, 8, 11)), "equal"]
+    assert panel.series[0].points[-1] == (40.0, pytest.approx(0.25))
+    assert [line.name for line in figures["layers"].panels[0].series] == ["MAE", "MFF_MAE"]
+    # One, two and six levels: the three that the table is of.
+    assert figures["levels"].panels[0].ticks == ["1", "2", "6"]
+
+
+def test_results_are_json_with_a_record_a_line(results):
+    text = study.as_text(results)
+    assert json.loads(text) == results
+    assert sum(line.startswith('  {"method": ') for line in text.splitlines()) == len(results["records"])
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_mae_and_mff_come_first_seed_by_seed_in_pairs():
+    units = study.plan(study.PRESETS["cpu"], list(study.METHODS), [0, 1, 2])
+    arms = list(dict.fromkeys((unit.seed, unit.method) for unit in units))
+    assert arms[:6] == [(seed, method) for seed in (0, 1, 2) for method in ("MAE", "MFF_MAE")]
+    assert {method for _, method in arms[-9:]} == set(study.ABLATION)
+    assert units[:2] == [study.Unit("MAE", 0, "pretrain"), study.Unit("MFF_MAE", 0, "pretrain")]
+    assert len(units) == len(set(units))
+
+
+@pytest.mark.parametrize("preset", study.PRESETS)
+def test_every_flag_of_every_preset_is_one_of_its_stage(preset):
+    cfg = parse(study.Config, ["--preset", preset])
+    units = study.plan(study.PRESETS[preset], list(study.METHODS), [0])
+    assert {unit.method for unit in units} == set(study.METHODS)
+    for unit in units:
+        words = study.command_of(cfg, unit, ROOT / "runs")
+        settings = parse(study.MODULES[unit.stage].Config, words)
+        assert settings.seed == 0 and settings.resume == "auto"
+
+
+def test_all_methods_share_all_settings_but_the_two_that_make_them():
+    cfg = parse(study.Config, [])
+    settings = [vars(parse(study.train_pretrain.Config,
+                           study.command_of(cfg, study.Unit(method, 0, "pretrain"), ROOT)))
+                for method in study.METHODS]
+    differ = {name for name in settings[0] if len({str(each[name]) for each in settings}) > 1}
+    assert differ == {"out_indices", "detach_shallow", "low_pass_radius", "crop", "output_dir"}
+
+
+def test_all_methods_start_from_the_same_encoder():
+    def encoder(method):
+        words = study.command_of(parse(study.Config, []), study.Unit(method, 3, "pretrain"), ROOT)
+        cfg = parse(study.train_pretrain.Config, words)
+        torch.manual_seed(cfg.seed)
+        return study.train_pretrain.build_model(cfg, torch.device("cpu")).encoder.state_dict()
+    assert all(same_bits(encoder("MAE"), encoder(method)) for method in study.METHODS)
+
+
+def test_curves_keep_at_most_a_hundred_points_with_both_ends():
+    assert study.thinned(list(range(40))) == list(range(40))
+    found = study.thinned(list(range(1001)))
+    assert len(found) == 100 and (found[0], found[-1]) == (0, 1000) and found == sorted(set(found))
+
+
+def test_data_is_named_by_the_last_part_of_its_path():
+    assert study.name_of("shapes") == "shapes" and study.name_of("cifar10:DIR/c10/") == "c10"
+    assert study.name_of("runs/data/imagenette/") == "imagenette"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ("--seeds 0,x", "--seeds 0,x: expected different whole numbers"), ("--seeds 1,1", "expected different"),
+    ("--methods MAE,MFF", "--methods 'MFF' is none of MAE, MFF_MAE"), ("--jobs 0", "--jobs 0: expected more"),
+    ("--data shapes:500", "--data shapes:500: expected shapes alone"),
+    ("--data nowhere", "nowhere does not exist"),
+    ("--minutes -1", "--minutes -1.0: expected 0 or more"), ("--report", "holds no finished unit yet"),
+])
+def test_bad_input_is_one_line(tmp_path, flags, complaint):
+    folders = ["--output-dir", str(tmp_path), "--study-dir", str(tmp_path / "s"), "--device", "cpu"]
+    with pytest.raises(UserError, match=complaint) as caught:
+        study.main(parse(study.Config, [*flags.split(), *folders]))
+    assert "\n" not in str(caught.value) and not (tmp_path / "s").exists()
+
+
+def test_results_of_another_study_are_refused(tmp_path):
+    def refused(preset="minutes", data="shapes", flags=None, text=None):
+        unit = study.Unit("MAE", 0, "layers")
+        records = [dict(unit._asdict(), flags=flags or study.flags_of(study.PRESETS["minutes"], unit))]
+        path = tmp_path / "study.json"
+        settings = dict(shapes="shapes:10000" if preset == "minutes" else "shapes:7")
+        found = dict(preset=preset, data=data, settings=settings, records=records)
+        path.write_text(text or json.dumps(found))
+        try:
+            study.read_results(path, "shapes", parse(study.Config, []))
+        except UserError as error:
+            return str(error)
+    assert refused() is None
+    assert "--preset cpu on shapes:7: expected --preset minutes on shapes:10000" in refused(preset="cpu")
+    assert "holds --preset minutes on flowers" in refused(data="flowers")
+    assert "MAE, seed 0, layers with other settings (--pool token)" in refused(flags="--pool token")
+    assert "is not the results of a study" in refused(text="{}")
+    assert "is not the results of a study" in refused(text='{"preset"')
+
+
+def test_a_study_folder_of_another_preset_is_refused(tmp_path):
+    with study.held(tmp_path, dict(preset="cpu", data="shapes")):
+        pass
+    with pytest.raises(UserError, match="holds a study of --preset cpu on shapes: expected minutes on"):
+        with study.held(tmp_path, dict(preset="minutes", data="shapes")):
+            pass
+
+
+def test_two_studies_do_not_work_in_one_folder(tmp_path):
+    kind = dict(preset="cpu", data="shapes")
+    with study.held(tmp_path, kind):
+        with pytest.raises(UserError, match="another process works in"):
+            with study.held(tmp_path, kind, patience=0.1):
+                pass
+    with study.held(tmp_path, kind, patience=0.1):
+        pass
+
+
+# ---------------------------------------------------------------- real stages
+
+BATCH = "--global-batch 16 --batch-size 16"
+TINY = dict(shapes="shapes:100", ablation=("pretrain",),
+            pretrain="--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
+                     f"--decoder-num-heads 2 {BATCH} --steps 40 --lr 1e-3",
+            layers="--layers 11 --layer-images 20 --pool avg",
+            finetune=f"{study.TUNE} {BATCH} --steps 2 --lr 1e-3")
+SCRIPT = f"""
+import study
+from mff_min.config import parse
+from mff_min.runtime import run
+study.PRESETS["minutes"] = {TINY}
+run(study.main, parse(study.Config))
+"""
+
+
+def flags_in(folder, cache, *flags):
+    """The flags of a study of seed 0 all of whose files are in folder, but for the cache."""
+    return [*flags, "--seeds", "0", "--device", "cpu", "--study-dir", f"{folder}/s", "--output-dir",
+            f"{folder}/r", "--figures", f"{folder}/f", "--cache-dir", str(cache)]
+
+
+def begin(folder, cache, *flags):
+    """A process that carries out a tiny study in folder."""
+    command = [sys.executable, "-c", SCRIPT, *flags_in(folder, cache, *flags)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, code=0):
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == code, said
+    return said
+
+
+def results_in(folder):
+    return json.loads((folder / "r" / "study_shapes_cpu_minutes.json").read_text())
+
+
+def without_times(results):
+    """What two equal studies must share."""
+    return {study.unit_of(each): dict(each, seconds=0, metrics=dict(each["metrics"], seconds=0))
+            for each in results["records"]}
+
+
+def test_a_killed_study_goes_on_to_the_same_numbers_and_nothing_is_done_twice(tmp_path, cache, monkeypatch,
+                                                                         capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    said = finish(begin(whole, cache, "--methods", "MAE,random"))
+    assert "6 units, 6 of them left" in said and "for them, 2 at a time" in said and "| MAE | 1 |" in said
+    found = results_in(whole)
+    assert len(found["records"]) == 6 and found["environments"][0]["device"] == "cpu"
+    pretrained = next(each for each in found["records"] if "loss" in each and each["stage"] == "pretrain")
+    assert pretrained["loss"][-1][0] == 40 and pretrained["seconds"] > 0
+    kinds = {row["kind"] for each in found["records"] for row in each["metrics"].get("rows", ())}
+    assert kinds == {"trained", "pixels", "chance"}
+    assert (whole / "f" / "study_shapes_cpu_minutes_loss.png").exists()
+
+    # The random encoder is what pre-training starts from, and so are the probe's own random weights.
+    rows = json.loads((whole / "s" / "random" / "seed0" / "layers" / "metrics.json").read_text())["rows"]
+    trained, random = ([row["acc1"] for row in rows if row["kind"] == kind] for kind in ("trained", "random"))
+    assert trained == random != []
+
+    process = begin(cut, cache, "--methods", "MAE")
+    log = cut / "s" / "MAE" / "seed0" / "pretrain" / "log.jsonl"
+    until = time.monotonic() + 300
+    while not (log.exists() and '"step": 20' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(begin(cut, cache, "--methods", "MAE"))
+    units = without_times(found)
+    assert without_times(results_in(cut)) == {unit: units[unit] for unit in units if unit.method == "MAE"}
+
+    # On a machine that has the results alone there is nothing left to do.
+    shutil.rmtree(whole / "s")
+    monkeypatch.setitem(study.PRESETS, "minutes", TINY)
+    study.main(parse(study.Config, flags_in(whole, cache, "--methods", "MAE,random")))
+    assert "6 units, 0 of them left" in capsys.readouterr().out
+    assert results_in(whole) == found
+    assert not list((whole / "s").rglob("*.pt"))
+
+
+def test_a_study_stops_after_so_many_minutes_with_its_state_saved(tmp_path, cache):
+    said = finish(begin(tmp_path, cache, "--methods", "MAE", "--minutes", "0.0001"))
+    assert "stopped after 0.0001 minutes: 0 units finished in this part, 3 left; the same command" in said
+
+
+def test_a_unit_that_fails_ends_the_study_with_its_words_and_code(tmp_path, cache):
+    place = tmp_path / "s" / "MAE" / "seed0" / "pretrain"
+    place.mkdir(parents=True)
+    (place / "last.pt").write_text("nothing")
+    last = finish(begin(tmp_path, cache, "--methods", "MAE"), code=2).strip().splitlines()[-1]
+    assert last.startswith("error: MAE, seed 0, pretrain ended with code 2") and "no checkpoint in" in last
