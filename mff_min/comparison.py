@@ -311,7 +311,8 @@ def forest(results, about):
                       Series("mean over the seeds, 95 % interval", points,
                              [each.half for each in found.values()], "blue", line=False)]
             panels.append(Panel(metric.name, "", f"points over {BASE}", list(found), series, zero=False))
-    return Figure(f"Difference to {BASE} from the same seeds: {about}", panels, columns=2, width=620)
+    return Figure(f"Difference to {BASE} from the same seeds: {about}", panels,
+                  columns=min(2, len(panels)), width=620)
 
 
 def levels(results, about):
@@ -326,7 +327,7 @@ def levels(results, about):
             series = [Series("mean over the seeds, bars of one standard deviation", points, errors, "blue")]
             panels.append(Panel(metric.name, "fused levels; 1 is MAE", "accuracy, %", list(map(str, found)),
                                 series, zero=False))
-    return Figure(f"The number of fused levels: {about}", panels, columns=2)
+    return Figure(f"The number of fused levels: {about}", panels, columns=min(2, len(panels)))
 
 
 def layers(results, about):
