@@ -5,6 +5,7 @@ itself does is caused with torchrun.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -196,6 +197,7 @@ def torchrun(folder, what, *more, max_restarts=0):
         at_micro_batch(3, wait_or_fail)
         call = runtime.Meter.next
         runtime.Meter.next = lambda *given: time.sleep(0.05) or call(*given)
+        ctypes.CDLL(None).prctl(1, 0)           # PR_SET_PDEATHSIG: SIGINT, which a command's ranks do not get
         work()
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", run_id=folder.name,
                           rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
