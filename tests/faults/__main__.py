@@ -108,7 +108,7 @@ def run_controls(faults, guards, record=lambda rows: None):
         else:
             caught = sound[guard.fault] and outcome.survived < outcome.tried
             found = f"{outcome.survived} of {outcome.tried} survived"
-            found += "".join(f": {problem}" for problem in outcome.problems[:1])
+            found += "".join(f": {problem.splitlines()[0]}" for problem in outcome.problems[:1])
         if not sound[guard.fault]:
             found = "the fault fails with every guard in its place"
         seconds = time.monotonic() - started
