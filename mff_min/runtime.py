@@ -595,6 +595,7 @@ def leave(error, text, code):
     sys.stdout.flush()
     if not getattr(error, "told", False):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                       # PyTorch's raises at a killed worker
     for child in multiprocessing.active_children():                     # one that hangs would be waited for
         child.kill()
     raise SystemExit(code)
