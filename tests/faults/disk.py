@@ -34,8 +34,8 @@ def failed(ended, folder, reason, checkpoint):
         yield "it shows a traceback"
     for path in folder.glob("*.tmp.*"):
         yield f"{path.name} is left"
-    kept = [path.read_bytes() for path in saving.checkpoints_in(folder)]
-    if checkpoint and checkpoint not in kept and len(kept) < 2:         # two newer ones may have followed
+    # A newer one may have followed: that a run goes on from it, no more than an interval back, is tried next.
+    if checkpoint and not saving.checkpoints_in(folder):
         yield "its checkpoint is gone"
     log = folder / "log.jsonl"
     if log.exists() and log.read_bytes()[-1:] not in (b"", b"\n"):
