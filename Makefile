@@ -62,7 +62,7 @@ figures: $(VENV)/demo-installed
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest
 
-# Every fault of docs/reliability.md, and then without each guard in turn: some fifteen minutes on two cores.
+# Every fault of docs/reliability.md, and then without each guard in turn: some ten minutes on two cores.
 faults: $(VENV)/test-installed
 	$(BIN)/python tests/faults --output-dir runs/faults
 	$(BIN)/python tests/faults --controls --output-dir runs/faults

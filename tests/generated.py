@@ -97,8 +97,12 @@ def faults_cpu(result):
 
 
 def in_words(figures):
-    """A dict of figures as text, their names in words."""
-    return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+    """A dict of figures as text, their names in words; floats to three digits."""
+    def text(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {text(of_name)}" for name, of_name in value.items())
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "; ".join(f"{name.replace('_', ' ')}: {text(value)}" for name, value in figures.items())
 
 
 def spread(found):
