@@ -244,10 +244,6 @@ def finetune(cfg, world, signals):
             found |= {f"ema_{name}": value for name, value in accuracy(*counts).items()}
         return found
 
-    def passes(done):
-        """Whether an evaluation is due after this many steps."""
-        return schedule.epoch(done) // cfg.eval_every > schedule.epoch(done - 1) // cfg.eval_every
-
     def note_accuracy(done):
         """Log the accuracy after this many steps."""
         with meter.paused():
@@ -264,7 +260,7 @@ def finetune(cfg, world, signals):
     flops = classifier_flops(model, model.head, False)
     meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
                   advice_if_late(train_set, cfg.workers))
-    if 0 < start < schedule.stop and passes(start) and not log.evaluated:
+    if 0 < start < schedule.stop and schedule.passes(start, cfg.eval_every) and not log.evaluated:
         note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
@@ -295,7 +291,7 @@ def finetune(cfg, world, signals):
 
         done = step + 1
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = passes(done)
+        passed = schedule.passes(done, cfg.eval_every)
         scaler.unscale_(optimizer)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(grads)

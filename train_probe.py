@@ -245,10 +245,6 @@ def probe(cfg, world, signals):
         bad_samples.report(say)
         return accuracy(*world.total(counts))
 
-    def passes(done):
-        """Whether an evaluation is due after this many steps."""
-        return schedule.epoch(done) // cfg.eval_every > schedule.epoch(done - 1) // cfg.eval_every
-
     def note_accuracy(done):
         """Log the accuracy after this many steps."""
         with meter.paused():
@@ -263,7 +259,7 @@ def probe(cfg, world, signals):
     flops = classifier_flops(encoder, head.head, True)
     meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
                   advice_if_late(train_set, cfg.workers))
-    if 0 < start < schedule.stop and passes(start) and not log.evaluated:
+    if 0 < start < schedule.stop and schedule.passes(start, cfg.eval_every) and not log.evaluated:
         note_accuracy(start)                                            # the run was stopped before it could
     signals.start()
     for step in range(start, schedule.stop):
@@ -288,7 +284,7 @@ def probe(cfg, world, signals):
         optimizer.zero_grad()
 
         ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = passes(done)
+        passed = schedule.passes(done, cfg.eval_every)
         stop_signal = world.highest(signals.number)
         saves = done % cfg.save_every == 0 or ends or passed or stop_signal
         if logs or saves:

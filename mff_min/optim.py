@@ -92,6 +92,10 @@ class Schedule:
     def epoch(self, step):
         return step * self.global_batch / self.num_samples
 
+    def passes(self, done, every):
+        """Whether step `done` is the first to reach a multiple of so many epochs: an evaluation is due."""
+        return self.epoch(done) // every > self.epoch(done - 1) // every
+
     def plan(self, start):
         """What a run from step `start` is about to do, as text."""
         text = (f"steps {start} to {self.stop} of {self.global_batch} images in {self.accumulation} "
