@@ -23,7 +23,8 @@ from mff_min.config import (REQUIRED, UserError, check_channels, check_ranges, k
                             side_or_sides)
 from mff_min.data import Views, make_loader
 from mff_min.layers import parse_layers
-from mff_min.runtime import Progress, autocast, pick_dtype, pick_ops, run, start_world
+from mff_min.progress import Progress
+from mff_min.runtime import autocast, pick_dtype, pick_ops, run, start_world
 from mff_min.saving import write_atomically, write_json
 from mff_min.sources import open_data
 

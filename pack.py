@@ -23,7 +23,8 @@ from mff_min.data import leave_signals_to_the_trainer
 from mff_min.decode import DECODE_ERRORS, reason_of
 from mff_min.lists import printable
 from mff_min.packed import Journal, Packed, check_same, encode, files_of, journal_of, open_packed, plan_of
-from mff_min.runtime import Fault, Progress, World, leave, run
+from mff_min.progress import Progress
+from mff_min.runtime import Fault, World, leave, run
 from mff_min.saving import lock
 from mff_min.sources import ImageFolder
 

@@ -38,8 +38,9 @@ import train_pretrain
 import train_probe
 from mff_min import comparison
 from mff_min.config import UserError, check_ranges, knob, opt, parse
-from mff_min.runtime import (Fault, StopSignals, describe_environment, duration, leave, read_log, run,
-                             source_commit, start_world)
+from mff_min.progress import duration
+from mff_min.runtime import (Fault, StopSignals, describe_environment, leave, read_log, run, source_commit,
+                             start_world)
 from mff_min.saving import write_atomically, write_json, write_tensors
 from mff_min.sources import check_labels, open_data
 

@@ -41,7 +41,8 @@ from mff_min.probe import accuracy, count_all, shown
 from mff_min.randaugment import fill_color, rand_augment
 from mff_min.rng import MIX, Rng
 from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
-from mff_min.runtime import (BadSamples, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
+from mff_min.progress import Meter
+from mff_min.runtime import (BadSamples, Log, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, pick_ops,
                              resumed_state, run, save_run, start_world, warn_of_space)
 from mff_min.saving import write_json, write_tensors

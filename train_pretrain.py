@@ -35,7 +35,8 @@ from mff_min.flops import peak_img_per_s, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_min.picture import reconstruction_sheet
-from mff_min.runtime import (BadSamples, Log, Meter, StopSignals, Stopped, autocast, check_same_data,
+from mff_min.progress import Meter
+from mff_min.runtime import (BadSamples, Log, StopSignals, Stopped, autocast, check_same_data,
                              describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
                              save_run, start_world, warn_of_space)
 from mff_min.saving import write_atomically, write_json, write_tensors

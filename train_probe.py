@@ -29,7 +29,7 @@ from mff_min.augment import MODES
 from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
-from mff_min.finite import FiniteSteps
+from mff_min.finite import FiniteSteps, check_measured
 from mff_min.flops import classifier_flops, peak_img_per_s
 from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
                             table_of_layers)
@@ -38,9 +38,10 @@ from mff_min.pretrained import build_encoder, build_fusion, build_untrained, rea
 from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
                            pixel_features, pool_tokens, shown)
 from mff_min.rng import ORDER, permutation
-from mff_min.runtime import (BadSamples, Log, Meter, Progress, StopSignals, Stopped, autocast,
-                             check_same_data, describe_environment, load_state, open_folder, pick_dtype,
-                             pick_ops, resumed_state, run, save_run, start_world, warn_of_space)
+from mff_min.progress import Meter, Progress
+from mff_min.runtime import (BadSamples, Fault, Log, StopSignals, Stopped, autocast, check_same_data,
+                             describe_environment, load_state, open_folder, pick_dtype, pick_ops,
+                             resumed_state, run, save_run, start_world, warn_of_space)
 from mff_min.saving import write_atomically, write_json
 from mff_min.sharded import exchange
 from mff_min.sources import check_labels, fingerprint, open_data
@@ -179,6 +180,8 @@ def probe(cfg, world, signals):
             bad_samples.add(batch["bad"])
             with torch.no_grad(), autocast(device, dtype):
                 found.append({name: features.cpu() for name, features in measure(prepare(batch)).items()})
+            for features in found[-1].values():
+                check_measured(features, "the features")
             labels.append(batch["label"].masked_fill(batch["replaced"], -1))
             progress.tick(min((i + 1) * cfg.batch_size, len(keys)))
         bad_samples.report(say)
@@ -352,10 +355,16 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, devi
 
     tried = []
     for head, lr in zip(heads, lrs, strict=True):
+        blr = lr * 256 / cfg.global_batch
+        if not all(p.isfinite().all() for p in head.parameters()):
+            say(f"blr {blr:g}: it has diverged, and is left out")
+            continue
         with torch.no_grad():
             counts = count_hits(head.eval()(val.to(device)), val_labels.to(device))
-        tried.append(dict(lr=lr, blr=lr * 256 / cfg.global_batch, **accuracy(*counts)))
-        say(f"blr {tried[-1]['blr']:g}: {shown(tried[-1])}")
+        tried.append(dict(lr=lr, blr=blr, **accuracy(*counts)))
+        say(f"blr {blr:g}: {shown(tried[-1])}")
+    if not tried:
+        raise Fault(f"every head has diverged: expected lower learning rates than {', '.join(map(str, lrs))}")
     best = max(tried, key=lambda metrics: metrics["acc1"])
     say(f"best of {len(tried)}, chosen on these very images: blr {best['blr']:g}")
     return dict(step=schedule.stop, views=cfg.cache, tried=tried, **best)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from mff_min.config import UserError
-from mff_min.runtime import Progress, describe_environment
+from mff_min.progress import Progress
+from mff_min.runtime import describe_environment
 from mff_min.saving import write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "triton", "numpy", "pillow")

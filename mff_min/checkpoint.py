@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mff_min import families
-from mff_min.config import UserError
+from mff_min.config import UserError, check_reachable
 from mff_min.lists import printable
 from mff_min.mim import MaskedAutoencoder
 from mff_min.safetensors import NAMES, read_safetensors, write_safetensors
@@ -65,6 +65,7 @@ def read_weights(path):
     .safetensors are mapped, and read where they are touched. Raises UserError.
     """
     path = Path(path)
+    check_reachable("checkpoint", path)
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).exists()]
         if (path / ".metadata").exists() and not found:

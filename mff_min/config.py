@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import sys
 
 REQUIRED = dataclasses.MISSING
@@ -22,6 +23,19 @@ REQUIRED = dataclasses.MISSING
 
 class UserError(Exception):
     """Bad input. The stage ends with this text on one line and exit code 2."""
+
+
+def check_reachable(name, path):
+    """Raise UserError where the system does not tell whether there is a file or folder at path.
+
+    So it is where a folder above it may not be entered, or its name is too long. name is the path's kind.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):                     # the caller says what it expected
+        pass
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be read: {error.strerror}") from None
 
 
 def opt(default, help, choices=None, type=None, least=None, above=None, changes_result=True):

@@ -13,7 +13,7 @@ from mff_min.data import Views, make_loader
 from mff_min.measures import attention_distance, attention_weights, gram, log_amplitudes
 from mff_min.mim import fuse
 from mff_min.pretrained import Fusion, build_encoder, build_fusion, read_pretrained, settings_of
-from mff_min.runtime import Progress
+from mff_min.progress import Progress
 from mff_min.vit import VisionTransformer
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from mff_min.augment import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
-from mff_min.config import UserError
+from mff_min.config import UserError, check_reachable
 from mff_min.decode import open_image
 from mff_min.lists import printable
 
@@ -102,6 +102,7 @@ def open_packed(spec, split):
     As with folders of images, where there is no val.pack there is train.pack.
     """
     path = Path(spec)
+    check_reachable("--data", path)
     if path.is_dir():
         found = {name for name in ("train", "val") if (path / f"{name}.pack").is_file()}
         begun = found or any(path.glob("*.pack.partial"))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mff_min.finite import check_measured
+
 
 class LinearProbe(nn.Module):
     """Batch normalisation without parameters, then a linear classifier: (B, D) -> logits (B, G).
@@ -38,7 +40,11 @@ def pixel_features(images, most=64):
 
 
 def count_hits(scores, labels):
-    """[images, those with their label in the top 1, in the top 5]: ints, of scores (B, G) and labels (B,)."""
+    """[images, those with their label in the top 1, in the top 5]: ints, of scores (B, G) and labels (B,).
+
+    Raises Fault where scores are not finite: NaN is the largest of them, and so an answer.
+    """
+    check_measured(scores, "the scores")
     top5 = scores.topk(min(5, scores.shape[1])).indices                 # (B, 5), of few classes fewer
     hits = top5 == labels[:, None]
     return [len(labels), int(hits[:, 0].sum()), int(hits.any(dim=1).sum())]

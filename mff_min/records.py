@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mff_min.config import UserError
+from mff_min.config import UserError, check_reachable
 from mff_min.mim import parse_out_indices
 from mff_min.picture import tiles_of
 from mff_min.runtime import read_log
@@ -68,6 +68,7 @@ def open_run(path, name, say):
     say(text) is told of lines of the log that cannot be read.
     """
     path = Path(path)
+    check_reachable("run", path)
     if path.is_file():
         metrics = read_json(path)
         log, config = metrics.get("log", []), metrics.get("config")

@@ -406,6 +406,7 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/run --images 3", "--images 3: expected 4 or more"),
     ("BAD/wide --figures spectrum --device tpu", "--device tpu: expected auto, cpu"),
     ("BAD/wide --figures spectrum --data /nowhere", "data folder /nowhere does not exist"),
+    (f"/tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
 ])
 def test_bad_input_is_one_line_before_anything_is_drawn(bad, capsys, flags, message):
     refused(*flags.replace("BAD", str(bad)).split())

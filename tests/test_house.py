@@ -224,8 +224,8 @@ def is_code(comment):
 
 def test_nothing_is_left_lying_about():
     found = {re.sub(r":\d+:", ":", complaint) for complaint in complaints(leftovers)}
-    assert found == {"mff_min/config.py: print", "mff_min/runtime.py: print",
-                     "mff_min/saving.py: except Exception"}
+    assert found == {"mff_min/config.py: print", "mff_min/progress.py: print",
+                     "mff_min/runtime.py: print", "mff_min/saving.py: except Exception"}
     assert FILES["mff_min/saving.py"].count("except Exception") == 1    # torch.load of a damaged file
 
 

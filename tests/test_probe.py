@@ -78,6 +78,8 @@ def test_hits_and_standard_errors_are_those_of_a_binomial():
     scores = torch.tensor([[9.0, 1, 2, 3, 4, 5, 6]]).repeat(4, 1)
     assert count_hits(scores, torch.tensor([0, 3, 1, -1])) == [4, 1, 2]     # -1, unreadable, is wrong
     assert count_hits(scores[:, :2], torch.tensor([0, 1, 1, 0])) == [4, 2, 4]
+    with pytest.raises(Fault, match="the scores of 1 in 4 images are not finite"):
+        count_hits(scores.masked_fill(torch.tensor([[0], [0], [1], [0]]).bool(), math.nan), torch.zeros(4))
     error = pytest.approx(100 * math.sqrt(0.25 * 0.75 / 400))
     want = dict(val_images=400, acc1=25.0, acc1_error=error, acc5=100.0, acc5_error=0.0)
     assert accuracy(400, 100, 400) == want
@@ -292,6 +294,25 @@ def test_with_a_view_an_epoch_the_cache_is_the_protocol_and_learning_rates_do_no
     assert got["acc1"] == max(tried["acc1"] for tried in got["tried"])
 
 
+def test_a_head_that_diverges_is_left_out_and_when_all_do_there_is_no_accuracy(probe, capsys):
+    flags = ["--steps", "12", "--cache", "1", "--cache-lrs"]
+    want = probe(*flags, "0.1")
+    got = probe(*flags, "1e40,0.1", to="b")
+    assert "blr 1e+40: it has diverged, and is left out" in capsys.readouterr().out
+    assert got["tried"] == want["tried"] and got["acc1"] == want["acc1"]
+    with pytest.raises(Fault, match="every head has diverged: expected lower learning rates"):
+        probe(*flags, "1e40", to="c")
+
+
+@pytest.mark.parametrize("way", ["", "--cache 1", "--knn 3", "--layers 11"])
+def test_weights_that_are_not_finite_have_no_accuracy(probe, pretrained, tmp_path, way):
+    state = torch.load(pretrained / "encoder.pt", weights_only=True)
+    state["model"]["blocks.3.mlp.fc1.bias"][0] = math.nan
+    torch.save(state, tmp_path / "encoder.pt")
+    with pytest.raises(Fault, match="features of 8 in 8 images are not" if way else "loss is nan at step 1;"):
+        probe("--checkpoint", str(tmp_path / "encoder.pt"), "--steps", "2", *way.split())
+
+
 def test_fewer_views_than_epochs_are_called_an_approximation(probe, capsys):
     probe("--epochs", "2", "--steps", "1", "--cache", "1")
     assert "1 views for 2 epochs: an approximation of the protocol" in capsys.readouterr().out
@@ -394,6 +415,7 @@ def bad(tmp_path_factory):
     ("--checkpoint /nowhere", "checkpoint /nowhere does not exist"),
     ("--checkpoint LICENSE", "checkpoint LICENSE is a text of"),
     ("--checkpoint=", "--checkpoint is not given"),
+    (f"--checkpoint /tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
     ("--data BAD/differ", "train has a, b, c (3), val has a, b, d (3); only train: c (1); only val: d (1)"),
     ("--data BAD/empty", "holds no images"),
     ("--data BAD/flat", "has no train folder"),

@@ -21,7 +21,8 @@ import train_pretrain
 from mff_min.config import UserError, parse
 from mff_min.flops import step_flops
 from mff_min.optim import Schedule
-from mff_min.runtime import Fault, Meter, Stopped, World, read_log, run
+from mff_min.progress import Meter
+from mff_min.runtime import Fault, Stopped, World, read_log, run
 from mff_min.saving import write_atomically
 from mff_min.vit import MODELS, VisionTransformer
 
@@ -502,6 +503,9 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(on_gpu, tmp_pat
     ("--decoder-embed-dim 18 --decoder-num-heads 1", "embed_dim 18 is not a multiple of 4"),
     ("--init-from LICENSE", "checkpoint LICENSE is a text of"),
     ("--output-dir LICENSE/x", "--output-dir LICENSE/x cannot be written"),
+    (f"--output-dir /tmp/{'n' * 300} --resume auto", "nnn cannot be read: File name too long"),
+    (f"--data /tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
+    (f"--init-from /tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, capfd, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)

@@ -29,7 +29,7 @@ import torch
 from faults.suite import FORK, Outcome, prepared, shared_memory
 
 from mff_min.config import UserError, opt, parse
-from mff_min.runtime import duration
+from mff_min.progress import duration
 from mff_min.saving import write_json
 
 

@@ -17,7 +17,7 @@ from faults.suite import STAGES, Child, Fault, Tally, fork, stage
 from run_folders import log_of, same_bits, state_of
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mff_min import data, runtime
+from mff_min import data, progress, runtime
 from mff_min.config import UserError
 
 TIMEOUT = 4                                                             # --timeout of these runs, in seconds
@@ -58,13 +58,13 @@ def ended(children, limit=40.0):
 
 def at_micro_batch(number, do):
     """do() when this process asks for its micro-batch of that number, the first is 0."""
-    call = runtime.Meter.next
+    call = progress.Meter.next
 
     def next_batch(meter, batches):
         if meter.micro == number:
             do()
         return call(meter, batches)
-    runtime.Meter.next = next_batch
+    progress.Meter.next = next_batch
 
 
 def one_rank(name, folder, *more):
@@ -195,8 +195,8 @@ def torchrun(folder, what, *more, max_restarts=0):
             if what == "raise" and first:
                 raise KeyError("a bug")
         at_micro_batch(3, wait_or_fail)
-        call = runtime.Meter.next
-        runtime.Meter.next = lambda *given: time.sleep(0.05) or call(*given)
+        call = progress.Meter.next
+        progress.Meter.next = lambda *given: time.sleep(0.05) or call(*given)
         ctypes.CDLL(None).prctl(1, 0)           # PR_SET_PDEATHSIG: SIGINT, which a command's ranks do not get
         work()
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", run_id=folder.name,

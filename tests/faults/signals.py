@@ -11,7 +11,7 @@ from faults.killed import begun_at, command, differences, furthest
 from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
 
-from mff_min import runtime
+from mff_min import progress, runtime
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -126,8 +126,8 @@ def lose_the_launcher(folder, quick):
                 at_micro_batch(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
             else:
                 at_micro_batch(2, lambda: time.sleep(0.2))
-            slow = runtime.Meter.next
-            runtime.Meter.next = lambda *given: time.sleep(0.05) or slow(*given)
+            slow = progress.Meter.next
+            progress.Meter.next = lambda *given: time.sleep(0.05) or slow(*given)
 
         def launch(run=run, act=act):
             with two_ranks("pretrain", run, "--steps", 400, "--timeout", 60, act=act,
