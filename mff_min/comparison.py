@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mff_min.chart import Figure, Panel, Series, save
 from mff_min.mim import parse_out_indices
+from mff_min.progress import duration
 from mff_min.vit import MODELS
 
 BASE = "MAE"
@@ -117,14 +118,13 @@ def last_block(record):
 
 
 def layers_of(results, label):
-    """{method: {layer: mean accuracy over its seeds}} of a label, in percent, and their order."""
+    """{method: {layer: accuracies of its seeds}} of a label, in percent."""
     found = {}
     for record in results["records"]:
         for row in record["metrics"].get("rows", ()):
             if row["label"] == label and row["kind"] == "trained":
                 found.setdefault(record["method"], {}).setdefault(row["layer"], []).append(row["acc1"])
-    return {method: {layer: statistics.mean(values) for layer, values in found[method].items()}
-            for method in ORDER if method in found}
+    return {method: found[method] for method in ORDER if method in found}
 
 
 def labels_of(results):
@@ -182,14 +182,18 @@ def verdict(metric):
 
 
 def origin(results, planned):
-    """A sentence on where a study's numbers come from; planned is the number of units it is to have."""
+    """Where a study's numbers come from and what they took; planned is the number of units it is to have."""
     seeds = sorted({record["seed"] for record in results["records"]})
     where = "; ".join(dict.fromkeys(f"{found['device']}, {found['cpus']} cores, PyTorch {found['torch']}"
                                     for found in results["environments"]))
     done = len(results["records"])
     state = f", {done} of {planned} units so far" if planned > done else ""
+    seconds = [record["seconds"] for record in results["records"]]
+    took = ""
+    if None not in seconds:                                             # a cut one has none
+        took = f" The durations of its {done} units add up to {duration(sum(seconds))}."
     return (f"Preset {results['preset']} on {results['data']}, seeds {', '.join(map(str, seeds))}{state}; "
-            f"measured on {where}.")
+            f"measured on {where}.{took}")
 
 
 def summary(results, planned):
@@ -273,7 +277,7 @@ def layer_table(results, label):
     yield f"| {label}, linear, % | " + " | ".join(layers) + " |"
     yield "|---" * (len(layers) + 1) + "|"
     for method, row in found.items():
-        cells = [f"{row[layer]:.1f}" if layer in row else "" for layer in layers]
+        cells = [f"{statistics.mean(row[layer]):.1f}" if layer in row else "" for layer in layers]
         yield f"| {method} | {' | '.join(cells)} |"
 
 
@@ -315,6 +319,13 @@ def forest(results, about):
                   columns=min(2, len(panels)), width=620)
 
 
+def means_and_deviations(samples, first=0.0):
+    """([(first, mean), (first + 1, mean) ...], [deviation ...]) of lists of values; of one value it is 0."""
+    samples = list(samples)
+    return ([(first + x, statistics.mean(values)) for x, values in enumerate(samples)],
+            [statistics.stdev(values) if len(values) > 1 else 0.0 for values in samples])
+
+
 def levels(results, about):
     """Accuracy over the number of fused levels (MFF, table 4): mean and deviation over the seeds."""
     panels = []
@@ -322,8 +333,7 @@ def levels(results, about):
         found = {levels: list(metric.values[method].values()) for method, levels in LEVELS.items()
                  if method in metric.values}
         if len(found) > 2:
-            points = [(float(x), statistics.mean(values)) for x, values in enumerate(found.values())]
-            errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+            points, errors = means_and_deviations(found.values())
             series = [Series("mean over the seeds, bars of one standard deviation", points, errors, "blue")]
             panels.append(Panel(metric.name, "fused levels; 1 is MAE", "accuracy, %", list(map(str, found)),
                                 series, zero=False))
@@ -331,17 +341,20 @@ def levels(results, about):
 
 
 def layers(results, about):
-    """The linear probe of every layer, a panel for each label."""
+    """The linear probe of every layer, a panel for each label: mean and deviation over the seeds."""
     panels = []
     for label in labels_of(results):
-        found = layers_of(results, label)
+        found, series = layers_of(results, label), []
         names = [layer for layer in dict.fromkeys(layer for row in found.values() for layer in row)
                  if layer != "fused"]
-        series = [Series(method, [(float(x), found[method][name]) for x, name in enumerate(names)], (),
-                         COLOURS[method]) for method in ("random", BASE, "MFF_MAE") if method in found]
+        for aside, method in ((-0.06, "random"), (0.0, BASE), (0.06, "MFF_MAE")):       # else bars hide bars
+            if method in found:
+                points, errors = means_and_deviations((found[method][name] for name in names), aside)
+                series.append(Series(method, points, errors, COLOURS[method]))
         panels.append(Panel(label, "block", "accuracy, %", [name.removeprefix("block ") for name in names],
                             series, zero=False))
-    return Figure(f"Linear probe of each layer, mean over the seeds: {about}", panels)
+    return Figure(f"Linear probe of each layer, mean over the seeds: {about}", panels,
+                  note="Bars: one standard deviation over the seeds. The y axis does not begin at 0.")
 
 
 def mean_curves(results, key):

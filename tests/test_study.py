@@ -107,7 +107,10 @@ def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(res
     error = 100 * math.sqrt(p * (1 - p) / 400)
     assert f"shape, linear: {error:.2f} points of 400 images, chance 10.0 %" in text
     assert "| MFF_MAE | 22.0 | 34.1 |" in text                          # of both layers
+    assert "2 cores, PyTorch 2.0. The durations of its 9 units add up to 0:00:09.\n" in text
     assert "so far" not in comparison.report(results, 9)
+    results["records"][3]["seconds"] = None                             # this one was cut
+    assert "durations" not in comparison.report(results, 9)
     # Blocks 2 and 4 end at 0.2; block 0 at 0.3 and 0.2, the last at 0.1 and 0.2.
     assert "MFF_MAE (equal: 0.167): block 0 (0.250), 2 (0.200), 4 (0.200)." in text
 
@@ -131,7 +134,10 @@ def test_figures_show_the_numbers_of_the_results(results):
     panel, = figures["weights"].panels
     assert [line.name for line in panel.series] == [*(f"block {i}" for i in (0, 2, 4, 6, 8, 11)), "equal"]
     assert panel.series[0].points[-1] == (40.0, pytest.approx(0.25))
-    assert [line.name for line in figures["layers"].panels[0].series] == ["MAE", "MFF_MAE"]
+    mae, mff = figures["layers"].panels[0].series
+    assert (mae.name, mff.name) == ("MAE", "MFF_MAE")
+    assert mff.points == [(0.06, 22.0), (1.06, pytest.approx(34.1))]     # 21 and 23, 33 and 35.2
+    assert mff.errors == [pytest.approx(2 ** 0.5), pytest.approx(1.1 * 2 ** 0.5)]
     # One, two and six levels: the three that the table is of.
     assert figures["levels"].panels[0].ticks == ["1", "2", "6"]
 
