@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune study figures test faults record-faults lint \
+.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test faults record-faults lint \
     clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
@@ -53,6 +53,12 @@ record-finetune:
 # Five methods, three seeds, the number of fused levels: tiny encoders on two cores. The same command goes on with it.
 study: $(VENV)/demo-installed
 	$(BIN)/python study.py --preset minutes
+
+# What docs/results.md says of the studies: from those that were run here.
+record-study:
+	mkdir -p results docs/figures
+	cp runs/study/study_*.json results/
+	$(BIN)/python tests/generated.py
 
 # Every figure and table of README.md and docs/ anew: from results/, and from the demo, which runs if it has not.
 figures: $(VENV)/demo-installed

@@ -7,7 +7,7 @@
 
 A unit is one stage of one method from one seed, and runs as the stage's script would in a process of its own.
 The same command goes on with a study that was stopped in whatever way: finished units are in the results
-file, cut ones resume. Every method gets the recipe that a pilot on MAE alone chose.
+file, cut ones resume. Every method gets the same recipe (docs/results.md says where each number is from).
 
     MAE, MFF_MAE                paired, seed by seed, before anything else
     random                      the weights that MAE starts from, measured likewise; and raw pixels
@@ -18,10 +18,12 @@ file, cut ones resume. Every method gets the recipe that a pilot on MAE alone ch
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -41,8 +43,8 @@ from mff_min.config import UserError, check_ranges, knob, opt, parse
 from mff_min.progress import duration
 from mff_min.runtime import (Fault, StopSignals, describe_environment, leave, read_log, run, source_commit,
                              start_world)
-from mff_min.saving import write_atomically, write_json, write_tensors
-from mff_min.sources import check_labels, open_data
+from mff_min.saving import make_folder, write_atomically, write_json, write_tensors
+from mff_min.sources import check_labels, fingerprint, open_data
 
 # ---------------------------------------------------------------- what is compared
 
@@ -84,8 +86,7 @@ PRESETS = {
                  "--lr 1e-3",
         layers="--layers 0,2,4,6,8,11 --pool avg",
         knn="--knn 20 --pool avg",
-        linear="--pool avg --cache 1 --cache-lrs 0.025,0.05,0.1,0.2 --epochs 90 --global-batch 1024 "
-               "--batch-size 512",
+        linear="--pool avg --cache 1 --epochs 90 --global-batch 1024 --batch-size 512",
         finetune="--global-batch 256 --batch-size 256 --epochs 50"),
 }
 FORK = multiprocessing.get_context("fork")                              # nothing is imported again
@@ -103,7 +104,7 @@ class Config:
 
     # these change only how it is reached
     study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<preset>")
-    output_dir: str = knob("results", "where study_<data>_<device>[_<preset>].json is written")
+    output_dir: str = knob("runs/study", "where study_<data>_<device>[_<preset>].json is written")
     figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
     report: bool = knob(False, "run nothing: the tables and figures of what is finished")
     minutes: float = knob(0.0, "stop after so long, with everything saved; 0: when all is done", least=0)
@@ -144,9 +145,10 @@ def command_of(cfg, unit, folder):
     data = preset["shapes"] if cfg.data == "shapes" else cfg.data
     words = [*flags_of(preset, unit).split(), "--data", data]
     if unit.stage == "pretrain":
-        words += ["--picture-every", "1000000", "--picture-images", "4"]
-    else:
-        words += ["--checkpoint", str(folder_of(folder, unit._replace(stage="pretrain")))]
+        words += ["--picture-every", "1000000", "--picture-images", "4", "--allow-change", "data"]
+    else:                                                               # paths may be spelt otherwise now
+        words += ["--checkpoint", str(folder_of(folder, unit._replace(stage="pretrain"))),
+                  "--allow-change", "data,checkpoint"]
     return words + ["--seed", str(unit.seed), "--output-dir", str(folder_of(folder, unit)),
                     "--resume", "auto", "--device", cfg.device, "--workers", str(cfg.workers),
                     "--cache-dir", cfg.cache_dir]
@@ -199,15 +201,18 @@ def thinned(points, most=100):
 
 
 def read_record(unit, flags, folder, seconds):
-    """(what the results file keeps of a finished unit, its environment), or None where it is not finished."""
+    """(what the results file keeps of a finished unit, its environment), or None where it is not finished.
+
+    seconds is how long it took, or None of a unit that was cut: then its stage knows only the last part.
+    """
     try:
         found = json.loads((folder / "metrics.json").read_text())
     except FileNotFoundError:
         return None
     environment = found.pop("environment")
     del environment["argv"], environment["time"]
-    found.pop("config", None)
-    found.pop("margins", None)
+    for key in ("config", "margins", "seconds"):
+        found.pop(key, None)
     if "rows" in found:                                                 # what the tables read, no more
         kept = [row for row in found["rows"] if row["kind"] in ("trained", "pixels", "chance")]
         found["val_images"] = max(row.get("val_images", 0) for row in kept)
@@ -222,9 +227,13 @@ def read_record(unit, flags, folder, seconds):
     return record, environment
 
 
-def read_results(path, name, cfg):
-    """The results file of this study, or an empty one. UserError where it is of another study."""
-    empty = dict(preset=cfg.preset, data=name, settings=PRESETS[cfg.preset], environments=[], records=[])
+def read_results(path, name, images, cfg):
+    """The results file of this study, or an empty one. UserError where it is of another study.
+
+    images tells the data from other data of the same name; None: it is not asked for.
+    """
+    empty = dict(preset=cfg.preset, data=name, images=images, settings=PRESETS[cfg.preset], parts=[],
+                 environments=[], records=[])
     try:
         found = json.loads(path.read_text())
         kinds = [f"--preset {each['preset']} on "
@@ -232,13 +241,18 @@ def read_results(path, name, cfg):
                  for each in (found, empty)]
         units = [(Unit(record["method"], record["seed"], record["stage"]), record["flags"])
                  for record in found["records"]]
+        same_images = images in (None, found["images"])
     except FileNotFoundError:
         return empty
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the results of a study: move it away, or name another "
                         f"--output-dir") from None
     if kinds[0] != kinds[1]:
         raise UserError(f"{path} holds {kinds[0]}: expected {kinds[1]}; name another --output-dir")
+    if not same_images:
+        raise UserError(f"{path} is of other images that are called {name} too; name another --output-dir")
     for unit, flags in units:
         check_flags(unit, flags, path, cfg)
     return found
@@ -286,31 +300,50 @@ def main(cfg):
     device = device_kind(cfg.device)
     suffix = "" if cfg.preset == device else f"_{cfg.preset}"
     path = Path(cfg.output_dir) / f"study_{name}_{device}{suffix}.json"
-    results = read_results(path, name, cfg)
+    images = None if cfg.report else images_of(cfg)
+    results, units = read_results(path, name, images, cfg), plan(PRESETS[cfg.preset], methods, seeds)
     if cfg.report and not results["records"]:
         raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
+    make_folder("--figures", cfg.figures)
     if not cfg.report:
-        if cfg.data != "shapes":
-            splits = (open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val"))
-            check_labels(cfg.data, *splits)
-        units = plan(PRESETS[cfg.preset], methods, seeds)
-        with StopSignals() as signals, held(folder, dict(preset=cfg.preset, data=name)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder("--output-dir", cfg.output_dir)
+        with StopSignals() as signals, held(folder, dict(preset=cfg.preset, data=name, images=images)):
             run_units(cfg, units, folder, path, results, device, signals)
     if not results["records"]:
         return results
-    print("\n" + comparison.report(results, len(plan(PRESETS[cfg.preset], methods, seeds))), flush=True)
-    for stem in comparison.save_figures(results, cfg.figures, path.stem):
+    print("\n" + comparison.report(results, units), flush=True)
+    words = ["--preset", cfg.preset, "--data", cfg.data, "--device", "cpu" if device == "cpu" else "cuda"]
+    words += ["--output-dir", cfg.output_dir] * (cfg.output_dir != Config.output_dir)
+    command = f"python study.py {shlex.join(words)} --report"
+    for stem in comparison.save_figures(results, cfg.figures, path.stem, command):
         print(f"  {stem}.png", flush=True)
     return results
 
 
 def name_of(data):
     """What a file calls the data: "shapes", or the last part of its path. UserError for a count of shapes."""
+    if data == "shapes":
+        return data
     kind, _, argument = data.partition(":")
-    if kind == "shapes" and argument:
+    if kind == "shapes":
         raise UserError(f"--data {data}: expected shapes alone, since the preset says how many")
-    return Path(argument or data).resolve().name
+    name = Path(argument or data).resolve().name
+    if name == "shapes":
+        raise UserError(f"--data {data}: the name shapes is that of the embedded images; give its folder "
+                        f"another, or a link to it")
+    return name
+
+
+def images_of(cfg):
+    """What tells the study's images from others, by their paths; "" for the embedded ones.
+
+    Raises UserError where they cannot be had, or are not fit to be classified.
+    """
+    if cfg.data == "shapes":
+        return ""
+    splits = [open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val")]
+    check_labels(cfg.data, *splits)
+    return hashlib.sha256(b"".join(fingerprint(split).numpy().tobytes() for split in splits)).hexdigest()
 
 
 def parse_seeds(text):
@@ -361,9 +394,10 @@ def held(folder, kind, patience=30.0):
         about = folder / "study.json"
         found = json.loads(about.read_text()) if about.exists() else kind
         if found != kind:
-            raise UserError(f"{folder} holds a study of --preset {found.get('preset')} on "
-                            f"{found.get('data')}: expected {kind['preset']} on {kind['data']}; name another "
-                            f"--study-dir")
+            same_names = all(found.get(key) == kind[key] for key in ("preset", "data"))
+            raise UserError(f"{folder} holds a study of --preset {found.get('preset')} on {found.get('data')}"
+                            f"{' (other images)' * same_names}: expected {kind['preset']} on {kind['data']}; "
+                            f"name another --study-dir")
         write_json(about, kind)
         yield
 
@@ -373,13 +407,18 @@ def run_units(cfg, units, folder, path, results, device, signals):
     preset, began = PRESETS[cfg.preset], time.monotonic()
     jobs = 1 if device == "gpu" else cfg.jobs
     commit = source_commit()                                            # of this process to its end
+    part = dict(units=0, jobs=jobs, seconds=0)                          # this call's
+
+    def keep():
+        """Write the results as they are."""
+        write_atomically(path, lambda file: file.write(as_text(results).encode()))
 
     def note(unit, seconds, **more):
         """Add a unit's record if it is finished; whether it is. more is known of its environment."""
         found = read_record(unit, flags_of(preset, unit), folder_of(folder, unit), seconds)
         if found:
             add_record(results, found[0], found[1] | more)
-            write_atomically(path, lambda file: file.write(as_text(results).encode()))
+            keep()
         return found is not None
 
     left = what_is_left(cfg, units, folder, {unit_of(record) for record in results["records"]}, note)
@@ -390,18 +429,21 @@ def run_units(cfg, units, folder, path, results, device, signals):
     if device == "cpu":                                                 # on a GPU it might be looked at here
         torch.use_deterministic_algorithms(False)                       # loads what every fork would load
     costs = measure(cfg, left, results, folder, jobs)
-    print(f"about {duration(sum(costs[unit.stage] for unit in left) / jobs)} for them, {jobs} at a time",
+    print(f"about {duration(sum(cost_of(unit, costs) for unit in left) / jobs)} for them, {jobs} at a time",
           flush=True)
 
-    running, finished, printed = {}, 0, time.monotonic()
+    running, printed = {}, time.monotonic()
+    results["parts"].append(part)
     signals.start()
     while left or running:
         if signals.number or cfg.minutes and time.monotonic() - began > 60 * cfg.minutes:
             stop(running)
             signals.release()
-            text = f"{finished} units finished in this part, {len(left) + len(running)} left"
+            part["seconds"] = round(time.monotonic() - began)
+            keep()
+            text = f"{part['units']} units finished in this part, {len(left) + len(running)} left"
             if signals.number:
-                leave(f"stopped: signal {signals.number}: {text}; the same command goes on",
+                leave(None, f"stopped: signal {signals.number}: {text}; the same command goes on",
                       128 + signals.number)
             print(f"stopped after {cfg.minutes:g} minutes: {text}; the same command goes on", flush=True)
             return
@@ -412,24 +454,27 @@ def run_units(cfg, units, folder, path, results, device, signals):
             went_on = (folder_of(folder, unit) / "last.pt").exists()
             running[unit] = start(cfg, unit, folder), time.monotonic(), went_on
             continue
-        multiprocessing.connection.wait([process.sentinel for process, _, _ in running.values()], timeout=1.0)
+        multiprocessing.connection.wait([process.sentinel for process, _, _ in running.values()], timeout=0.2)
+        if signals.number:                                              # Ctrl-C reaches the units as well
+            continue
         for unit, (process, started, went_on) in list(running.items()):
             if process.is_alive():
                 continue
             process.join()
             del running[unit]
             seconds = time.monotonic() - started
+            part |= dict(units=part["units"] + 1, seconds=round(time.monotonic() - began))
             if process.exitcode or not note(unit, None if went_on else seconds, commit=commit):
                 stop(running)
                 raise failure(unit, process.exitcode, folder)
-            finished += 1
             print(f"{unit.method}, seed {unit.seed}, {unit.stage}: {duration(seconds)}", flush=True)
             costs, printed = renewed(costs, results, left + list(running)), 0.0
         if time.monotonic() - printed > 30:
             printed = time.monotonic()
-            gone = sum(min(printed - started, costs[unit.stage]) for unit, (_, started, _) in running.items())
-            rest = (sum(costs[unit.stage] for unit in left + list(running)) - gone) / jobs
-            print(f"{finished} of {finished + len(left) + len(running)} units  "
+            gone = sum(min(printed - started, cost_of(unit, costs))
+                       for unit, (_, started, _) in running.items())
+            rest = (sum(cost_of(unit, costs) for unit in left + list(running)) - gone) / jobs
+            print(f"{part['units']} of {part['units'] + len(left) + len(running)} units  "
                   f"{duration(printed - began)} gone, about {duration(rest)} left", flush=True)
     signals.release()
 
@@ -462,12 +507,13 @@ def start(cfg, unit, folder, *more):
 
 
 def failure(unit, code, folder):
-    """What to raise where a unit ended with this code: UserError for 2, with the last line that it said."""
+    """What to raise where a unit ended with this code: UserError for 2, with its last error in one line."""
     output = folder_of(folder, unit) / "output.txt"
-    said = output.read_text().strip().splitlines()
+    lines = [" ".join(line.split()) for line in output.read_text().splitlines() if line.strip()]
+    first = max((i for i, line in enumerate(lines) if line.startswith("error: ")), default=len(lines) - 1)
+    said = "; ".join(lines[max(first, 0):]).removeprefix("error: ") or "it said nothing"
     kind = UserError if code == 2 else Fault
-    return kind(f"{unit.method}, seed {unit.seed}, {unit.stage} ended with code {code} ({output}): "
-                f"{said[-1].removeprefix('error: ') if said else 'it said nothing'}")
+    return kind(f"{unit.method}, seed {unit.seed}, {unit.stage} ended with code {code} ({output}): {said}")
 
 
 def stop(running):
@@ -489,16 +535,22 @@ def renewed(costs, results, units):
     return costs
 
 
+def cost_of(unit, costs):
+    """Seconds of a unit, of those of the stages; the random encoder is only written."""
+    return 0 if (unit.method, unit.stage) == ("random", "pretrain") else costs[unit.stage]
+
+
 TRIAL_STEPS = 6
 
 
 def measure(cfg, units, results, folder, jobs):
     """Seconds that a unit of each stage takes: of those that are finished, or from a few steps of each stage.
 
-    The steps run as many at a time as the units will. A probe's time is that of its forward passes, a third
-    of a step of fine-tuning each, and as much again for what follows them.
+    The steps run as many at a time as the units will, once a study. A probe's time is that of its forward
+    passes, a third of a step of fine-tuning each, and as much again for what follows them.
     """
-    costs = renewed({}, results, units)
+    path = folder / "costs.json"
+    costs = renewed(json.loads(path.read_text()) if path.exists() else {}, results, units)
     if all(unit.stage in costs for unit in units):
         return costs
     print(f"measuring {TRIAL_STEPS} steps of pre-training and of fine-tuning", flush=True)
@@ -520,6 +572,8 @@ def measure(cfg, units, results, folder, jobs):
         given = parse(MODULES[stage].Config, PRESETS[cfg.preset][stage].split())
         seen = 2 * min(given.layer_images, num_samples) if stage == "layers" else 1.2 * num_samples
         costs[stage] = before + 2 * seen / (3 * rates["finetune"])
+    shutil.rmtree(trial)
+    write_json(path, costs)
     return costs
 
 

@@ -182,16 +182,19 @@ def verdict(metric):
 
 
 def origin(results, planned):
-    """Where a study's numbers come from and what they took; planned is the number of units it is to have."""
+    """Where a study's numbers come from and how long they took; planned are the units that it is to have."""
     seeds = sorted({record["seed"] for record in results["records"]})
     where = "; ".join(dict.fromkeys(f"{found['device']}, {found['cpus']} cores, PyTorch {found['torch']}"
                                     for found in results["environments"]))
-    done = len(results["records"])
-    state = f", {done} of {planned} units so far" if planned > done else ""
-    seconds = [record["seconds"] for record in results["records"]]
-    took = ""
-    if None not in seconds:                                             # a cut one has none
-        took = f" The durations of its {done} units add up to {duration(sum(seconds))}."
+    done = {(record["method"], record["seed"], record["stage"]) for record in results["records"]}
+    lacking = len(set(planned) - done)
+    state = f", {len(planned) - lacking} of {len(planned)} units so far" if lacking else ""
+    parts, took = results["parts"], ""
+    known = all(record["seconds"] for record in results["records"])     # that of a unit that was cut is not
+    if known and sum(part["units"] for part in parts) == len(done):
+        jobs = " or ".join(map(str, sorted({part["jobs"] for part in parts})))
+        seconds = sum(part["seconds"] for part in parts)
+        took = f" {len(done)} units took {duration(seconds)}, {jobs} at a time."
     return (f"Preset {results['preset']} on {results['data']}, seeds {', '.join(map(str, seeds))}{state}; "
             f"measured on {where}.{took}")
 
@@ -206,8 +209,18 @@ def summary(results, planned):
         cells = [short(metric.values.get(method, {})) for metric in metrics]
         if any(cells):
             lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n\n".join([origin(results, planned), "\n".join(lines), *sentences(metrics)])
+
+
+def sentences(metrics):
+    """The verdicts as a list, and what to think of so many of them; nothing where there are none."""
     said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
-    return "\n\n".join([origin(results, planned), "\n".join(lines), "\n".join(said)])
+    count = sum(found.half is not None for metric in metrics for found in differences(metric).values())
+    if said:
+        yield "\n".join(said)
+    if count:
+        yield (f"Each interval is for one comparison. Of {count}, {count / 20:.1f} would exclude 0 by chance "
+               f"if no row differed from {BASE}; as all share {BASE}'s runs, such chances come together.")
 
 
 def short(values):
@@ -219,7 +232,7 @@ def short(values):
 
 
 def report(results, planned):
-    """All tables and sentences of a study as Markdown; planned is the number of units it is to have."""
+    """All tables and sentences of a study as Markdown; planned are the units that it is to have."""
     metrics = metrics_of(results)
     parts = [origin(results, planned)]
     for metric in metrics:
@@ -230,12 +243,7 @@ def report(results, planned):
         parts.append("The spread above is over seeds. The validation images are a sample too, the same one "
                      "for every method from a seed: one standard error of an accuracy from it alone is, for "
                      + "; ".join(errors) + ".")
-    said = [f"- {text}" for metric in metrics if (text := verdict(metric))]
-    if said:
-        parts.append("\n".join(said))
-        count = sum(found.half is not None for metric in metrics for found in differences(metric).values())
-        parts.append(f"Each interval is for one comparison. Of {count}, {count / 20:.1f} would exclude 0 by "
-                     f"chance if no row differed from {BASE}.")
+    parts += sentences(metrics)
     for label in labels_of(results):
         parts.append("\n".join(layer_table(results, label)))
     if text := weights_text(results):
@@ -293,9 +301,11 @@ def figures_of(results):
     return {name: figure for name, figure in found.items() if figure.panels}
 
 
-def save_figures(results, folder, stem):
-    """Draw the figures into a folder, under names that begin with stem; returns them without their ends."""
-    command = f"python study.py --preset {results['preset']} --data {results['data']} --report"
+def save_figures(results, folder, stem, command):
+    """Draw the figures into a folder, under names that begin with stem; returns them without their ends.
+
+    command is the one that draws them, which they show.
+    """
     figures = {f"{folder}/{stem}_{name}": figure for name, figure in figures_of(results).items()}
     for path, figure in figures.items():
         save(figure, path, command)

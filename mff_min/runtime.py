@@ -485,7 +485,10 @@ def own_words(error):
 
 
 def leave(error, text, code):
-    """Print why to stderr, unless another rank has done so, and end the process."""
+    """Print why to stderr, unless another rank has done so of this error, and end the process.
+
+    error is None where nothing was raised.
+    """
     sys.stdout.flush()
     if not getattr(error, "told", False):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def write_tensors(path, content, previous=None):
 def save_checkpoint(folder, state):
     """Write last.pt; the one before becomes previous.pt, so that there is always a whole one."""
     write_tensors(Path(folder) / "last.pt", state, previous="previous.pt")
+
+
+def make_folder(flag, path):
+    """Make the folder that a flag names, if it is not there. UserError where it cannot be written to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------- reading

@@ -149,7 +149,8 @@ def table(group):
 
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
           "finetune_shapes_cpu": finetune_shapes_cpu, "faults_cpu": faults_cpu}
-STUDIES = ("study_shapes_cpu", "study_shapes_cpu_minutes", "study_imagenette_cpu_minutes")
+STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_shapes_cpu_minutes",
+           "study_imagenette_cpu_minutes")
 MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
 
@@ -162,8 +163,13 @@ def draw(folder):
     with contextlib.chdir(ROOT):                                        # the figures name results/
         for flags in FIGURES:
             analyze.main(parse(analyze.Config, [*flags.split(), "--output-dir", str(folder)]))
-    for path in sorted((ROOT / "results").glob("study_*.json")):
-        comparison.save_figures(json.loads(path.read_text()), folder, path.stem)
+    for name in STUDIES:
+        path = ROOT / "results" / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            command = (f"python study.py --preset {found['preset']} --data {found['data']} --device cpu "
+                       f"--output-dir results --report")
+            comparison.save_figures(found, folder, name, command)
 
 
 def of_study(name):
@@ -172,7 +178,7 @@ def of_study(name):
     if not path.exists():
         return "Not run."
     result = json.loads(path.read_text())
-    planned = len(study.plan(study.PRESETS[result["preset"]], list(study.METHODS), [0, 1, 2]))
+    planned = study.plan(study.PRESETS[result["preset"]], list(study.METHODS), [0, 1, 2])
     if name.startswith("summary_"):
         return comparison.summary(result, planned)
     figures = [f"![{figure.title}](figures/{name}_{kind}.svg)"

@@ -314,6 +314,16 @@ def test_a_pack_that_is_killed_goes_on_to_the_same_bytes(folder):
     assert content(packing(folder, to="killed")) == want
 
 
+def test_an_interrupted_pack_says_so_in_a_line_and_goes_on(folder, capfd, monkeypatch):
+    want = content(packing(folder, to="whole"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(pack, "announce", lambda *rest: signal.raise_signal(signal.SIGINT))
+        packing(folder, to="cut")
+    assert stop.value.code == 130
+    assert capfd.readouterr().err == "stopped: interrupted; the same line goes on from there\n"
+    assert content(packing(folder, to="cut")) == want
+
+
 def test_a_pack_that_is_killed_when_it_is_done_leaves_no_journal_behind(folder):
     want = content(packing(folder))
     output = packing(folder)

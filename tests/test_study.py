@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from run_folders import same_bits
 
 import study
@@ -70,7 +72,8 @@ def results():
         run["fusion"] = [[1, *[1 / 6] * 6], [40, 0.3 - seed / 10, 0.2, 0.2, 0.1, 0.1, 0.1 + seed / 10]]
         records.append(run)
     environment = dict(device="cpu", cpus=2, torch="2.0")
-    return dict(preset="minutes", data="shapes", environments=[environment], records=records)
+    parts = [dict(units=7, jobs=2, seconds=5), dict(units=2, jobs=2, seconds=60)]
+    return dict(preset="minutes", data="shapes", parts=parts, environments=[environment], records=records)
 
 
 def test_a_table_has_mean_deviation_n_and_the_paired_difference(results):
@@ -101,27 +104,34 @@ def test_a_sentence_says_what_can_be_told_and_what_cannot(results):
 
 
 def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(results):
-    text = comparison.report(results, 12)
-    assert text.startswith("Preset minutes on shapes, seeds 0, 1, 9 of 12 units so far; measured on cpu, 2 ")
+    units = [study.unit_of(each) for each in results["records"]]
+    planned = [*units[2:], study.Unit("MFF_4", 0, "layers"), study.Unit("MFF_4", 1, "layers")]
+    text = comparison.report(results, planned)                          # two more are done: no matter
+    assert text.startswith("Preset minutes on shapes, seeds 0, 1, 7 of 9 units so far; measured on cpu, 2 co")
     p = (0.31 + 0.341 + 0.29) / 3
     error = 100 * math.sqrt(p * (1 - p) / 400)
     assert f"shape, linear: {error:.2f} points of 400 images, chance 10.0 %" in text
     assert "| MFF_MAE | 22.0 | 34.1 |" in text                          # of both layers
-    assert "2 cores, PyTorch 2.0. The durations of its 9 units add up to 0:00:09.\n" in text
-    assert "so far" not in comparison.report(results, 9)
+    assert "2 cores, PyTorch 2.0. 9 units took 0:01:05, 2 at a time.\n" in text
+    assert "so far" not in comparison.report(results, units)
     results["records"][3]["seconds"] = None                             # this one was cut
-    assert "durations" not in comparison.report(results, 9)
+    assert "took" not in comparison.report(results, units)
     # Blocks 2 and 4 end at 0.2; block 0 at 0.3 and 0.2, the last at 0.1 and 0.2.
     assert "MFF_MAE (equal: 0.167): block 0 (0.250), 2 (0.200), 4 (0.200)." in text
 
 
+def test_readme_and_report_say_what_so_many_comparisons_are_worth(results):
+    want = "Of 1, 0.1 would exclude 0 by chance if no row differed from MAE; as all share MAE's runs, such "
+    assert want in comparison.summary(results, []) and want in comparison.report(results, [])
+
+
 def test_a_report_of_the_first_units_and_of_a_torn_log_is_whole(results):
     first = dict(results, records=results["records"][-1:])              # one encoder, not yet measured
-    assert comparison.summary(first, 9) == comparison.origin(first, 9)
-    assert "for ." not in comparison.report(first, 9)
+    assert comparison.summary(first, []) == comparison.origin(first, [])
+    assert "for ." not in comparison.report(first, [])
     assert list(comparison.figures_of(first)) == ["loss", "weights"]
     first = dict(results, records=[record("MAE", 0, "finetune", acc1=50.0)])
-    assert comparison.report(first, 9) == comparison.origin(first, 9)   # chance is not known yet
+    assert comparison.report(first, []) == comparison.origin(first, []) # chance is not known yet
     del results["records"][-1]["loss"][1]
     assert comparison.figures_of(results)["loss"].panels[0].series[0].points == [(40.0, 0.4)]
 
@@ -171,13 +181,19 @@ def test_every_flag_of_every_preset_is_one_of_its_stage(preset):
         assert settings.seed == 0 and settings.resume == "auto"
 
 
-def test_all_methods_share_all_settings_but_the_two_that_make_them():
-    cfg = parse(study.Config, [])
-    settings = [vars(parse(study.train_pretrain.Config,
-                           study.command_of(cfg, study.Unit(method, 0, "pretrain"), ROOT)))
+OWN = dict(pretrain={"out_indices", "detach_shallow", "low_pass_radius", "crop"},
+           layers={"layer_baselines"})                                  # pixels are in random's
+
+
+@pytest.mark.parametrize("preset, stage", [(preset, stage) for preset, flags in study.PRESETS.items()
+                                           for stage in flags if stage in study.MODULES])
+def test_all_methods_share_all_settings_but_those_that_make_them(preset, stage):
+    cfg = parse(study.Config, ["--preset", preset])
+    settings = [vars(parse(study.MODULES[stage].Config,
+                           study.command_of(cfg, study.Unit(method, 0, stage), ROOT)))
                 for method in study.METHODS]
     differ = {name for name in settings[0] if len({str(each[name]) for each in settings}) > 1}
-    assert differ == {"out_indices", "detach_shallow", "low_pass_radius", "crop", "output_dir"}
+    assert differ - {"output_dir", "checkpoint"} == OWN.get(stage, set())
 
 
 def test_all_methods_start_from_the_same_encoder():
@@ -198,6 +214,8 @@ def test_curves_keep_at_most_a_hundred_points_with_both_ends():
 def test_data_is_named_by_the_last_part_of_its_path():
     assert study.name_of("shapes") == "shapes" and study.name_of("cifar10:DIR/c10/") == "c10"
     assert study.name_of("runs/data/imagenette/") == "imagenette"
+    with pytest.raises(UserError, match="the name shapes is that of the embedded images"):
+        study.name_of("runs/data/shapes")
 
 
 # ---------------------------------------------------------------- bad input
@@ -223,10 +241,10 @@ def test_results_of_another_study_are_refused(tmp_path):
         records = [dict(unit._asdict(), flags=flags or study.flags_of(study.PRESETS["minutes"], unit))]
         path = tmp_path / "study.json"
         settings = dict(shapes="shapes:10000" if preset == "minutes" else "shapes:7")
-        found = dict(preset=preset, data=data, settings=settings, records=records)
+        found = dict(preset=preset, data=data, images="", settings=settings, records=records)
         path.write_text(text or json.dumps(found))
         try:
-            study.read_results(path, "shapes", parse(study.Config, []))
+            study.read_results(path, "shapes", "", parse(study.Config, []))
         except UserError as error:
             return str(error)
     assert refused() is None
@@ -260,15 +278,20 @@ def test_two_studies_do_not_work_in_one_folder(tmp_path):
 BATCH = "--global-batch 16 --batch-size 16"
 TINY = dict(shapes="shapes:100", ablation=("pretrain",),
             pretrain="--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
-                     f"--decoder-num-heads 2 {BATCH} --steps 40 --lr 1e-3",
+                     f"--decoder-num-heads 2 {BATCH} --steps 80 --lr 1e-3",
             layers="--layers 11 --layer-images 20 --pool avg",
             finetune=f"{study.TUNE} {BATCH} --steps 2 --lr 1e-3")
+# The study's clock is an hour ahead as soon as there is a file "late" in its folder.
 SCRIPT = f"""
+import os, sys, time, types
 import study
 from mff_min.config import parse
 from mff_min.runtime import run
 study.PRESETS["minutes"] = {TINY}
-run(study.main, parse(study.Config))
+cfg = parse(study.Config)
+study.time = types.SimpleNamespace(
+    sleep=time.sleep, monotonic=lambda: time.monotonic() + 3600 * os.path.exists(cfg.study_dir + "/late"))
+run(study.main, cfg)
 """
 
 
@@ -281,8 +304,8 @@ def flags_in(folder, cache, *flags):
 def begin(folder, cache, *flags):
     """A process that carries out a tiny study in folder."""
     command = [sys.executable, "-c", SCRIPT, *flags_in(folder, cache, *flags)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process, code=0):
@@ -297,52 +320,104 @@ def results_in(folder):
 
 def without_times(results):
     """What two equal studies must share."""
-    return {study.unit_of(each): dict(each, seconds=0, metrics=dict(each["metrics"], seconds=0))
-            for each in results["records"]}
+    return {study.unit_of(each): dict(each, seconds=0) for each in results["records"]}
 
 
-def test_a_killed_study_goes_on_to_the_same_numbers_and_nothing_is_done_twice(tmp_path, cache, monkeypatch,
-                                                                         capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    said = finish(begin(whole, cache, "--methods", "MAE,random"))
-    assert "6 units, 6 of them left" in said and "for them, 2 at a time" in said and "| MAE | 1 |" in said
-    found = results_in(whole)
-    assert len(found["records"]) == 6 and found["environments"][0]["device"] == "cpu"
-    pretrained = next(each for each in found["records"] if "loss" in each and each["stage"] == "pretrain")
-    assert pretrained["loss"][-1][0] == 40 and pretrained["seconds"] > 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """The folder of a tiny study of three methods that was never stopped, and what it said."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, finish(begin(folder, cache, "--methods", "MAE,MFF_MAE,random"))
+
+
+def test_a_study_keeps_what_its_stages_measured(whole):
+    folder, said = whole
+    assert "9 units, 9 of them left" in said and "for them, 2 at a time" in said and "| MAE | 1 |" in said
+    found = results_in(folder)
+    assert len(found["records"]) == 9 and found["environments"][0]["device"] == "cpu"
+    assert found["parts"] == [dict(units=9, jobs=2, seconds=found["parts"][0]["seconds"])]
+    trained = {each["method"]: each for each in found["records"] if each["stage"] == "pretrain"}
+    assert trained["MAE"]["loss"][-1][0] == 80 and trained["MAE"]["seconds"] > 0
+    assert "fusion" not in trained["MAE"]
+    step, *weights = trained["MFF_MAE"]["fusion"][-1]
+    assert step == 80 and len(weights) == 6 and sum(weights) == pytest.approx(1, abs=1e-4)
     kinds = {row["kind"] for each in found["records"] for row in each["metrics"].get("rows", ())}
     assert kinds == {"trained", "pixels", "chance"}
-    assert (whole / "f" / "study_shapes_cpu_minutes_loss.png").exists()
+    assert (folder / "f" / "study_shapes_cpu_minutes_loss.png").exists()
+    assert not (folder / "s" / "trial").exists()
 
     # The random encoder is what pre-training starts from, and so are the probe's own random weights.
-    rows = json.loads((whole / "s" / "random" / "seed0" / "layers" / "metrics.json").read_text())["rows"]
+    rows = json.loads((folder / "s" / "random" / "seed0" / "layers" / "metrics.json").read_text())["rows"]
     trained, random = ([row["acc1"] for row in rows if row["kind"] == kind] for kind in ("trained", "random"))
     assert trained == random != []
 
-    process = begin(cut, cache, "--methods", "MAE")
-    log = cut / "s" / "MAE" / "seed0" / "pretrain" / "log.jsonl"
+
+@pytest.mark.parametrize("way, code, words", [
+    ("SIGKILL", -9, ""),
+    ("SIGTERM", 143, "stopped: signal 15: "),
+    ("SIGINT", 130, "stopped: signal 2: "),
+    ("minutes", 0, "stopped after 30 minutes: "),
+])
+def test_a_study_that_is_stopped_goes_on_to_the_same_numbers_and_repeats_nothing(tmp_path, cache, whole, way,
+                                                                                 code, words):
+    flags = ["--methods", "MAE", "--minutes", "30"]
+    unit, process = tmp_path / "s" / "MAE" / "seed0" / "pretrain", begin(tmp_path, cache, *flags)
     until = time.monotonic() + 300
-    while not (log.exists() and '"step": 20' in log.read_text()):
+    while not ((log := unit / "log.jsonl").exists() and '"step": 20' in log.read_text()):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    finish(begin(cut, cache, "--methods", "MAE"))
-    units = without_times(found)
-    assert without_times(results_in(cut)) == {unit: units[unit] for unit in units if unit.method == "MAE"}
+    if way == "minutes":
+        (tmp_path / "s" / "late").touch()
+    elif way == "SIGINT":                                               # as a terminal sends it
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(process.pid, getattr(signal, way))
+    said = finish(process, code)
+    assert "Traceback" not in said
+    assert not words or f"{words}0 units finished in this part, 3 left; the same command goes on\n" in said
 
-    # On a machine that has the results alone there is nothing left to do.
-    shutil.rmtree(whole / "s")
+    (tmp_path / "s" / "late").unlink(missing_ok=True)
+    said = finish(begin(tmp_path, cache, *flags))
+    assert "3 units, 3 of them left" in said and "measuring" not in said
+    assert re.search(r"^steps [2-7]\d to 80 of 16 images", (unit / "output.txt").read_text(), re.M)
+    found, units = results_in(tmp_path), without_times(results_in(whole[0]))
+    assert without_times(found) == {unit: units[unit] for unit in units if unit.method == "MAE"}
+    assert {each["seconds"] is None for each in found["records"] if each["stage"] == "pretrain"} == {True}
+    assert [part["units"] for part in found["parts"]] == [0, 3][way == "SIGKILL":]
+
+
+def test_where_the_results_are_alone_nothing_is_left_to_do(tmp_path, cache, whole, monkeypatch, capsys):
+    shutil.copytree(whole[0] / "r", tmp_path / "r")
     monkeypatch.setitem(study.PRESETS, "minutes", TINY)
-    study.main(parse(study.Config, flags_in(whole, cache, "--methods", "MAE,random")))
+    study.main(parse(study.Config, flags_in(tmp_path, cache, "--methods", "MAE,random")))
     assert "6 units, 0 of them left" in capsys.readouterr().out
-    assert results_in(whole) == found
-    assert not list((whole / "s").rglob("*.pt"))
+    assert results_in(tmp_path) == results_in(whole[0])
+    assert not list((tmp_path / "s").rglob("*.pt"))
 
 
-def test_a_study_stops_after_so_many_minutes_with_its_state_saved(tmp_path, cache):
-    said = finish(begin(tmp_path, cache, "--methods", "MAE", "--minutes", "0.0001"))
-    assert "stopped after 0.0001 minutes: 0 units finished in this part, 3 left; the same command" in said
+def test_other_images_of_the_same_name_are_another_study(tmp_path, cache, monkeypatch):
+    for place, colour in (("a", "red"), ("b", "blue")):
+        for split in ("train", "val"):
+            for label in ("x", "y"):
+                folder = tmp_path / place / "data" / split / label
+                folder.mkdir(parents=True)
+                Image.new("RGB", (16, 16), colour).save(folder / f"{colour}.png")
+    cfg = parse(study.Config, ["--data", str(tmp_path / "a" / "data"), "--cache-dir", str(cache)])
+    images = study.images_of(cfg)
+    kept = dict(preset="minutes", data="data", images=images, settings=study.PRESETS["minutes"], records=[])
+    (tmp_path / "study_data_cpu_minutes.json").write_text(json.dumps(kept))
+
+    def refused(place):
+        flags = ["--data", str(tmp_path / place / "data"), "--output-dir", str(tmp_path), "--device", "cpu",
+                 "--study-dir", str(tmp_path / "s"), "--figures", str(tmp_path / "f")]
+        with pytest.raises(UserError) as caught:
+            study.main(parse(study.Config, flags))
+        return str(caught.value)
+    assert "is of other images that are called data too" in refused("b")
+    (tmp_path / "study_data_cpu_minutes.json").unlink()
+    with study.held(tmp_path / "s", dict(preset="minutes", data="data", images=images)):
+        pass
+    assert "holds a study of --preset minutes on data (other images)" in refused("b")
 
 
 def test_a_unit_that_fails_ends_the_study_with_its_words_and_code(tmp_path, cache):
