@@ -44,7 +44,7 @@ class Config:
     runs: tuple[str, ...] = opt(REQUIRED, "folders of runs, or records of them")
     figures: str = opt("all", "of the list above, separated by commas; all: those that the runs tell enough "
                               "for")
-    names: str = opt("", "of the runs, separated by commas; not given: those of their folders")
+    names: str = opt("", "of the runs, separated by commas; not given: those of their folders, as far as they differ")
     data: str = opt("", "images to look at, as --data of the stages; not given: the first run's")
     images: int = opt(256, "how many of them at most, spread over the validation images", least=4)
     batch_size: int = opt(64, "images of a minibatch; cka sums over minibatches", least=4)
@@ -222,12 +222,18 @@ def missing(figure, each):
 
 
 def short_names(paths):
-    """The last part of each path, or where that is the same of two, the last two parts."""
-    paths = [Path(path).resolve() for path in paths]
-    names = [path.name.removesuffix(".json") for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
+    """As many last parts of each path as tell them apart, without .json and without an end that all share.
+
+    The same path twice has the same name twice.
+    """
+    parts = [Path(path).resolve().parts for path in paths]
+    while len(parts) > 1 and len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]                           # a/pretrain, b/pretrain: a, b
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*each[-count:])).removesuffix(".json") for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def colours(runs):
@@ -259,8 +265,10 @@ def main(cfg):
     """Draw the figures that cfg asks for; returns {figure: path of its .png}."""
     check_ranges(cfg)
     names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
+    if not cfg.names and len(set(names)) < len(names):
+        raise UserError(f"{' '.join(cfg.runs)}: expected runs whose paths differ, or --names")
     if len(names) != len(cfg.runs) or len(set(names)) < len(names):
-        raise UserError(f"--names {','.join(names)}: expected {len(cfg.runs)} names that differ, one a run")
+        raise UserError(f"--names {cfg.names}: expected {len(cfg.runs)} names that differ, one a run")
     runs = [open_run(path, name, print) for path, name in zip(cfg.runs, names, strict=True)]
     if cfg.record:
         if len(runs) > 1 or not cfg.record.endswith(".json"):

@@ -203,6 +203,18 @@ def test_a_record_draws_what_its_folder_draws(tmp_path):
     assert [found[0][name]["panels"] for name in found[0]] == [found[1][name]["panels"] for name in found[1]]
 
 
+@pytest.mark.parametrize("paths, names", [
+    ("x/mff", "mff"), ("results/demo.json", "demo"), ("x/mff x/mae", "mff mae"),
+    ("x/MAE/seed0/pretrain x/MFF_MAE/seed0/pretrain", "MAE MFF_MAE"),
+    ("x/MAE/0/pretrain x/MAE/1/pretrain x/MFF/0/pretrain", "MAE/0 MAE/1 MFF/0"),
+    ("x/a/b/last x/c/b/end x/b/last", "a/b/last c/b/end x/b/last"), ("a/x.json b/x.json", "a b"),
+    ("/a /b/a", "/ b"), ("a b/../a", None), ("a a.json", None),
+])
+def test_names_are_as_many_parts_of_paths_as_tell_them_apart(paths, names):
+    found = analyze.short_names(paths.split())
+    assert found == names.split() if names else len(set(found)) == 1
+
+
 # ---------------------------------------------------------------- what encoders do
 
 
@@ -399,7 +411,8 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/sheet --figures reconstructions --rows all", "--rows all: expected numbers such as 0,2"),
     ("BAD/run BAD/sheet --names a", "--names a: expected 2 names that differ, one a run"),
     ("BAD/run BAD/sheet --names a,a", "--names a,a: expected 2 names that differ, one a run"),
-    ("BAD/run BAD/run", "names that differ, one a run"),
+    ("BAD/run BAD/run", "error: BAD/run BAD/run: expected runs whose paths differ, or --names"),
+    ("BAD/run BAD/list/../run", "expected runs whose paths differ, or --names"),
     ("BAD/run BAD/sheet --record BAD/x.json", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/x.txt", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/none/x.json", "BAD/none/x.json cannot be written"),
