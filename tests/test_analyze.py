@@ -184,6 +184,25 @@ def test_probes_of_two_runs_share_a_panel_for_each_label(tmp_path):
     assert found["panels"][0]["ticks"] == ["0", "11", "fused"] and found["note"] == "What is grey is of mae."
 
 
+def test_a_label_that_the_first_run_lacks_has_a_panel(tmp_path):
+    """A run is in the panels of its own labels, with its own number of images in the title."""
+    rows = rows_of_layers(["block 0", "block 11"], 40.0)
+    theirs = [row | dict(label="class" if row["label"] == "texture" else "shape", val_images=50) for row in
+              rows_of_layers(["block 0", "block 11"], 30.0)]
+    for name, of_run in (("a", rows), ("b", theirs)):
+        record = dict(rows=of_run, margins={}, config=dict(model="vit_test", global_batch=8))
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    found = analyzed(tmp_path / "a.json", tmp_path / "b.json", "--output-dir", tmp_path / "out")["layers"]
+    assert {panel["title"]: [line["name"] for line in panel["series"]] for panel in found["panels"]} == {
+        "label: shape": ["a", "b", "random weights", "pixels", "chance"],
+        "label: texture": ["a", "random weights", "pixels", "chance"],
+        "label: class": ["b", "random weights", "pixels", "chance"]}
+    assert found["panels"][2]["series"][0]["points"] == [[0, 30], [1, 29]]
+    assert found["panels"][2]["series"][1]["points"] == [[0, 25], [1, 24]]
+    assert "accuracy on 50 or 100 validation images" in found["title"]
+    assert found["note"] == "What is grey is of a for shape, a for texture, b for class."
+
+
 def test_a_probe_without_baselines_is_drawn_without_them(tmp_path):
     rows = [row for row in rows_of_layers(["block 0"], 40.0) if row["kind"] in ("trained", "chance")]
     config = dict(model="vit_test", global_batch=8)
