@@ -399,6 +399,9 @@ def bad(tmp_path_factory, pretrained):
     make_run(folder / "size", img_size=[32, 32])
     sheets_for(folder / "size", [0])
     (folder / "text.json").write_text("{}")
+    for name, value in (("log", [1, 2]), ("log-object", {"step": 1}), ("config", "model, global_batch")):
+        record = dict(config=dict(model="vit_test", global_batch=8)) | {name.partition("-")[0]: value}
+        (folder / f"{name}.json").write_text(json.dumps(record))
     shutil.copytree(pretrained, folder / "wide")
     make_run(folder / "model", model="vit_g")
     make_run(folder / "levels", out_indices="all")
@@ -411,6 +414,9 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/norun", "BAD/norun is no folder of a run: it holds no config.json"),
     ("BAD/text.json", "BAD/text.json is of no run: its config has no model"),
     ("BAD/config", "BAD/config is of no run: its config has no model"),
+    ("BAD/log.json", "BAD/log.json is of no run: its log is no list of objects"),
+    ("BAD/log-object.json", "BAD/log-object.json is of no run: its log is no list of objects"),
+    ("BAD/config.json", "BAD/config.json is of no run: its config is no object"),
     ("BAD/model", "BAD/model is of a model vit_g: expected one of vit_test, vit_t"),
     ("BAD/levels", "BAD/levels: its log has other levels than the 12 of its --out-indices"),
     ("BAD/indices", "BAD/indices: --out-indices some: expected spread, last, all"),
