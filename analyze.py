@@ -35,6 +35,7 @@ from mff_min.measures import cka, frequencies, patch_distances
 from mff_min.pens import LINES
 from mff_min.records import open_run, read_sheet, write_record
 from mff_min.runtime import pick_ops, run, start_world
+from mff_min.saving import make_folder
 from mff_min.sources import open_data
 
 
@@ -44,7 +45,7 @@ class Config:
     runs: tuple[str, ...] = opt(REQUIRED, "folders of runs, or records of them")
     figures: str = opt("all", "of the list above, separated by commas; all: those that the runs tell enough "
                               "for")
-    names: str = opt("", "of the runs, separated by commas; not given: those of their folders, as far as they differ")
+    names: str = opt("", "of the runs, separated by commas; not given: what tells their paths apart")
     data: str = opt("", "images to look at, as --data of the stages; not given: the first run's")
     images: int = opt(256, "how many of them at most, spread over the validation images", least=4)
     batch_size: int = opt(64, "images of a minibatch; cka sums over minibatches", least=4)
@@ -298,7 +299,7 @@ def draw(cfg, chosen, world):
             del measured["cka"]
         data = cfg.data or runs[0].config["data"]
         source = open_data(data, "val", cfg.cache_dir, print)
-    make_folder(folder)
+    make_folder("--output-dir", folder)                                 # before the long part
     if measured:
         ops = pick_ops(cfg.ops, world.device)
         found, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)
@@ -309,14 +310,6 @@ def draw(cfg, chosen, world):
         save(figure, written[name].with_suffix(""), command(cfg, name, chosen[name]))
         print(f"{written[name]}, .svg, .json")
     return written
-
-
-def make_folder(folder):
-    """Make the folder of the figures. Raises UserError where it cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
 
 
 def command(cfg, figure, runs):

@@ -453,6 +453,13 @@ def test_bad_input_is_one_line_before_anything_is_drawn(bad, capsys, flags, mess
     assert not list(bad.glob("**/figures"))
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_encoders_are_run(pretrained, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "examine", lambda *_: pytest.fail("the encoders were run"))
+    refused(pretrained, "--figures", "spectrum", "--output-dir", "/proc/self")      # not even by root
+    said = capsys.readouterr().err
+    assert said.startswith("error: --output-dir /proc/self cannot be written: ") and said.count("\n") == 1
+
+
 def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path, cache, capsys):
     other = pretrain(tmp_path / "other", cache, "--img-size", "32")
     common = [pretrained, other, "--images", 8, "--cache-dir", cache, "--output-dir", tmp_path / "out"]
