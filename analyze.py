@@ -81,7 +81,9 @@ def draw_weights(cfg, runs):
         panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
     return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
-                  width=800 if len(panels) == 1 else 400)
+                  width=800 if len(panels) == 1 else 400,
+                  note="A weight is no measure of what a level contributes: levels differ in norm, and all "
+                       "but the last pass through a learned projection, which can take up any scale.")
 
 
 def draw_curves(cfg, runs):
@@ -167,8 +169,10 @@ def draw_spectrum(runs, found, about):
     return Figure("Fourier-transformed patch tokens: log amplitude, less that at frequency 0", panels,
                   columns=3 if len(runs) == 1 else 2, width=420, share_y=True,
                   note=f"{about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean over "
-                       f"images and channels after the log. Blocks are before any norm. The last "
-                       f"one, normed, is what transfers; the fused ones, normed, are what the decoder gets.")
+                       f"images and channels after the log. White noise does not lie at 0 in this "
+                       f"measure, so only differences between curves tell something. Blocks are before any "
+                       f"norm. The last one, normed, is what transfers; the fused ones, normed, are what the "
+                       f"decoder gets.")
 
 
 def draw_cka(runs, found, about):

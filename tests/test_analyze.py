@@ -91,6 +91,7 @@ def test_every_row_of_table_4_is_a_panel_of_one_figure(tmp_path):
             want = [[32 * entry["step"], entry["fusion_weights"][i]] for entry in logs[levels]]
             assert line["points"] == want
         assert equal is None or {y for _, y in equal["points"]} == {1 / levels}
+    assert "A weight is no measure of what a level contributes" in found["note"]
 
 
 def test_runs_are_laid_over_one_another_by_images_seen(tmp_path, capsys):
@@ -289,6 +290,7 @@ def test_two_runs_are_compared_on_the_same_images(pretrained, mae, cache, tmp_pa
             for line, more in zip(panel["series"], other["series"], strict=True):
                 np.testing.assert_allclose(line["points"], more["points"], rtol=0, atol=1e-4)
     assert "13 unmasked images" in again["spectrum"]["note"]
+    assert "only differences between curves tell something" in again["spectrum"]["note"]
     alone = analyzed(pretrained, *flags[:-4], "--output-dir", tmp_path, "--batch-size", 13)
     for line, more in zip(found["spectrum"]["panels"][0]["series"], alone["spectrum"]["panels"][0]["series"],
                           strict=True):
