@@ -316,6 +316,57 @@ def test_images_that_cannot_be_read_are_left_out(pretrained, tmp_path, capsys):
         analyzed(pretrained, *flags)
 
 
+@pytest.mark.parametrize("names", ["MFF", "MFF,MAE"])
+def test_a_record_of_encoders_draws_what_they_draw(pretrained, mae, tmp_path, monkeypatch, names):
+    """--record with figures of encoders keeps all that these show, so that results/ needs no encoder."""
+    (tmp_path / "images").mkdir()
+    for i in range(9):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+            tmp_path / "images" / f"{i}.png")
+    runs = [pretrained, mae][:len(names.split(","))]
+    flags = [*runs, "--figures", "spectrum,cka,attention", "--names", names, "--images", 8, "--batch-size", 4,
+             "--data", tmp_path / "images"]
+    monkeypatch.setattr(analyze, "command", lambda *_: "the command")   # its length moves what is below
+    analyzed(*flags, "--output-dir", tmp_path / "a")
+    assert analyzed(*flags, "--record", tmp_path / "features.json", "--output-dir", tmp_path / "none") == {}
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the encoders were run"))
+    assert list(analyzed(tmp_path / "features.json", "--output-dir", tmp_path / "b")) == [
+        "spectrum", "cka", "attention"]
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    assert list(analyzed(tmp_path / "features.json", "--figures", "attention", "--output-dir",
+                         tmp_path / "c")) == ["attention"]
+
+
+def test_a_record_of_encoders_says_what_was_measured_and_no_path(pretrained, mae, cache, tmp_path):
+    path = tmp_path / "features.json"
+    analyzed(pretrained, mae, "--figures", "cka", "--images", 8, "--cache-dir", cache, "--record", path)
+    record = json.loads(path.read_text())
+    assert (record["data"], record["images"], record["batch_size"]) == ("shapes:100", 8, 64)
+    assert [each["name"] for each in record["encoders"]] == [pretrained.name, mae.name]
+    for each in record["encoders"]:
+        assert (each["model"], each["grid"], each["patch_size"]) == ("vit_test", [4, 4], 4)
+        assert np.shape(each["distances"]) == (12, 2) and np.shape(each["amplitudes"]["block 11"]) == (2,)
+    pair, = record["cka"]
+    assert (pair["across"], pair["up"]) == (pretrained.name, mae.name)
+    values = np.array(pair["values"])
+    assert values.shape == (12, 12) and np.array_equal(values, values.round(5))
+    assert {"commit", "torch", "device", "threads"} <= set(record["environment"])
+    assert "argv" not in record["environment"] and str(pretrained.parent) not in path.read_text()
+    found = analyzed(path, "--output-dir", tmp_path / "out")
+    assert {name: figure["command"] for name, figure in found.items()} == {
+        name: f"python analyze.py {path} --figures {name}" for name in ("spectrum", "cka", "attention")}
+
+
+@pytest.mark.parametrize("data, name", [
+    ("shapes:100", "shapes:100"), ("/a/images/", "images"), ("cifar10:/a/cifar", "cifar10:cifar"),
+    ("x/../b", "b"), (".", Path.cwd().name),
+])
+def test_data_is_named_without_its_folders(data, name):
+    assert analyze.name_of(data) == name
+
+
 def test_oblong_images_are_measured(tmp_path, cache):
     folder = pretrain(tmp_path / "oblong", cache, "--img-size", "16x24")
     found = analyzed(folder, "--images", 8, "--cache-dir", cache)
@@ -366,6 +417,14 @@ def test_committed_figures_are_what_results_give(redrawn):
     assert not stale, f"{', '.join(stale)} {STALE}"
 
 
+def test_every_record_of_encoders_in_results_is_drawn(tmp_path):
+    for name in ("features_b.json", "features_a.json", "demo.json", "features_a.txt"):
+        (tmp_path / name).write_text("")
+    assert generated.of_encoders(tmp_path) == ["results/features_a.json --prefix features_a_",
+                                               "results/features_b.json --prefix features_b_"]
+    assert set(generated.of_encoders(ROOT / "results")) <= set(generated.FIGURES)
+
+
 def test_committed_pictures_have_the_pixels_that_results_give(redrawn):
     figures = ROOT / "docs" / "figures"
     pictures = {path.name: Image.open(figures / path.name) for path in redrawn.glob("*.png")}
@@ -378,6 +437,16 @@ def test_committed_pictures_have_the_pixels_that_results_give(redrawn):
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def record_of_two_blocks(**changes):
+    """A record of one encoder of 4 x 4 patches with two blocks of one head."""
+    features = dict(name="a", model="vit_test", grid=[4, 4], patch_size=4, distances=[[1.0], [2.0]],
+                    amplitudes={tap: [0.0, -1.0] for tap in ("block 0", "block 1", "normed")})
+    similarity = dict(across="a", up="a", values=[[1.0, 0.5], [0.5, 1.0]])
+    encoder, pair = ({name: changes.pop(name, value) for name, value in part.items()}
+                     for part in (features, similarity))
+    return dict(data="x", images=8, batch_size=8, encoders=[encoder], cka=[pair]) | changes
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +473,7 @@ def bad(tmp_path_factory, pretrained):
     for name, value in (("log", [1, 2]), ("log-object", {"step": 1}), ("config", "model, global_batch")):
         record = dict(config=dict(model="vit_test", global_batch=8)) | {name.partition("-")[0]: value}
         (folder / f"{name}.json").write_text(json.dumps(record))
+    (folder / "features.json").write_text(json.dumps(record_of_two_blocks()))
     shutil.copytree(pretrained, folder / "wide")
     make_run(folder / "model", model="vit_g")
     make_run(folder / "levels", out_indices="all")
@@ -443,6 +513,14 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/run BAD/sheet --record BAD/x.json", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/x.txt", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/none/x.json", "BAD/none/x.json cannot be written"),
+    ("BAD/wide --figures cka --record BAD/none/x.json", "x.json cannot be written: BAD/none is no folder"),
+    ("BAD/run BAD/sheet --figures weights --record BAD/x.json", "of several runs, --figures of spectrum"),
+    ("BAD/wide --figures cka,weights --record BAD/x.json", "--figures of spectrum, cka, attention alone"),
+    ("BAD/run --figures cka --record BAD/x.json", "--figures cka: BAD/run lacks last.pt or encoder.pt"),
+    ("BAD/features.json BAD/run", "features.json is a record of encoders: expected no other run, no --names"),
+    ("BAD/features.json --names b", "BAD/features.json is a record of encoders: expected no other run"),
+    ("BAD/features.json --record BAD/x.json", "features.json is a record of encoders: expected no other run"),
+    ("BAD/features.json --figures curves", "--figures curves: BAD/features.json lacks log.jsonl"),
     ("BAD/run --images 3", "--images 3: expected 4 or more"),
     ("BAD/wide --figures spectrum --device tpu", "--device tpu: expected auto, cpu"),
     ("BAD/wide --figures spectrum --data /nowhere", "data folder /nowhere does not exist"),
@@ -455,11 +533,33 @@ def test_bad_input_is_one_line_before_anything_is_drawn(bad, capsys, flags, mess
     assert not list(bad.glob("**/figures"))
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_encoders_are_run(pretrained, capsys, monkeypatch):
+@pytest.mark.parametrize("change", [
+    dict(encoders=[]), dict(encoders="a"), dict(encoders=[1]), dict(encoders=[{}]), dict(grid=[4]),
+    dict(grid=4), dict(grid=[8, 8]), dict(distances=[]), dict(distances=[1.0, 2.0]),
+    dict(distances=[[1.0], [1.0, 2.0]]), dict(distances=[[1.0]] * 3), dict(distances=[["far"], ["near"]]),
+    dict(amplitudes=[]), dict(amplitudes={"block 0": [0.0, 1.0], "block 1": [0.0, 1.0]}),
+    dict(patch_size=None), dict(up="b"),
+    dict(values=[[1.0, 0.5]]), dict(values=[[1.0, float("nan")]] * 2), dict(cka=[1]), dict(cka=None),
+], ids=str)
+def test_a_record_of_encoders_that_is_not_whole_is_refused(tmp_path, capsys, change):
+    path, flags = tmp_path / "features.json", ["--output-dir", tmp_path / "out"]
+    path.write_text(json.dumps(record_of_two_blocks(**change)))
+    refused(path, *flags)
+    assert capsys.readouterr().err == f"error: {path} is no whole record of encoders\n"
+    path.write_text(json.dumps(record_of_two_blocks()))
+    assert len(analyzed(path, *flags, "--figures", "cka")) == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--output-dir /proc/self", "--output-dir /proc/self cannot be written: "),     # not even by root
+    ("--record /proc/self/x.json", "--record /proc/self cannot be written: "),
+])
+def test_a_folder_that_cannot_be_written_is_refused_before_encoders_are_run(pretrained, cache, capsys,
+                                                                            monkeypatch, flags, message):
     monkeypatch.setattr(analyze, "examine", lambda *_: pytest.fail("the encoders were run"))
-    refused(pretrained, "--figures", "spectrum", "--output-dir", "/proc/self")      # not even by root
+    refused(pretrained, "--figures", "spectrum", "--cache-dir", cache, *flags.split())
     said = capsys.readouterr().err
-    assert said.startswith("error: --output-dir /proc/self cannot be written: ") and said.count("\n") == 1
+    assert said.startswith(f"error: {message}") and said.count("\n") == 1
 
 
 def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path, cache, capsys):
@@ -472,6 +572,12 @@ def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path,
     assert not (tmp_path / "out").exists()
     assert "cka" not in analyzed(*common)                               # the others are drawn
     assert "cka: left out, it needs runs of one size" in capsys.readouterr().out
+    path = tmp_path / "features.json"
+    refused(*common, "--figures", "cka", "--record", path)
+    assert analyzed(*common, "--figures", "spectrum,cka,attention", "--record", path) == {}
+    assert "cka: left out, it needs runs of one size" in capsys.readouterr().out
+    assert list(analyzed(path, "--output-dir", tmp_path / "out")) == ["spectrum", "attention"]
+    assert f"cka: without {path}, which lacks cka: it was recorded without" in capsys.readouterr().out
 
 
 def test_the_script_runs_from_the_shell(tmp_path):
