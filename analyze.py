@@ -3,6 +3,8 @@
     python analyze.py runs/mff                                          all that this run has material for
     python analyze.py runs/mff runs/mae --figures spectrum,cka          these two, of two runs
     python analyze.py runs/mff --record results/mff.json                what its log tells, in one small file
+    python analyze.py runs/mff runs/mae --figures spectrum,cka,attention --record results/features.json
+    python analyze.py results/features.json                             the same three, without the encoders
 
 A RUN is the folder of a run, or a file that --record wrote, or metrics.json of a probe. The figures:
 
@@ -16,25 +18,28 @@ A RUN is the folder of a run, or a file that --record wrote, or metrics.json of 
 
 Each is written as .png, as .svg, which has a dark palette too, and as .json, the numbers in it. The last
 three look at unmasked images: the evaluation crop of the first run's validation images, or of what --data
-names. A block's features are its own output, before any norm.
+names. A block's features are its own output, before any norm. Where --figures names some of these three,
+--record keeps what they show instead of the log: spectrum and attention in any case, cka where it is named
+and the encoders are of one size. Such a record is drawn alone, under the names that its runs had.
 """
 
 import math
+import os
 import shlex
 from dataclasses import dataclass, fields
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from mff_min.chart import Figure, HeatMap, Panel, Series, Tiles, save
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
-from mff_min.examine import difference_of_sizes, examine, open_subject
+from mff_min.examine import Findings, difference_of_sizes, examine, open_subject, similarities
 from mff_min.layers import figure_of_layers
-from mff_min.measures import cka, frequencies, patch_distances
+from mff_min.measures import frequencies, patch_distances
 from mff_min.pens import LINES
-from mff_min.records import open_run, read_sheet, write_record
-from mff_min.runtime import pick_ops, run, start_world
+from mff_min.records import open_run, read_sheet, record_of_encoders, record_of_run, write_record
+from mff_min.runtime import describe_environment, pick_ops, run, start_world
+from mff_min.saving import make_folder
 from mff_min.sources import open_data
 
 
@@ -44,7 +49,7 @@ class Config:
     runs: tuple[str, ...] = opt(REQUIRED, "folders of runs, or records of them")
     figures: str = opt("all", "of the list above, separated by commas; all: those that the runs tell enough "
                               "for")
-    names: str = opt("", "of the runs, separated by commas; not given: those of their folders")
+    names: str = opt("", "of the runs, separated by commas; not given: what tells their paths apart")
     data: str = opt("", "images to look at, as --data of the stages; not given: the first run's")
     images: int = opt(256, "how many of them at most, spread over the validation images", least=4)
     batch_size: int = opt(64, "images of a minibatch; cka sums over minibatches", least=4)
@@ -54,7 +59,8 @@ class Config:
     # these change only how they are made
     output_dir: str = knob("", "folder of the figures; not given: RUN/figures, or runs/figures of several")
     prefix: str = knob("", "what the names of the files begin with")
-    record: str = knob("", "instead of figures, write what one run's log and metrics tell to this .json")
+    record: str = knob("", "instead of figures, write what they are drawn from to this .json: one run's log "
+                           "and metrics, or with --figures of encoders what these show, of any runs")
     workers: int = knob(0, "loader processes", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
@@ -80,7 +86,9 @@ def draw_weights(cfg, runs):
         panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
     return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
-                  width=800 if len(panels) == 1 else 400)
+                  width=800 if len(panels) == 1 else 400,
+                  note="A weight is no measure of what a level contributes: levels differ in norm, and all "
+                       "but the last pass through a learned projection, which can take up any scale.")
 
 
 def draw_curves(cfg, runs):
@@ -140,14 +148,14 @@ def draw_layers(cfg, runs):
 # ---------------------------------------------------------------- figures from encoders
 
 
-def draw_spectrum(runs, found, about):
+def draw_spectrum(found):
     """Two panels a run, of blocks and of the last layer, and one of the highest frequency over the depth."""
     labels = "frequency, units of pi a patch", "relative log amplitude"
     panels, highest = [], []
-    for each, findings, colour in zip(runs, found, colours(runs), strict=True):
-        along = frequencies(findings.grid)
+    for each, colour in zip(found.encoders, colours(found.encoders), strict=True):
+        along = frequencies(each.grid)
         curves = {tap: [(x, y - values[0]) for x, y in zip(along, values, strict=True)]
-                  for tap, values in findings.amplitudes.items()}
+                  for tap, values in each.amplitudes.items()}
         blocks = [tap for tap in curves if tap.startswith("block")]
         depth = len(blocks)
         series = [Series(tap, curves[tap], (), i / (depth - 1)) for i, tap in enumerate(blocks)]
@@ -158,44 +166,46 @@ def draw_spectrum(runs, found, about):
         title = "before and after fusion" if "fused" in curves else "no fusion"
         panels.append(Panel(f"{each.name}: {title}", *labels, None, series, zero=False))
         points = [(i, curves[tap][-1][1]) for i, tap in enumerate(blocks)]
-        highest.append(Series(each.name if len(runs) > 1 else "", points, (), colour))
-    ends = sorted({f"{frequencies(findings.grid)[-1]:.3f}" for findings in found})
+        highest.append(Series(each.name if len(found.encoders) > 1 else "", points, (), colour))
+    ends = sorted({f"{frequencies(each.grid)[-1]:.3f}" for each in found.encoders})
     ticks = [str(i) for i in range(max(len(line.points) for line in highest))]
     panels.append(Panel(f"every block at the highest frequency, {' or '.join(ends)} pi", "block", labels[1],
                         ticks, highest, zero=False))
     return Figure("Fourier-transformed patch tokens: log amplitude, less that at frequency 0", panels,
-                  columns=3 if len(runs) == 1 else 2, width=420, share_y=True,
-                  note=f"{about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean over "
-                       f"images and channels after the log. Blocks are before any norm. The last "
-                       f"one, normed, is what transfers; the fused ones, normed, are what the decoder gets.")
+                  columns=3 if len(found.encoders) == 1 else 2, width=420, share_y=True,
+                  note=f"{found.about} Frequencies (k, k) on the diagonal, below Nyquist, which is 1; mean "
+                       f"over images and channels after the log. White noise does not lie at 0 in this "
+                       f"measure, so only differences between curves tell something. Blocks are before any "
+                       f"norm. The last one, normed, is what transfers; the fused ones, normed, are what the "
+                       f"decoder gets.")
 
 
-def draw_cka(runs, found, about):
+def draw_cka(found):
     """A heat map for each pair of runs, or for the one."""
-    panels, numbered = [], list(zip(runs, found, strict=True))
-    for (one, a), (other, b) in list(combinations(numbered, 2)) or [numbered * 2]:
-        values = [[cka(of_a, of_b) for of_a in a.grams] for of_b in b.grams]
-        ticks = [str(i) for i in range(len(values))]
-        panels.append(HeatMap("", f"block of {one.name}", f"block of {other.name}", ticks, ticks, values))
+    panels = []
+    for pair in found.cka:
+        ticks = [str(i) for i in range(len(pair["values"]))]
+        panels.append(HeatMap("", f"block of {pair['across']}", f"block of {pair['up']}", ticks, ticks,
+                              pair["values"]))
     return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(2, len(panels)),
-                  width=520, height=460, note=f"{about} Unbiased HSIC, summed over minibatches. 1: equal but "
-                                              f"for rotation and scale; about 0: independent.")
+                  width=520, height=460, note=f"{found.about} Unbiased HSIC, summed over minibatches. 1: "
+                                              f"equal but for rotation and scale; about 0: independent.")
 
 
-def draw_attention(runs, found, about):
+def draw_attention(found):
     """A panel for each run: a dot a head, their mean, and the distance of attention to all patches alike."""
     panels = []
-    for each, findings in zip(runs, found, strict=True):
-        dots = [(block, pixels) for block, heads in enumerate(findings.distances) for pixels in heads]
-        means = [(block, sum(heads) / len(heads)) for block, heads in enumerate(findings.distances)]
-        uniform = float(patch_distances(findings.grid, findings.patch_size).mean())
+    for each in found.encoders:
+        dots = [(block, pixels) for block, heads in enumerate(each.distances) for pixels in heads]
+        means = [(block, sum(heads) / len(heads)) for block, heads in enumerate(each.distances)]
+        uniform = float(patch_distances(each.grid, each.patch_size).mean())
         ends = [(-0.5, uniform), (len(means) - 0.5, uniform)]
         panels.append(Panel(each.name, "block", "attention distance, pixels", [str(i) for i, _ in means],
                             [Series("to all patches alike", ends, (), "grey", dash=4),
                              Series("mean of the heads", means, (), "blue", dots=False),
                              Series("a head", dots, (), "orange", line=False)]))
     return Figure("How far each head attends", panels, columns=min(2, len(panels)), share_y=True,
-                  note=f"{about} Mean over patches; the class token is left out.")
+                  note=f"{found.about} Mean over patches; the class token is left out.")
 
 
 # ---------------------------------------------------------------- the way through
@@ -216,18 +226,26 @@ def missing(figure, each):
         return "reconstruction-NNNNNN.png, which train_pretrain.py draws"
     if figure == "layers" and "margins" not in each.metrics:
         return "metrics.json of train_probe.py --layers"
-    if figure in FROM_ENCODERS and not each.has_encoder():
+    if figure == "cka" and each.findings and not each.findings.cka:
+        return "cka: it was recorded without"
+    if figure in FROM_ENCODERS and not each.findings and not each.has_encoder():
         return "last.pt or encoder.pt of train_pretrain.py"
     return ""
 
 
 def short_names(paths):
-    """The last part of each path, or where that is the same of two, the last two parts."""
-    paths = [Path(path).resolve() for path in paths]
-    names = [path.name.removesuffix(".json") for path in paths]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
+    """As many last parts of each path as tell them apart, without .json and without an end that all share.
+
+    The same path twice has the same name twice.
+    """
+    parts = [Path(path).resolve().parts for path in paths]
+    while len(parts) > 1 and len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]                           # a/pretrain, b/pretrain: a, b
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*each[-count:])).removesuffix(".json") for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def colours(runs):
@@ -255,23 +273,75 @@ def choose_figures(cfg, runs):
     return chosen
 
 
-def main(cfg):
-    """Draw the figures that cfg asks for; returns {figure: path of its .png}."""
-    check_ranges(cfg)
+def open_runs(cfg):
+    """The runs that cfg names, under names that differ. Raises UserError."""
     names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
+    if not cfg.names and len(set(names)) < len(names):
+        raise UserError(f"{' '.join(cfg.runs)}: expected runs whose paths differ, or --names")
     if len(names) != len(cfg.runs) or len(set(names)) < len(names):
-        raise UserError(f"--names {','.join(names)}: expected {len(cfg.runs)} names that differ, one a run")
+        raise UserError(f"--names {cfg.names}: expected {len(cfg.runs)} names that differ, one a run")
     runs = [open_run(path, name, print) for path, name in zip(cfg.runs, names, strict=True)]
+    for each in runs:
+        if each.findings and (len(runs) > 1 or cfg.names or cfg.record):
+            raise UserError(f"{each.path} is a record of encoders: expected no other run, no --names and no "
+                            f"--record")
+    return runs
+
+
+def main(cfg):
+    """Draw the figures that cfg asks for, or write --record; returns {figure: path of its .png}."""
+    check_ranges(cfg)
+    runs = open_runs(cfg)
+    of_encoders = set(cfg.figures.split(",")) & set(FROM_ENCODERS)
     if cfg.record:
-        if len(runs) > 1 or not cfg.record.endswith(".json"):
-            raise UserError(f"--record {cfg.record}: expected one run, and a name that ends in .json")
-        write_record(cfg.record, runs[0])
-        return {}
+        check_record(cfg, of_encoders)
+        if not of_encoders:
+            write_record(cfg.record, record_of_run(runs[0]))
+            return {}
     chosen = choose_figures(cfg, runs)
     with start_world(cfg.device) as world:
         if world.size > 1:
             raise UserError("analyze.py runs in one process: expected no --nproc-per-node")
+        if cfg.record:
+            found = measure(cfg, runs, chosen, "--record", Path(cfg.record).parent, world)
+            write_record(cfg.record, record_of_encoders(found, describe_environment(world)))
+            return {}
         return draw(cfg, chosen, world)
+
+
+def check_record(cfg, of_encoders):
+    """Raise UserError where --record cannot be written, or cannot hold what it is asked for."""
+    if not cfg.record.endswith(".json") or len(cfg.runs) > 1 and not of_encoders:
+        raise UserError(f"--record {cfg.record}: expected one run, and a name that ends in .json; of several "
+                        f"runs, --figures of {', '.join(FROM_ENCODERS)}")
+    if of_encoders and set(cfg.figures.split(",")) & set(FROM_FILES):
+        raise UserError(f"--record {cfg.record}: expected --figures of {', '.join(FROM_ENCODERS)} alone")
+    folder = Path(cfg.record).parent
+    if not os.path.isdir(folder):
+        raise UserError(f"--record {cfg.record} cannot be written: {folder} is no folder")
+
+
+def measure(cfg, runs, figures, flag, folder, world):
+    """The Findings that these figures show; the folder that flag names is made before the long part."""
+    subjects = [open_subject(each.name, each.path, world.device) for each in runs]
+    difference = difference_of_sizes(subjects) if "cka" in figures else ""
+    if difference and cfg.figures != "all" and not (cfg.record and len(figures) > 1):
+        raise UserError(f"--figures cka needs {difference}")
+    if difference:
+        print(f"cka: left out, it needs {difference}")
+    data = cfg.data or runs[0].config["data"]
+    source = open_data(data, "val", cfg.cache_dir, print)
+    make_folder(flag, folder)
+    ops = pick_ops(cfg.ops, world.device)
+    encoders, grams, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)
+    pairs = similarities(encoders, grams) if "cka" in figures and not difference else []
+    return Findings(name_of(data), seen, cfg.batch_size, encoders, pairs)
+
+
+def name_of(data):
+    """What --data names, without the folders above it."""
+    kind, colon, path = data.rpartition(":")
+    return f"{kind}{colon}{os.path.basename(os.path.abspath(path))}"
 
 
 def draw(cfg, chosen, world):
@@ -279,36 +349,17 @@ def draw(cfg, chosen, world):
     alone = len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir()
     folder = Path(cfg.output_dir or (Path(cfg.runs[0]) / "figures" if alone else "runs/figures"))
     figures = {name: FROM_FILES[name](cfg, able) for name, able in chosen.items() if name in FROM_FILES}
-    measured = {name: able for name, able in chosen.items() if name in FROM_ENCODERS}
+    measured = [name for name in chosen if name in FROM_ENCODERS]
     if measured:
-        runs = next(iter(measured.values()))                            # all three need the same
-        subjects = [open_subject(each.path, world.device) for each in runs]
-        if "cka" in measured and (difference := difference_of_sizes(subjects)):
-            if cfg.figures != "all":
-                raise UserError(f"--figures cka needs {difference}")
-            print(f"cka: left out, it needs {difference}")
-            del measured["cka"]
-        data = cfg.data or runs[0].config["data"]
-        source = open_data(data, "val", cfg.cache_dir, print)
-    make_folder(folder)
-    if measured:
-        ops = pick_ops(cfg.ops, world.device)
-        found, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)
-        figures |= {name: FROM_ENCODERS[name](runs, found, f"{seen} unmasked images of {data}.")
-                    for name in measured}
+        runs = chosen[measured[0]]                                      # all three need the same
+        found = runs[0].findings or measure(cfg, runs, measured, "--output-dir", folder, world)
+        figures |= {name: FROM_ENCODERS[name](found) for name in measured if name != "cka" or found.cka}
+    make_folder("--output-dir", folder)
     written = {name: folder / f"{cfg.prefix}{name}.png" for name in figures}
     for name, figure in figures.items():
         save(figure, written[name].with_suffix(""), command(cfg, name, chosen[name]))
         print(f"{written[name]}, .svg, .json")
     return written
-
-
-def make_folder(folder):
-    """Make the folder of the figures. Raises UserError where it cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
 
 
 def command(cfg, figure, runs):
@@ -317,8 +368,9 @@ def command(cfg, figure, runs):
     words = ["python", "analyze.py", *paths, "--figures", figure]
     if names != short_names(paths):
         words += ["--names", ",".join(names)]
-    read = {"reconstructions": ("rows", "columns"),
-            **dict.fromkeys(FROM_ENCODERS, ("data", "images", "batch_size"))}
+    read = {"reconstructions": ("rows", "columns")}
+    if not runs[0].findings:
+        read |= dict.fromkeys(FROM_ENCODERS, ("data", "images", "batch_size"))
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         if field.name in read.get(figure, ()) and value != field.default:

@@ -19,6 +19,7 @@ from mff_min.pens import PngPen, SvgPen, between, text_width
 from mff_min.saving import write_atomically
 
 HEAT = ((247, 244, 238), (240, 178, 110), (190, 76, 96), (74, 34, 88))  # low to high
+WHITE_FROM = 0.65                                                       # up to here text on HEAT is black
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Series:
 
     errors are half lengths of the bars, or () for none; band is (low, high) at each point, a translucent
     area, or (). dash is the length in pixels of strokes and gaps, 0 for a solid line. Points have dots unless
-    the line is dashed, which is a level; without line, dots alone. tag is a short name at the line's end.
+    the line is dashed, which is a level; without line, dots alone. tag is a short name at the line's end, for
+    lines in a colour of the ramp, which can be read.
     """
     name: str
     points: list
@@ -363,7 +365,7 @@ def draw_heat_map(pen, panel, left, top, width, height):
             pen.box(x0 + j * across, y0 - (i + 1) * up, across, up, between(HEAT, share))
             if min(across, up) >= 26:                                   # room for the number
                 pen.text(x0 + (j + 0.5) * across, y0 - (i + 0.5) * up, f"{value:.2f}", size=10, anchor="mm",
-                         colour="white" if share > 0.5 else "black")
+                         colour="white" if share > WHITE_FROM else "black")
     for j, name in enumerate(panel.x_ticks):
         pen.text(x0 + (j + 0.5) * across, y0 + 6, name, size=11, anchor="ma")
     for i, name in enumerate(panel.y_ticks):

@@ -1,9 +1,10 @@
 """Two pens with the same strokes: one draws pixels with Pillow, the other writes an SVG.
 
 Units are pixels of the SVG; the PNG has SCALE of its own for each. A colour is a name of COLOURS, or a number
-from 0 to 1, a place on the way from orange over purple to green. An SVG has a dark palette too, for browsers
-that prefer it; a PNG is light. Places of an SVG's text are computed without measuring it, so that the same
-drawing is the same file on every machine.
+from 0 to 1, a place on the way from orange over purple to green. Text is in ink, in grey or in a colour of
+that way, which have the contrast for it. An SVG has a dark palette too, for browsers that prefer it; a PNG is
+light. Places of an SVG's text are computed without measuring it, so that the same drawing is the same file on
+every machine.
 """
 
 import base64
@@ -23,11 +24,11 @@ ADVANCE = 0.5                                                           # of a l
 
 COLOURS = {                                                             # in the light, in the dark
     "white": ((255, 255, 255), (255, 255, 255)),
-    "black": ((40, 40, 40), (40, 40, 40)),
+    "black": ((0, 0, 0), (0, 0, 0)),
     "paper": ((255, 255, 255), (22, 24, 29)),
     "ink": ((40, 40, 40), (226, 226, 226)),
     "grid": ((226, 226, 226), (58, 62, 70)),
-    "grey": ((120, 120, 120), (158, 160, 166)),
+    "grey": ((116, 116, 116), (158, 160, 166)),
     "blue": ((31, 97, 168), (106, 168, 240)),
     "orange": ((214, 110, 18), (244, 160, 84)),
     "green": ((30, 132, 73), (98, 200, 136)),
@@ -36,7 +37,7 @@ COLOURS = {                                                             # in the
     "teal": ((0, 130, 140), (84, 200, 206)),
 }
 LINES = ("blue", "orange", "green", "purple", "red", "teal")            # for series, in this order
-RAMP = (((214, 110, 18), (192, 44, 84), (112, 58, 160), (31, 97, 168), (0, 140, 116)),
+RAMP = (((188, 88, 10), (192, 44, 84), (112, 58, 160), (31, 97, 168), (0, 130, 108)),      # of text too
         ((250, 172, 92), (246, 120, 146), (190, 146, 238), (106, 168, 240), (90, 212, 182)))
 
 

@@ -1,15 +1,19 @@
 """What a run has left, read again for figures: its flags, its log, its metrics and its pictures.
 
-A record is the same of a run whose folder is gone, in one small file: metrics.json with the log's lines.
+A record is the same of a run whose folder is gone, in one small file: metrics.json with the log's lines. A
+record of encoders is what examine.py found in those of several runs.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from mff_min.config import UserError, check_reachable
+from mff_min.examine import Features, Findings
+from mff_min.measures import frequencies
 from mff_min.mim import parse_out_indices
 from mff_min.picture import tiles_of
 from mff_min.runtime import read_log
@@ -25,6 +29,7 @@ class Run:
     config: dict
     log: list                                                           # a dict each logged training step
     metrics: dict                                                       # empty where it has not ended
+    findings: Findings | None = None                                    # alone in a record of encoders
 
     def seen(self, line):
         """Images seen up to a line of the log."""
@@ -71,12 +76,18 @@ def open_run(path, name, say):
     check_reachable("run", path)
     if path.is_file():
         metrics = read_json(path)
+        if "encoders" in metrics:
+            return Run(name, path, {}, [], {}, findings_in(metrics, path))
         log, config = metrics.get("log", []), metrics.get("config")
     elif (path / "config.json").is_file():
         metrics = read_json(path / "metrics.json") if (path / "metrics.json").exists() else {}
         log, config = read_log(path / "log.jsonl", say), read_json(path / "config.json")
     else:
         raise UserError(f"{path} is no folder of a run: it holds no config.json")
+    if not isinstance(log, list) or not all(isinstance(line, dict) for line in log):
+        raise UserError(f"{path} is of no run: its log is no list of objects")
+    if not isinstance(config or {}, dict):
+        raise UserError(f"{path} is of no run: its config is no object")
     for key in ("model", "global_batch"):
         if key not in (config or {}):
             raise UserError(f"{path} is of no run: its config has no {key}")
@@ -84,10 +95,48 @@ def open_run(path, name, say):
     return Run(name, path, config, lines, metrics)
 
 
-def write_record(path, run):
-    """Write the record of a run. Raises UserError where it cannot."""
+def findings_in(record, path):
+    """The Findings that a record of encoders holds. Raises UserError where they are not whole."""
     try:
-        write_json(path, run.metrics | dict(config=run.config, log=run.log))
+        encoders = [Features(**each) for each in record["encoders"]]
+        if not encoders:
+            raise ValueError("no encoder")
+        depths = {each.name: len(each.distances) for each in encoders}
+        for each in encoders:
+            check_numbers([each.patch_size, *each.grid], (3,))
+            check_numbers(each.distances, (depths[each.name], len(each.distances[0])))
+            blocks = [f"block {i}" for i in range(depths[each.name])]
+            for tap in {"normed", *blocks, *each.amplitudes}:
+                check_numbers(each.amplitudes[tap], (len(frequencies(each.grid)),))
+        for pair in record["cka"]:
+            check_numbers(pair["values"], (depths[pair["up"]], depths[pair["across"]]))
+        return Findings(record["data"], record["images"], record["batch_size"], encoders, record["cka"])
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError(f"{path} is no whole record of encoders") from None
+
+
+def check_numbers(values, shape):
+    """Raise ValueError unless nested lists hold finite numbers, as many as shape says."""
+    found = np.array(values, dtype=float)
+    if found.shape != shape or not np.isfinite(found).all():
+        raise ValueError(f"numbers of shape {found.shape}: expected finite ones of {shape}")
+
+
+def record_of_run(run):
+    """What is kept of a run, as plain values."""
+    return run.metrics | dict(config=run.config, log=run.log)
+
+
+def record_of_encoders(findings, environment):
+    """What is kept of encoders, as plain values: of their environment all but argv, which has paths in it."""
+    return asdict(findings) | dict(environment={name: value for name, value in environment.items()
+                                                if name != "argv"})
+
+
+def write_record(path, record):
+    """Write a record. Raises UserError where it cannot."""
+    try:
+        write_json(path, record)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

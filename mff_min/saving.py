@@ -66,6 +66,19 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def make_folder(flag, path):
+    """Make the folder that a flag names, where there is none. UserError where no file can be put into it.
+
+    A file is made and removed again: permissions alone do not tell whether a folder can be written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
 def write_json(path, value):
     """Write plain values as JSON, atomically."""
     write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))

@@ -154,8 +154,14 @@ STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_shapes_cpu_minutes
 MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
 
+def of_encoders(results):
+    """For each record of encoders in a folder results/, the flags that draw it."""
+    return [f"results/{path.name} --prefix {path.stem}_" for path in sorted(results.glob("features_*.json"))]
+
+
 FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what analyze.py draws of results/
-           "results/probe_shapes_cpu.json --figures layers --names trained --prefix probe_")
+           "results/probe_shapes_cpu.json --figures layers --names trained --prefix probe_",
+           *of_encoders(ROOT / "results"))
 
 
 def draw(folder):

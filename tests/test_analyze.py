@@ -91,6 +91,7 @@ def test_every_row_of_table_4_is_a_panel_of_one_figure(tmp_path):
             want = [[32 * entry["step"], entry["fusion_weights"][i]] for entry in logs[levels]]
             assert line["points"] == want
         assert equal is None or {y for _, y in equal["points"]} == {1 / levels}
+    assert "A weight is no measure of what a level contributes" in found["note"]
 
 
 def test_runs_are_laid_over_one_another_by_images_seen(tmp_path, capsys):
@@ -184,6 +185,25 @@ def test_probes_of_two_runs_share_a_panel_for_each_label(tmp_path):
     assert found["panels"][0]["ticks"] == ["0", "11", "fused"] and found["note"] == "What is grey is of mae."
 
 
+def test_a_label_that_the_first_run_lacks_has_a_panel(tmp_path):
+    """A run is in the panels of its own labels, with its own number of images in the title."""
+    rows = rows_of_layers(["block 0", "block 11"], 40.0)
+    theirs = [row | dict(label="class" if row["label"] == "texture" else "shape", val_images=50) for row in
+              rows_of_layers(["block 0", "block 11"], 30.0)]
+    for name, of_run in (("a", rows), ("b", theirs)):
+        record = dict(rows=of_run, margins={}, config=dict(model="vit_test", global_batch=8))
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    found = analyzed(tmp_path / "a.json", tmp_path / "b.json", "--output-dir", tmp_path / "out")["layers"]
+    assert {panel["title"]: [line["name"] for line in panel["series"]] for panel in found["panels"]} == {
+        "label: shape": ["a", "b", "random weights", "pixels", "chance"],
+        "label: texture": ["a", "random weights", "pixels", "chance"],
+        "label: class": ["b", "random weights", "pixels", "chance"]}
+    assert found["panels"][2]["series"][0]["points"] == [[0, 30], [1, 29]]
+    assert found["panels"][2]["series"][1]["points"] == [[0, 25], [1, 24]]
+    assert "accuracy on 50 or 100 validation images" in found["title"]
+    assert found["note"] == "What is grey is of a for shape, a for texture, b for class."
+
+
 def test_a_probe_without_baselines_is_drawn_without_them(tmp_path):
     rows = [row for row in rows_of_layers(["block 0"], 40.0) if row["kind"] in ("trained", "chance")]
     config = dict(model="vit_test", global_batch=8)
@@ -201,6 +221,18 @@ def test_a_record_draws_what_its_folder_draws(tmp_path):
     found = [analyzed(path, "--figures", "weights,curves", "--output-dir", tmp_path / "out")
              for path in (tmp_path / "a", tmp_path / "a.json")]
     assert [found[0][name]["panels"] for name in found[0]] == [found[1][name]["panels"] for name in found[1]]
+
+
+@pytest.mark.parametrize("paths, names", [
+    ("x/mff", "mff"), ("results/demo.json", "demo"), ("x/mff x/mae", "mff mae"),
+    ("x/MAE/seed0/pretrain x/MFF_MAE/seed0/pretrain", "MAE MFF_MAE"),
+    ("x/MAE/0/pretrain x/MAE/1/pretrain x/MFF/0/pretrain", "MAE/0 MAE/1 MFF/0"),
+    ("x/a/b/last x/c/b/end x/b/last", "a/b/last c/b/end x/b/last"), ("a/x.json b/x.json", "a b"),
+    ("/a /b/a", "/ b"), ("a b/../a", None), ("a a.json", None),
+])
+def test_names_are_as_many_parts_of_paths_as_tell_them_apart(paths, names):
+    found = analyze.short_names(paths.split())
+    assert found == names.split() if names else len(set(found)) == 1
 
 
 # ---------------------------------------------------------------- what encoders do
@@ -258,6 +290,7 @@ def test_two_runs_are_compared_on_the_same_images(pretrained, mae, cache, tmp_pa
             for line, more in zip(panel["series"], other["series"], strict=True):
                 np.testing.assert_allclose(line["points"], more["points"], rtol=0, atol=1e-4)
     assert "13 unmasked images" in again["spectrum"]["note"]
+    assert "only differences between curves tell something" in again["spectrum"]["note"]
     alone = analyzed(pretrained, *flags[:-4], "--output-dir", tmp_path, "--batch-size", 13)
     for line, more in zip(found["spectrum"]["panels"][0]["series"], alone["spectrum"]["panels"][0]["series"],
                           strict=True):
@@ -281,6 +314,57 @@ def test_images_that_cannot_be_read_are_left_out(pretrained, tmp_path, capsys):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="3 images can be read: expected 4 or more"):
         analyzed(pretrained, *flags)
+
+
+@pytest.mark.parametrize("names", ["MFF", "MFF,MAE"])
+def test_a_record_of_encoders_draws_what_they_draw(pretrained, mae, tmp_path, monkeypatch, names):
+    """--record with figures of encoders keeps all that these show, so that results/ needs no encoder."""
+    (tmp_path / "images").mkdir()
+    for i in range(9):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+            tmp_path / "images" / f"{i}.png")
+    runs = [pretrained, mae][:len(names.split(","))]
+    flags = [*runs, "--figures", "spectrum,cka,attention", "--names", names, "--images", 8, "--batch-size", 4,
+             "--data", tmp_path / "images"]
+    monkeypatch.setattr(analyze, "command", lambda *_: "the command")   # its length moves what is below
+    analyzed(*flags, "--output-dir", tmp_path / "a")
+    assert analyzed(*flags, "--record", tmp_path / "features.json", "--output-dir", tmp_path / "none") == {}
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the encoders were run"))
+    assert list(analyzed(tmp_path / "features.json", "--output-dir", tmp_path / "b")) == [
+        "spectrum", "cka", "attention"]
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    assert list(analyzed(tmp_path / "features.json", "--figures", "attention", "--output-dir",
+                         tmp_path / "c")) == ["attention"]
+
+
+def test_a_record_of_encoders_says_what_was_measured_and_no_path(pretrained, mae, cache, tmp_path):
+    path = tmp_path / "features.json"
+    analyzed(pretrained, mae, "--figures", "cka", "--images", 8, "--cache-dir", cache, "--record", path)
+    record = json.loads(path.read_text())
+    assert (record["data"], record["images"], record["batch_size"]) == ("shapes:100", 8, 64)
+    assert [each["name"] for each in record["encoders"]] == [pretrained.name, mae.name]
+    for each in record["encoders"]:
+        assert (each["model"], each["grid"], each["patch_size"]) == ("vit_test", [4, 4], 4)
+        assert np.shape(each["distances"]) == (12, 2) and np.shape(each["amplitudes"]["block 11"]) == (2,)
+    pair, = record["cka"]
+    assert (pair["across"], pair["up"]) == (pretrained.name, mae.name)
+    values = np.array(pair["values"])
+    assert values.shape == (12, 12) and np.array_equal(values, values.round(5))
+    assert {"commit", "torch", "device", "threads"} <= set(record["environment"])
+    assert "argv" not in record["environment"] and str(pretrained.parent) not in path.read_text()
+    found = analyzed(path, "--output-dir", tmp_path / "out")
+    assert {name: figure["command"] for name, figure in found.items()} == {
+        name: f"python analyze.py {path} --figures {name}" for name in ("spectrum", "cka", "attention")}
+
+
+@pytest.mark.parametrize("data, name", [
+    ("shapes:100", "shapes:100"), ("/a/images/", "images"), ("cifar10:/a/cifar", "cifar10:cifar"),
+    ("x/../b", "b"), (".", Path.cwd().name),
+])
+def test_data_is_named_without_its_folders(data, name):
+    assert analyze.name_of(data) == name
 
 
 def test_oblong_images_are_measured(tmp_path, cache):
@@ -333,6 +417,14 @@ def test_committed_figures_are_what_results_give(redrawn):
     assert not stale, f"{', '.join(stale)} {STALE}"
 
 
+def test_every_record_of_encoders_in_results_is_drawn(tmp_path):
+    for name in ("features_b.json", "features_a.json", "demo.json", "features_a.txt"):
+        (tmp_path / name).write_text("")
+    assert generated.of_encoders(tmp_path) == ["results/features_a.json --prefix features_a_",
+                                               "results/features_b.json --prefix features_b_"]
+    assert set(generated.of_encoders(ROOT / "results")) <= set(generated.FIGURES)
+
+
 def test_committed_pictures_have_the_pixels_that_results_give(redrawn):
     figures = ROOT / "docs" / "figures"
     pictures = {path.name: Image.open(figures / path.name) for path in redrawn.glob("*.png")}
@@ -345,6 +437,16 @@ def test_committed_pictures_have_the_pixels_that_results_give(redrawn):
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def record_of_two_blocks(**changes):
+    """A record of one encoder of 4 x 4 patches with two blocks of one head."""
+    features = dict(name="a", model="vit_test", grid=[4, 4], patch_size=4, distances=[[1.0], [2.0]],
+                    amplitudes={tap: [0.0, -1.0] for tap in ("block 0", "block 1", "normed")})
+    similarity = dict(across="a", up="a", values=[[1.0, 0.5], [0.5, 1.0]])
+    encoder, pair = ({name: changes.pop(name, value) for name, value in part.items()}
+                     for part in (features, similarity))
+    return dict(data="x", images=8, batch_size=8, encoders=[encoder], cka=[pair]) | changes
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +470,10 @@ def bad(tmp_path_factory, pretrained):
     make_run(folder / "size", img_size=[32, 32])
     sheets_for(folder / "size", [0])
     (folder / "text.json").write_text("{}")
+    for name, value in (("log", [1, 2]), ("log-object", {"step": 1}), ("config", "model, global_batch")):
+        record = dict(config=dict(model="vit_test", global_batch=8)) | {name.partition("-")[0]: value}
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    (folder / "features.json").write_text(json.dumps(record_of_two_blocks()))
     shutil.copytree(pretrained, folder / "wide")
     make_run(folder / "model", model="vit_g")
     make_run(folder / "levels", out_indices="all")
@@ -380,6 +486,9 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/norun", "BAD/norun is no folder of a run: it holds no config.json"),
     ("BAD/text.json", "BAD/text.json is of no run: its config has no model"),
     ("BAD/config", "BAD/config is of no run: its config has no model"),
+    ("BAD/log.json", "BAD/log.json is of no run: its log is no list of objects"),
+    ("BAD/log-object.json", "BAD/log-object.json is of no run: its log is no list of objects"),
+    ("BAD/config.json", "BAD/config.json is of no run: its config is no object"),
     ("BAD/model", "BAD/model is of a model vit_g: expected one of vit_test, vit_t"),
     ("BAD/levels", "BAD/levels: its log has other levels than the 12 of its --out-indices"),
     ("BAD/indices", "BAD/indices: --out-indices some: expected spread, last, all"),
@@ -399,10 +508,19 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/sheet --figures reconstructions --rows all", "--rows all: expected numbers such as 0,2"),
     ("BAD/run BAD/sheet --names a", "--names a: expected 2 names that differ, one a run"),
     ("BAD/run BAD/sheet --names a,a", "--names a,a: expected 2 names that differ, one a run"),
-    ("BAD/run BAD/run", "names that differ, one a run"),
+    ("BAD/run BAD/run", "error: BAD/run BAD/run: expected runs whose paths differ, or --names"),
+    ("BAD/run BAD/list/../run", "expected runs whose paths differ, or --names"),
     ("BAD/run BAD/sheet --record BAD/x.json", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/x.txt", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/none/x.json", "BAD/none/x.json cannot be written"),
+    ("BAD/wide --figures cka --record BAD/none/x.json", "x.json cannot be written: BAD/none is no folder"),
+    ("BAD/run BAD/sheet --figures weights --record BAD/x.json", "of several runs, --figures of spectrum"),
+    ("BAD/wide --figures cka,weights --record BAD/x.json", "--figures of spectrum, cka, attention alone"),
+    ("BAD/run --figures cka --record BAD/x.json", "--figures cka: BAD/run lacks last.pt or encoder.pt"),
+    ("BAD/features.json BAD/run", "features.json is a record of encoders: expected no other run, no --names"),
+    ("BAD/features.json --names b", "BAD/features.json is a record of encoders: expected no other run"),
+    ("BAD/features.json --record BAD/x.json", "features.json is a record of encoders: expected no other run"),
+    ("BAD/features.json --figures curves", "--figures curves: BAD/features.json lacks log.jsonl"),
     ("BAD/run --images 3", "--images 3: expected 4 or more"),
     ("BAD/wide --figures spectrum --device tpu", "--device tpu: expected auto, cpu"),
     ("BAD/wide --figures spectrum --data /nowhere", "data folder /nowhere does not exist"),
@@ -415,6 +533,35 @@ def test_bad_input_is_one_line_before_anything_is_drawn(bad, capsys, flags, mess
     assert not list(bad.glob("**/figures"))
 
 
+@pytest.mark.parametrize("change", [
+    dict(encoders=[]), dict(encoders="a"), dict(encoders=[1]), dict(encoders=[{}]), dict(grid=[4]),
+    dict(grid=4), dict(grid=[8, 8]), dict(distances=[]), dict(distances=[1.0, 2.0]),
+    dict(distances=[[1.0], [1.0, 2.0]]), dict(distances=[[1.0]] * 3), dict(distances=[["far"], ["near"]]),
+    dict(amplitudes=[]), dict(amplitudes={"block 0": [0.0, 1.0], "block 1": [0.0, 1.0]}),
+    dict(patch_size=None), dict(up="b"),
+    dict(values=[[1.0, 0.5]]), dict(values=[[1.0, float("nan")]] * 2), dict(cka=[1]), dict(cka=None),
+], ids=str)
+def test_a_record_of_encoders_that_is_not_whole_is_refused(tmp_path, capsys, change):
+    path, flags = tmp_path / "features.json", ["--output-dir", tmp_path / "out"]
+    path.write_text(json.dumps(record_of_two_blocks(**change)))
+    refused(path, *flags)
+    assert capsys.readouterr().err == f"error: {path} is no whole record of encoders\n"
+    path.write_text(json.dumps(record_of_two_blocks()))
+    assert len(analyzed(path, *flags, "--figures", "cka")) == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--output-dir /proc/self", "--output-dir /proc/self cannot be written: "),     # not even by root
+    ("--record /proc/self/x.json", "--record /proc/self cannot be written: "),
+])
+def test_a_folder_that_cannot_be_written_is_refused_before_encoders_are_run(pretrained, cache, capsys,
+                                                                            monkeypatch, flags, message):
+    monkeypatch.setattr(analyze, "examine", lambda *_: pytest.fail("the encoders were run"))
+    refused(pretrained, "--figures", "spectrum", "--cache-dir", cache, *flags.split())
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
 def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path, cache, capsys):
     other = pretrain(tmp_path / "other", cache, "--img-size", "32")
     common = [pretrained, other, "--images", 8, "--cache-dir", cache, "--output-dir", tmp_path / "out"]
@@ -425,6 +572,12 @@ def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path,
     assert not (tmp_path / "out").exists()
     assert "cka" not in analyzed(*common)                               # the others are drawn
     assert "cka: left out, it needs runs of one size" in capsys.readouterr().out
+    path = tmp_path / "features.json"
+    refused(*common, "--figures", "cka", "--record", path)
+    assert analyzed(*common, "--figures", "spectrum,cka,attention", "--record", path) == {}
+    assert "cka: left out, it needs runs of one size" in capsys.readouterr().out
+    assert list(analyzed(path, "--output-dir", tmp_path / "out")) == ["spectrum", "attention"]
+    assert f"cka: without {path}, which lacks cka: it was recorded without" in capsys.readouterr().out
 
 
 def test_the_script_runs_from_the_shell(tmp_path):

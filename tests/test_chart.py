@@ -113,12 +113,37 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
+RAMP = np.linspace(0, 1, 129).tolist()
+TEXT = {"ink", "grey", *RAMP}
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_colour_can_be_told_from_the_paper(dark):
     """3 : 1 is what WCAG asks of graphs, 4.5 : 1 of text."""
     paper = colour_of("paper", dark)
-    for name in (*(set(COLOURS) - {"paper", "grid", "white", "black"}), *np.linspace(0, 1, 33).tolist()):
-        assert contrast(colour_of(name, dark), paper) > (4.4 if name in ("ink", "grey") else 3), name
+    for name in (*(set(COLOURS) - {"paper", "grid", "white", "black"}), *RAMP):
+        assert contrast(colour_of(name, dark), paper) >= (4.5 if name in TEXT else 3), name
+
+
+def test_every_text_has_a_colour_that_text_may_have():
+    """Titles, ticks, legend, note and command, and names at the ends of lines."""
+    series = [Series(f"block {i}", [(0, 1.0), (1, 2.0 + i)], (), i / 2, tag=str(i)) for i in range(3)]
+    root = svg_of(Figure("title", [Panel("left", "x", "y", None, [*series, LINE])], note="A note."))
+    used = {element.get("class").removeprefix("f-") for element in root.iter("text")}
+    assert used == {"ink", "grey", "0", "500", "1000"}                  # the ramp, in thousandths
+
+
+def test_numbers_in_a_heat_map_can_be_read():
+    values = [np.linspace(-0.1, 1.1, 481).tolist()]
+    ticks = [""] * 481
+    root = svg_of(Figure("", [HeatMap("", "", "", ticks, [""], values)], width=26 * 500))
+    cells = [element.get("fill") for element in root.iter("rect") if element.get("fill")][:481]
+    texts = [element.get("class").removeprefix("f-") for element in root.iter("text")
+             if re.fullmatch(r"-?\d\.\d\d", element.text)]
+    assert set(texts) == {"black", "white"}
+    for cell, text in zip(cells, texts, strict=True):
+        rgb = [int(cell[i:i + 2], 16) for i in (1, 3, 5)]
+        assert contrast(rgb, colour_of(text)) >= 4.5, (cell, text)
 
 
 def test_titles_and_commands_are_in_the_files(tmp_path):

@@ -18,6 +18,7 @@ from mff_min.saving import (
     append_line,
     changed_settings,
     find_checkpoint,
+    make_folder,
     read_checkpoint,
     seal_of,
     set_newer_aside,
@@ -37,6 +38,24 @@ def path(tmp_path):
     """A sealed file that holds STATE."""
     write_tensors(tmp_path / "last.pt", STATE)
     return tmp_path / "last.pt"
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path):
+    for _ in range(2):
+        make_folder("--study-dir", tmp_path / "a" / "b")
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["TMP/file", "TMP/file/folder", "/proc/self"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, path):
+    """A file, a path through a file, and a folder that is there but that nobody can put a file in."""
+    (tmp_path / "file").write_text("")
+    path = path.replace("TMP", str(tmp_path))
+    with pytest.raises(UserError, match=f"^--study-dir {path} cannot be written: [A-Z]"):
+        make_folder("--study-dir", path)
 
 
 # ---------------------------------------------------------------- the seal
