@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from mff_min.chart import Figure, HeatMap, Panel, Series, Tiles, save
+from mff_min.comparison import WEIGHTS_NOTE
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
 from mff_min.examine import Findings, difference_of_sizes, examine, open_subject, similarities
 from mff_min.layers import figure_of_layers
@@ -87,8 +88,7 @@ def draw_weights(cfg, runs):
     panels.sort(key=lambda panel: len(panel.series))
     return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
                   width=800 if len(panels) == 1 else 400,
-                  note="A weight is no measure of what a level contributes: levels differ in norm, and all "
-                       "but the last pass through a learned projection, which can take up any scale.")
+                  note=WEIGHTS_NOTE)
 
 
 def draw_curves(cfg, runs):

@@ -24,6 +24,8 @@ ORDER = tuple(COLOURS)
 OTHERS = {"linear": "LARS", "knn": "k-NN", "finetune": "fine-tuning"}   # stages with one accuracy
 LEVELS = {"MAE": 1, "MFF_2": 2, "MFF_4": 4,
           "MFF_MAE": 6, "MFF_12": 12}                                   # fused levels (MFF, table 4)
+WEIGHTS_NOTE = ("A weight is no measure of what a level contributes: levels differ in norm, and all but the "
+                "last pass through a learned projection, which can take up any scale.")
 
 
 # ---------------------------------------------------------------- statistics
@@ -404,4 +406,4 @@ def weights(results, about):
         panels.append(Panel(f"{method}: {len(blocks)} levels", "step", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
     return Figure(f"Fusion weight of every level, mean over the seeds: {about}", panels,
-                  columns=min(3, len(panels)), width=400)
+                  columns=min(3, len(panels)), width=400, note=WEIGHTS_NOTE)

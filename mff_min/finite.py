@@ -1,6 +1,8 @@
 """Losses and gradients that are not finite never reach the weights, and no step waits for its device.
 
 Nor is what is measured of weights that are not finite taken for an accuracy.
+
+Shapes: B images.
 """
 
 import copy
@@ -15,11 +17,11 @@ MOST_SKIPS = 50                                                         # in a r
 
 
 def check_measured(values, what):
-    """Raise Fault where a row of values (n, ...) holds what is no finite number; waits for the device.
+    """Raise Fault where a row of values (B, ...) holds what is no finite number; waits for the device.
 
     what names the values: a probe of them, or their largest, would be a number like any other.
     """
-    bad = values.flatten(1).isfinite().all(dim=1).logical_not()         # (n,)
+    bad = values.flatten(1).isfinite().all(dim=1).logical_not()         # (B,)
     if bad.any():
         raise Fault(f"{what} of {int(bad.sum())} in {len(bad)} images are not finite: the weights had "
                     f"diverged, or --dtype is too narrow for them")

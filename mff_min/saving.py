@@ -136,16 +136,6 @@ def save_checkpoint(folder, state):
     write_tensors(Path(folder) / "last.pt", state, previous="previous.pt")
 
 
-def make_folder(flag, path):
-    """Make the folder that a flag names, if it is not there. UserError where it cannot be written to."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
-
-
 # ---------------------------------------------------------------- reading
 
 
