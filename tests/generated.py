@@ -155,8 +155,9 @@ MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each f
 
 
 def of_encoders(results):
-    """For each record of encoders in a folder results/, the flags that draw it."""
-    return [f"results/{path.name} --prefix {path.stem}_" for path in sorted(results.glob("features_*.json"))]
+    """For each record of encoders of seed 0 in a folder results/, the flags that draw it."""
+    return [f"results/{path.name} --figures spectrum,cka,attention --prefix {path.stem.removesuffix('seed0')}"
+            for path in sorted(results.glob("features_*_seed0.json"))]
 
 
 FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what analyze.py draws of results/
@@ -192,10 +193,33 @@ def of_study(name):
     return "\n\n".join([comparison.report(result, planned), *figures])
 
 
+def features(name):
+    """First and last blocks of two encoders, a row for each results/<name>_seed*.json, and the figures."""
+    paths = sorted((ROOT / "results").glob(f"{name}_seed*.json"))
+    records = [json.loads(path.read_text()) for path in paths]
+    if not records:
+        return "Not run."
+    one, other = (encoder["name"] for encoder in records[0]["encoders"])
+    last = len(records[0]["encoders"][0]["distances"]) - 1
+    lines = [f"| seed | {one}, block {last}: log amplitude | {other}, block {last}: log amplitude | CKA of "
+             f"both blocks 0 | of {other}'s 0 and {one}'s {last} | of {one}'s 0 and {other}'s {last} |",
+             "|---|---|---|---|---|---|"]
+    for path, record in zip(paths, records, strict=True):
+        curves = [encoder["amplitudes"][f"block {last}"] for encoder in record["encoders"]]
+        values = record["cka"][0]["values"]                             # [block of other][block of one]
+        cells = [curve[-1] - curve[0] for curve in curves] + [values[0][0], values[0][last], values[last][0]]
+        lines.append(f"| {path.stem.partition('_seed')[2]} | " + " | ".join(f"{x:.2f}" for x in cells) + " |")
+    figures = [f"![{title} of the first of these seeds](figures/{name}_{figure}.svg)" for figure, title in
+               (("spectrum", "Spectra"), ("cka", "CKA"), ("attention", "Attention distances"))]
+    return "\n\n".join(["\n".join(lines), *figures])
+
+
 def written(name):
     """The block called name, as a document has to hold it."""
     results = ROOT / "results"
-    if name.startswith(("study_", "summary_")):
+    if name.startswith("features_"):
+        text = features(name)
+    elif name.startswith(("study_", "summary_")):
         text = of_study(name)
     elif name in BLOCKS:
         path = results / f"{name}.json"
@@ -207,7 +231,7 @@ def written(name):
     return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
 
 
-NAMES = (*BLOCKS, *MACHINES, *STUDIES, "summary_study_shapes_cpu_minutes")
+NAMES = (*BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "summary_study_shapes_cpu_minutes")
 
 
 def document(name):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -393,6 +394,15 @@ def test_where_the_results_are_alone_nothing_is_left_to_do(tmp_path, cache, whol
     assert "6 units, 0 of them left" in capsys.readouterr().out
     assert results_in(tmp_path) == results_in(whole[0])
     assert not list((tmp_path / "s").rglob("*.pt"))
+
+
+def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
+    drawn = whole[0] / "f" / "study_shapes_cpu_minutes_loss"
+    words = shlex.split(json.loads(drawn.with_suffix(".json").read_text())["command"])
+    monkeypatch.setitem(study.PRESETS, "minutes", TINY)
+    study.main(parse(study.Config, [*words[2:], "--figures", str(tmp_path)]))
+    assert words[:2] == ["python", "study.py"]
+    assert (tmp_path / f"{drawn.name}.svg").read_text() == drawn.with_suffix(".svg").read_text()
 
 
 def test_other_images_of_the_same_name_are_another_study(tmp_path, cache, monkeypatch):
