@@ -103,7 +103,7 @@ class Config:
     methods: str = opt("all", f"all, or some of {','.join(METHODS)}")
 
     # these change only how it is reached
-    study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<preset>")
+    study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<device>[_<preset>]")
     output_dir: str = knob("runs/study", "where study_<data>_<device>[_<preset>].json is written")
     figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
     report: bool = knob(False, "run nothing: the tables and figures of what is finished")
@@ -296,10 +296,10 @@ def main(cfg):
     check_ranges(cfg)
     seeds, methods = parse_seeds(cfg.seeds), parse_methods(cfg.methods)
     name = name_of(cfg.data)
-    folder = Path(cfg.study_dir or f"runs/study/{name}_{cfg.preset}")
     device = device_kind(cfg.device)
-    suffix = "" if cfg.preset == device else f"_{cfg.preset}"
-    path = Path(cfg.output_dir) / f"study_{name}_{device}{suffix}.json"
+    called = f"{name}_{device}" + f"_{cfg.preset}" * (cfg.preset != device)
+    folder = Path(cfg.study_dir or f"runs/study/{called}")
+    path = Path(cfg.output_dir) / f"study_{called}.json"
     images = None if cfg.report else images_of(cfg)
     results, units = read_results(path, name, images, cfg), plan(PRESETS[cfg.preset], methods, seeds)
     if cfg.report and not results["records"]:
@@ -307,7 +307,9 @@ def main(cfg):
     make_folder("--figures", cfg.figures)
     if not cfg.report:
         make_folder("--output-dir", cfg.output_dir)
-        with StopSignals() as signals, held(folder, dict(preset=cfg.preset, data=name, images=images)):
+        kind = dict(preset=cfg.preset, data=name, device=device, images=images)
+        with StopSignals() as signals, held(folder, kind):
+            results = read_results(path, name, images, cfg)             # another process may just have ended
             run_units(cfg, units, folder, path, results, device, signals)
     if not results["records"]:
         return results
@@ -330,17 +332,17 @@ def name_of(data):
     name = Path(argument or data).resolve().name
     if name == "shapes":
         raise UserError(f"--data {data}: the name shapes is that of the embedded images; give its folder "
-                        f"another, or a link to it")
+                        f"another")
     return name
 
 
 def images_of(cfg):
-    """What tells the study's images from others, by their paths; "" for the embedded ones.
+    """What tells the study's images from others: a sum of their paths, or how many of the embedded ones.
 
     Raises UserError where they cannot be had, or are not fit to be classified.
     """
     if cfg.data == "shapes":
-        return ""
+        return PRESETS[cfg.preset]["shapes"]
     splits = [open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val")]
     check_labels(cfg.data, *splits)
     return hashlib.sha256(b"".join(fingerprint(split).numpy().tobytes() for split in splits)).hexdigest()
@@ -394,10 +396,9 @@ def held(folder, kind, patience=30.0):
         about = folder / "study.json"
         found = json.loads(about.read_text()) if about.exists() else kind
         if found != kind:
-            same_names = all(found.get(key) == kind[key] for key in ("preset", "data"))
-            raise UserError(f"{folder} holds a study of --preset {found.get('preset')} on {found.get('data')}"
-                            f"{' (other images)' * same_names}: expected {kind['preset']} on {kind['data']}; "
-                            f"name another --study-dir")
+            differ = ", ".join(f"{key} {found.get(key)} and not {kind[key]}" for key in kind
+                               if found.get(key) != kind[key])
+            raise UserError(f"{folder} holds another study: its {differ}; name another --study-dir")
         write_json(about, kind)
         yield
 
@@ -510,18 +511,23 @@ def failure(unit, code, folder):
     """What to raise where a unit ended with this code: UserError for 2, with its last error in one line."""
     output = folder_of(folder, unit) / "output.txt"
     lines = [" ".join(line.split()) for line in output.read_text().splitlines() if line.strip()]
+    script = f"{MODULES[unit.stage].__name__}.py "
+    begun = max((i for i, line in enumerate(lines) if line.startswith(script)), default=-1)
+    lines = lines[begun + 1:] or ["it said nothing"]                    # what is before is of another attempt
     first = max((i for i, line in enumerate(lines) if line.startswith("error: ")), default=len(lines) - 1)
-    said = "; ".join(lines[max(first, 0):]).removeprefix("error: ") or "it said nothing"
+    said = "; ".join(lines[first:]).removeprefix("error: ")
     kind = UserError if code == 2 else Fault
     return kind(f"{unit.method}, seed {unit.seed}, {unit.stage} ended with code {code} ({output}): {said}")
 
 
 def stop(running):
     """Ask the running units to save and end, and wait until they have."""
-    for process, _, _ in running.values():
-        process.terminate()
-    for process, _, _ in running.values():
-        process.join()
+    processes = [process for process, _, _ in running.values()]
+    while any(process.is_alive() for process in processes):
+        for process in processes:
+            process.terminate()                                         # one just begun may still ignore it
+        processes[0].join(0.5)
+        processes = [process for process in processes if process.is_alive()]
 
 
 def renewed(costs, results, units):
@@ -549,8 +555,9 @@ def measure(cfg, units, results, folder, jobs):
     The steps run as many at a time as the units will, once a study. A probe's time is that of its forward
     passes, a third of a step of fine-tuning each, and as much again for what follows them.
     """
-    path = folder / "costs.json"
-    costs = renewed(json.loads(path.read_text()) if path.exists() else {}, results, units)
+    path, where = folder / "costs.json", f"{jobs} jobs on {os.cpu_count()} cores"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    costs = renewed(found.get(where, {}), results, units)
     if all(unit.stage in costs for unit in units):
         return costs
     print(f"measuring {TRIAL_STEPS} steps of pre-training and of fine-tuning", flush=True)
@@ -573,7 +580,7 @@ def measure(cfg, units, results, folder, jobs):
         seen = 2 * min(given.layer_images, num_samples) if stage == "layers" else 1.2 * num_samples
         costs[stage] = before + 2 * seen / (3 * rates["finetune"])
     shutil.rmtree(trial)
-    write_json(path, costs)
+    write_json(path, {where: costs})
     return costs
 
 

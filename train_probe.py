@@ -364,7 +364,7 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, devi
         tried.append(dict(lr=lr, blr=blr, **accuracy(*counts)))
         say(f"blr {blr:g}: {shown(tried[-1])}")
     if not tried:
-        raise Fault(f"every head has diverged: expected lower learning rates than {', '.join(map(str, lrs))}")
+        raise Fault("every head has diverged: expected a lower --blr or --cache-lrs")
     best = max(tried, key=lambda metrics: metrics["acc1"])
     say(f"best of {len(tried)}, chosen on these very images: blr {best['blr']:g}")
     return dict(step=schedule.stop, views=cfg.cache, tried=tried, **best)

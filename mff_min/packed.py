@@ -102,7 +102,7 @@ def open_packed(spec, split):
     As with folders of images, where there is no val.pack there is train.pack.
     """
     path = Path(spec)
-    check_reachable("--data", path)
+    check_reachable("data", path)
     if path.is_dir():
         found = {name for name in ("train", "val") if (path / f"{name}.pack").is_file()}
         begun = found or any(path.glob("*.pack.partial"))

@@ -457,6 +457,7 @@ class StopSignals:
 
 def run(main, cfg):
     """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n."""
+    resumable = hasattr(cfg, "resume")
     try:
         main(cfg)
     except (UserError, Fault, Lost) as error:
@@ -467,12 +468,13 @@ def run(main, cfg):
         text = advice(error, cfg)
         if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
             text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-            text += "; what was saved before is whole, and --resume auto goes on from there"
+            text += "; what was saved before is whole" + ", and --resume auto goes on from there" * resumable
         if not text:
             raise
         leave(error, f"error: {text}", 3)
     except KeyboardInterrupt as error:
-        text = "stopped: interrupted; --resume auto goes on from the last checkpoint, if there is one"
+        hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
+        text = f"stopped: interrupted{hint}"
         leave(error, text, 130)
 
 

@@ -300,7 +300,7 @@ def test_a_head_that_diverges_is_left_out_and_when_all_do_there_is_no_accuracy(p
     got = probe(*flags, "1e40,0.1", to="b")
     assert "blr 1e+40: it has diverged, and is left out" in capsys.readouterr().out
     assert got["tried"] == want["tried"] and got["acc1"] == want["acc1"]
-    with pytest.raises(Fault, match="every head has diverged: expected lower learning rates"):
+    with pytest.raises(Fault, match="every head has diverged: expected a lower --blr"):
         probe(*flags, "1e40", to="c")
 
 

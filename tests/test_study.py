@@ -242,10 +242,10 @@ def test_results_of_another_study_are_refused(tmp_path):
         records = [dict(unit._asdict(), flags=flags or study.flags_of(study.PRESETS["minutes"], unit))]
         path = tmp_path / "study.json"
         settings = dict(shapes="shapes:10000" if preset == "minutes" else "shapes:7")
-        found = dict(preset=preset, data=data, images="", settings=settings, records=records)
+        found = dict(preset=preset, data=data, images="shapes:10000", settings=settings, records=records)
         path.write_text(text or json.dumps(found))
         try:
-            study.read_results(path, "shapes", "", parse(study.Config, []))
+            study.read_results(path, "shapes", "shapes:10000", parse(study.Config, []))
         except UserError as error:
             return str(error)
     assert refused() is None
@@ -259,7 +259,7 @@ def test_results_of_another_study_are_refused(tmp_path):
 def test_a_study_folder_of_another_preset_is_refused(tmp_path):
     with study.held(tmp_path, dict(preset="cpu", data="shapes")):
         pass
-    with pytest.raises(UserError, match="holds a study of --preset cpu on shapes: expected minutes on"):
+    with pytest.raises(UserError, match="holds another study: its preset cpu and not minutes; name another"):
         with study.held(tmp_path, dict(preset="minutes", data="shapes")):
             pass
 
@@ -284,7 +284,7 @@ TINY = dict(shapes="shapes:100", ablation=("pretrain",),
             finetune=f"{study.TUNE} {BATCH} --steps 2 --lr 1e-3")
 # The study's clock is an hour ahead as soon as there is a file "late" in its folder.
 SCRIPT = f"""
-import os, sys, time, types
+import os, time, types
 import study
 from mff_min.config import parse
 from mff_min.runtime import run
@@ -405,7 +405,7 @@ def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
     assert (tmp_path / f"{drawn.name}.svg").read_text() == drawn.with_suffix(".svg").read_text()
 
 
-def test_other_images_of_the_same_name_are_another_study(tmp_path, cache, monkeypatch):
+def test_other_images_of_the_same_name_are_another_study(tmp_path, cache):
     for place, colour in (("a", "red"), ("b", "blue")):
         for split in ("train", "val"):
             for label in ("x", "y"):
@@ -425,9 +425,9 @@ def test_other_images_of_the_same_name_are_another_study(tmp_path, cache, monkey
         return str(caught.value)
     assert "is of other images that are called data too" in refused("b")
     (tmp_path / "study_data_cpu_minutes.json").unlink()
-    with study.held(tmp_path / "s", dict(preset="minutes", data="data", images=images)):
+    with study.held(tmp_path / "s", dict(preset="minutes", data="data", device="cpu", images=images)):
         pass
-    assert "holds a study of --preset minutes on data (other images)" in refused("b")
+    assert f"holds another study: its images {images} and not " in refused("b")
 
 
 def test_a_unit_that_fails_ends_the_study_with_its_words_and_code(tmp_path, cache):
@@ -436,3 +436,37 @@ def test_a_unit_that_fails_ends_the_study_with_its_words_and_code(tmp_path, cach
     (place / "last.pt").write_text("nothing")
     last = finish(begin(tmp_path, cache, "--methods", "MAE"), code=2).strip().splitlines()[-1]
     assert last.startswith("error: MAE, seed 0, pretrain ended with code 2") and "no checkpoint in" in last
+
+
+def test_a_failure_is_told_in_the_words_of_the_last_attempt(tmp_path):
+    unit = study.Unit("MAE", 0, "finetune")
+    output = study.folder_of(tmp_path, unit) / "output.txt"
+    output.parent.mkdir(parents=True)
+
+    def told(text):
+        output.write_text(text)
+        return str(study.failure(unit, 1, tmp_path)).partition("output.txt): ")[2]
+    first = "train_finetune.py --lr 1\nerror: out of memory\n"
+    assert told(first) == "out of memory"
+    assert told(f"{first}train_finetune.py --lr 1\nTraceback\nKeyError: 'a bug'\n") == "KeyError: 'a bug'"
+    assert told(f"{first}train_finetune.py --lr 1\n") == "it said nothing"
+    table = "error: other settings:\n  lr  1  2\ngive the same flags again\n"
+    assert told(f"train_finetune.py --lr 1\n{table}") == "other settings:; lr 1 2; give the same flags again"
+
+
+def test_a_unit_that_misses_a_signal_is_asked_again():
+    class Deaf:
+        asked = 0
+
+        def is_alive(self):
+            return self.asked < 3
+
+        def terminate(self):
+            self.asked += 1
+
+        def join(self, timeout):
+            assert timeout
+
+    unit = Deaf()
+    study.stop({"a": (unit, 0.0, False)})
+    assert unit.asked == 3
