@@ -277,8 +277,7 @@ def open_runs(cfg):
     """The runs that cfg names, under names that differ. Raises UserError."""
     names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
     if not cfg.names and len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two of {' '.join(cfg.runs)} would be called {twice}: expected different runs, or "
+        raise UserError(f"two of {' '.join(cfg.runs)} would have one name: expected different runs, or "
                         f"--names")
     if len(names) != len(cfg.runs) or len(set(names)) < len(names):
         raise UserError(f"--names {cfg.names}: expected {len(cfg.runs)} names that differ, one a run")
