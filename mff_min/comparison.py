@@ -390,8 +390,9 @@ def losses(results, about):
                      dots=False)
               for method, (_, curve) in mean_curves(results, "loss").items() if COLOURS[method] != "teal"]
     panels = [Panel("", "step", "loss on masked patches", None, series, zero=False)] if series else []
+    filtered = any("PixMIM" in line.name for line in series)
     return Figure(f"Pre-training loss, mean over the seeds: {about}", panels, width=800,
-                  note="PixMIM's target is another, smoother image: its loss is not comparable.")
+                  note="PixMIM's target is another, smoother image: its loss is not comparable." * filtered)
 
 
 def weights(results, about):
