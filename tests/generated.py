@@ -231,7 +231,7 @@ def written(name):
     return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
 
 
-NAMES = (*BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "summary_study_shapes_cpu_minutes")
+NAMES = (*BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "summary_study_shapes_cpu")
 
 
 def document(name):
