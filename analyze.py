@@ -13,7 +13,7 @@ A RUN is the folder of a run, or a file that --record wrote, or metrics.json of 
     reconstructions  held-out images as the model completed them in the course of training
     layers           what a linear probe found in each block: of runs of train_probe.py --layers
     spectrum         relative log amplitude of each block's features, and of the last before and after fusion
-    cka              similarity of the layers of any two runs, or of one run's own
+    cka              similarity of the layers of a run, and of those of any two runs
     attention        how far each head attends, in pixels
 
 Each is written as .png, as .svg, which has a dark palette too, and as .json, the numbers in it. The last
@@ -181,13 +181,13 @@ def draw_spectrum(found):
 
 
 def draw_cka(found):
-    """A heat map for each pair of runs, or for the one."""
+    """A heat map for each run and for each pair of them."""
     panels = []
     for pair in found.cka:
         ticks = [str(i) for i in range(len(pair["values"]))]
         panels.append(HeatMap("", f"block of {pair['across']}", f"block of {pair['up']}", ticks, ticks,
                               pair["values"]))
-    return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(2, len(panels)),
+    return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(3, len(panels)),
                   width=520, height=460, note=f"{found.about} Unbiased HSIC, summed over minibatches. 1: "
                                               f"equal but for rotation and scale; about 0: independent.")
 

@@ -6,7 +6,7 @@ Shapes: B images, T tokens (class token first), D width, h heads.
 """
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import torch
@@ -147,11 +147,11 @@ def rounded(values):
 
 
 def similarities(found, grams):
-    """CKA of any block of one encoder and any of another, of all pairs of them or of the one with itself.
+    """CKA of any block of one encoder and any of another, or of its own, of all pairs of them.
 
     Each pair is a dict: values[block of "up"][block of "across"], which are the encoders' names.
     """
-    numbered = list(zip(found, grams, strict=True))
+    pairs = combinations_with_replacement(zip(found, grams, strict=True), 2)
     return [dict(across=one.name, up=other.name,
                  values=[[round(cka(of_a, of_b), DIGITS) for of_a in a] for of_b in b])
-            for (one, a), (other, b) in list(combinations(numbered, 2)) or [numbered * 2]]
+            for (one, a), (other, b) in pairs]

@@ -201,13 +201,12 @@ def features(name):
         return "Not run."
     one, other = (encoder["name"] for encoder in records[0]["encoders"])
     last = len(records[0]["encoders"][0]["distances"]) - 1
-    lines = [f"| seed | {one}, block {last}: log amplitude | {other}, block {last}: log amplitude | CKA of "
-             f"both blocks 0 | of {other}'s 0 and {one}'s {last} | of {one}'s 0 and {other}'s {last} |",
-             "|---|---|---|---|---|---|"]
+    lines = [f"| seed | {one}: CKA of blocks 0 and {last} | {other}: the same | {one}: log amplitude of "
+             f"block {last} | {other}: the same |", "|---|---|---|---|---|"]
     for path, record in zip(paths, records, strict=True):
         curves = [encoder["amplitudes"][f"block {last}"] for encoder in record["encoders"]]
-        values = record["cka"][0]["values"]                             # [block of other][block of one]
-        cells = [curve[-1] - curve[0] for curve in curves] + [values[0][0], values[0][last], values[last][0]]
+        cells = [pair["values"][last][0] for pair in record["cka"] if pair["up"] == pair["across"]]
+        cells += [curve[-1] - curve[0] for curve in curves]
         lines.append(f"| {path.stem.partition('_seed')[2]} | " + " | ".join(f"{x:.2f}" for x in cells) + " |")
     figures = [f"![{title} of the first of these seeds](figures/{name}_{figure}.svg)" for figure, title in
                (("spectrum", "Spectra"), ("cka", "CKA"), ("attention", "Attention distances"))]
