@@ -230,7 +230,8 @@ def written(name):
     return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
 
 
-NAMES = (*BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "summary_study_shapes_cpu")
+NAMES = (*BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "features_imagenette_cpu",
+         "summary_study_shapes_cpu", "summary_study_imagenette_cpu")
 
 
 def document(name):
