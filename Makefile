@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test faults record-faults lint \
-    clean
+.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test faults \
+    record-faults lint clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
     --global-batch 32 --batch-size 32 --lr 3e-3

@@ -87,8 +87,7 @@ def draw_weights(cfg, runs):
         panels.append(Panel(f"{each.name}: {levels}", "images seen", "weight", None, series, zero=False))
     panels.sort(key=lambda panel: len(panel.series))
     return Figure("Fusion weight of every level over training", panels, columns=min(3, len(panels)),
-                  width=800 if len(panels) == 1 else 400,
-                  note=WEIGHTS_NOTE)
+                  width=800 if len(panels) == 1 else 400, note=WEIGHTS_NOTE)
 
 
 def draw_curves(cfg, runs):

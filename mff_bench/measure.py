@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from mff_min.config import UserError
 from mff_min.progress import Progress
 from mff_min.runtime import describe_environment
-from mff_min.saving import write_json
+from mff_min.saving import make_folder, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "triton", "numpy", "pillow")
 LEAST_SECONDS = 0.3                                                     # of a sample: short work is repeated
@@ -184,10 +183,7 @@ class Record:
         self.content = {"subject": subject, "device": device, "command": command,
                         "environment": describe_environment(world), "packages": versions(), **more,
                         "groups": []}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output-dir {output_dir} cannot be written: {error.strerror}") from None
+        make_folder("--output-dir", output_dir)
 
     def add(self, group):
         """Keep a group of rows, and write all that there is."""
