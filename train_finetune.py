@@ -219,7 +219,7 @@ def finetune(cfg, world, signals):
             average.load_state_dict(state["average"])
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
-        trained = torch.compile(trained)
+        trained = torch.compile(trained, dynamic=False)
     folder = open_folder(cfg, world, state)
     warn_of_space(folder, world, model, copies=4 if cfg.ema else 3)     # its weights, their average, moments
     log = Log(folder, world, start)

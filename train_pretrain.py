@@ -96,7 +96,6 @@ class Config:
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
-    cuda_graphs: bool = knob(False, "compile, and launch a pass as one CUDA graph; for small models on a GPU")
     fsdp: bool = knob(False, "parameters and optimizer state spread over the processes (fully_shard)")
     peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
                                    "what a bfloat16 product reaches, on a CPU no mfu", least=0)
@@ -115,10 +114,6 @@ def check(cfg, world):
     check_channels(cfg.in_chans, cfg.mean, cfg.std)
     check_batches(cfg.global_batch, cfg.batch_size, world.size)
     check_sharding(cfg.fsdp, world.size)
-    if cfg.cuda_graphs and world.device.type != "cuda":
-        raise UserError(f"--cuda-graphs: expected a GPU, and this run is on --device {world.device}")
-    if cfg.cuda_graphs and cfg.fsdp:
-        raise UserError("--cuda-graphs and --fsdp do not go together: expected one of them")
 
 
 # ---------------------------------------------------------------- model
@@ -203,12 +198,8 @@ def pretrain(cfg, world, signals):
         trained = shard(model, world, schedule.accumulation > 1, cfg.compile)
     else:
         trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-        if cfg.cuda_graphs:
-            trained = torch.compile(trained, mode="reduce-overhead")
-            for parameter in model.parameters():                        # else they would lie in the graph's
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        elif cfg.compile:
-            trained = torch.compile(trained)
+        if cfg.compile:
+            trained = torch.compile(trained, dynamic=False)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
@@ -277,7 +268,7 @@ def pretrain(cfg, world, signals):
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
         finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
         scaler.update()
-        optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
+        optimizer.zero_grad()
 
         saves = done % cfg.save_every == 0 or ends or stop_signal
         if logs or saves:

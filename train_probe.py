@@ -153,7 +153,9 @@ def probe(cfg, world, signals):
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
-    forward = torch.compile(encoder.forward_features) if cfg.compile else encoder.forward_features
+    forward = encoder.forward_features
+    if cfg.compile:
+        forward = torch.compile(forward, dynamic=False)
     folder = open_folder(cfg, world, state)
     bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
 

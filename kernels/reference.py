@@ -166,7 +166,8 @@ def merge_projections(xs, logits, projections):
 def product_type(x):
     """The type in which a matrix product reads x: autocast's where it is on, so no wider copy is made."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Not torch.amp.is_autocast_available: Dynamo of PyTorch 2.11 cannot trace it, and cuts the graph there.
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else x.dtype
 
 

@@ -152,7 +152,7 @@ def compiled_bytes(op, arguments):
     torch.compiler.reset()
     with mock.patch.object(GraphLowering, "codegen", generate_and_count), \
             torch._inductor.config.patch(force_disable_caches=True):
-        out = torch.compile(op, fullgraph=True)(*arguments)
+        out = torch.compile(op, fullgraph=True, dynamic=False)(*arguments)
         if trainable(arguments):
             torch.autograd.grad(out, trainable(arguments), torch.ones_like(out))
     return sum(counts)

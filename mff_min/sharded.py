@@ -41,7 +41,7 @@ def shard(model, world, accumulates, compile):
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         if compile:                                                     # without the gathering around it
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=False)
         fully_shard(block, mesh=mesh, reshard_after_forward=not accumulates)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model

@@ -1,13 +1,13 @@
-"""Set-up for all tests: one thread, kernels in Triton's interpreter, and the golden arrays.
+"""Set-up for all tests: one thread, no GPU, kernels in Triton's interpreter, and the golden arrays.
 
-Triton decides between interpreter and compiler when it is imported, once a process, and other packages import
-it. So the variable is set first of all, and tests that compile start a process of their own with
-TRITON_INTERPRET=0.
+pytest means the same on every machine: tests find no GPU and interpret Triton's kernels. Only the tests with
+the mark gpu are for one; `pytest -m gpu` runs them, and test_gpu.py starts that process. Triton decides
+between interpreter and compiler when it is imported, and PyTorch finds its GPUs once per process, so both
+variables are set before anything else.
 """
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")                           # small models: threads do not help
 
 import sys
@@ -16,9 +16,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    """Choose between the two kinds of process before a test module is imported."""
+    for_gpu = config.option.markexpr == "gpu"
+    os.environ["TRITON_INTERPRET"] = "0" if for_gpu else "1"
+    if not for_gpu:
+        os.environ["GPU_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")      # for test_gpu.py
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip the tests with the mark gpu where they cannot run, and say why."""
+    if config.option.markexpr != "gpu":
+        reason = "needs a GPU: test_gpu.py runs it in a process of its own, as pytest -m gpu does"
+    else:
+        from kernels import missing_for_triton
+        if not (missing := missing_for_triton(torch.device("cuda"))):
+            return
+        reason = f"needs a GPU: {missing}"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
@@ -50,6 +74,19 @@ def pretrained(tmp_path_factory, cache):
     flags += ["--output-dir", str(folder), "--cache-dir", str(cache)]
     train_pretrain.main(parse(train_pretrain.Config, flags))
     return folder
+
+
+@pytest.fixture
+def symbols(monkeypatch):
+    """torch.compile makes one graph and no code. The list holds the graph's inputs that have symbolic sizes."""
+    compile, generate, found = torch.compile, lookup_backend("aot_eager"), []
+
+    def backend(graph, inputs):
+        found.extend(x for x in inputs if any(isinstance(n, torch.SymInt) for n in (x, *getattr(x, "shape", ()))))
+        return generate(graph, inputs)
+    monkeypatch.setattr(torch, "compile",
+                        lambda module, **options: compile(module, backend=backend, fullgraph=True, **options))
+    return found
 
 
 @pytest.fixture(autouse=True)

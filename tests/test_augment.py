@@ -535,7 +535,7 @@ def test_erased_values_have_the_moments_of_a_standard_normal():
     assert len(values.unique()) > 0.9 * n                               # a value of its own for each channel
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_erasing_and_mixing_wait_for_nothing_and_give_what_a_cpu_gives():
     images, keys = erasable()
     on_gpu, labels, mixes = images.cuda(), torch.arange(5).cuda(), (Mix(0.3), Mix(0.75, (6, 10, 18, 30)))

@@ -93,6 +93,26 @@ def test_a_noisy_import_is_caught(tmp_path):
     assert "hello" in said and "seeded torch's generator" in said
 
 
+# ---------------------------------------------------------------- what is compiled
+
+def dynamic_graphs(path, text):
+    """Calls of torch.compile that may turn a size into a symbol: a slower graph, where sizes are known."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.compile" \
+                and "dynamic=False" not in map(ast.unparse, node.keywords):
+            yield f"{path}:{node.lineno}: torch.compile without dynamic=False"
+
+
+def test_every_compiled_graph_is_of_fixed_sizes():
+    assert complaints(dynamic_graphs) == []
+    assert sum(text.count("torch.compile(") for text in FILES.values()) >= 5
+
+
+@pytest.mark.parametrize("text", ["f = torch.compile(f)", "f = torch.compile(f, dynamic=None)"])
+def test_a_graph_of_symbolic_sizes_is_caught(text):
+    assert list(dynamic_graphs("planted", text))
+
+
 # ---------------------------------------------------------------- flags and commands
 
 def config_fields(text):

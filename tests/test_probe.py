@@ -133,6 +133,13 @@ def test_the_evaluation_crop_is_the_middle_224_of_256():
     assert np.array_equal(np.asarray(evaluation(image, (224, 224))), np.asarray(want))
 
 
+def test_a_compiled_encoder_gives_the_features_of_an_eager_one_in_batches_of_any_size(probe, symbols):
+    flags = ["--steps", "2", "--batch-size", "16"]                      # the last batch of an evaluation is smaller
+    eager, compiled = probe(*flags, to="eager"), probe(*flags, "--compile", to="compiled")
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5) and compiled["acc1"] == eager["acc1"]
+    assert symbols == []
+
+
 # ---------------------------------------------------------------- where the encoder comes from
 
 
