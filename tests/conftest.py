@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.backends.registry import lookup_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,11 +77,13 @@ def pretrained(tmp_path_factory, cache):
 
 @pytest.fixture
 def symbols(monkeypatch):
-    """torch.compile makes one graph and no code. The list holds the graph's inputs that have symbolic sizes."""
+    """torch.compile makes one graph and no code. The list holds the graph's inputs of symbolic size."""
+    from torch._dynamo.backends.registry import lookup_backend          # loads Triton
     compile, generate, found = torch.compile, lookup_backend("aot_eager"), []
 
     def backend(graph, inputs):
-        found.extend(x for x in inputs if any(isinstance(n, torch.SymInt) for n in (x, *getattr(x, "shape", ()))))
+        sizes = [size for x in inputs for size in (x, *getattr(x, "shape", ()))]
+        found.extend(size for size in sizes if isinstance(size, torch.SymInt))
         return generate(graph, inputs)
     monkeypatch.setattr(torch, "compile",
                         lambda module, **options: compile(module, backend=backend, fullgraph=True, **options))

@@ -134,7 +134,7 @@ def test_the_evaluation_crop_is_the_middle_224_of_256():
 
 
 def test_a_compiled_encoder_gives_the_features_of_an_eager_one_in_batches_of_any_size(probe, symbols):
-    flags = ["--steps", "2", "--batch-size", "16"]                      # the last batch of an evaluation is smaller
+    flags = ["--steps", "2", "--batch-size", "16"]                      # the last evaluated batch is smaller
     eager, compiled = probe(*flags, to="eager"), probe(*flags, "--compile", to="compiled")
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5) and compiled["acc1"] == eager["acc1"]
     assert symbols == []
