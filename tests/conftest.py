@@ -78,7 +78,7 @@ def pretrained(tmp_path_factory, cache):
 @pytest.fixture
 def symbols(monkeypatch):
     """torch.compile makes one graph and no code. The list holds the graph's inputs of symbolic size."""
-    from torch._dynamo.backends.registry import lookup_backend          # loads Triton
+    from torch._dynamo.backends.registry import lookup_backend  # loads Triton
     compile, generate, found = torch.compile, lookup_backend("aot_eager"), []
 
     def backend(graph, inputs):
