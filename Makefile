@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test faults \
+.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test gpu faults \
     record-faults lint clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
@@ -67,6 +67,10 @@ figures: $(VENV)/demo-installed
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU, with the Python that is there: everything that waits for one, in less than ten minutes.
+gpu:
+	$(PYTHON) tools/gpu/first.py $(or $(OUT),results) $(PARTS:%=--parts %)
 
 # Every fault of docs/reliability.md, and then without each guard in turn: some ten minutes on two cores.
 faults: $(VENV)/test-installed

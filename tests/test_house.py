@@ -35,13 +35,13 @@ def is_triton_kernel(path):
 
 
 def wrong_imports(path, text):
-    """scripts -> mff_min -> kernels -> torch, and exceptions by name; only what bench.py runs knows peers."""
+    """scripts -> mff_min -> kernels -> torch, and exceptions by name; only what measures knows peers."""
     in_kernels, is_kernel = path.startswith("kernels/"), is_triton_kernel(path)
-    benches = path == "bench.py" or path.startswith("mff_bench/")
+    benches = path == "bench.py" or path.startswith(("mff_bench/", "tools/gpu/"))
     for name in imported(text):
         if (name in SCRIPTS and path != "study.py" and not benches
                 or name == "mff_min" and in_kernels
-                or name == "argparse" and path not in ("mff_min/config.py", "bench.py")     # has subcommands
+                or name == "argparse" and path != "mff_min/config.py" and not benches     # has subcommands
                 or name in PEERS | {"mff_bench"} and not benches
                 or name == "triton" and not is_kernel):
             yield f"{path} imports {name}"
@@ -81,7 +81,7 @@ def import_all(folder, names):
 
 
 def test_importing_any_module_says_and_changes_nothing():
-    benches = ("bench.py", "mff_bench/")                                # count operations: loads Triton
+    benches = ("bench.py", "mff_bench/", "tools/gpu/")                  # count operations: loads Triton
     paths = [path for path in FILES if not is_triton_kernel(path) and not path.startswith(benches)]
     names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
     assert import_all(ROOT, names) == ""
