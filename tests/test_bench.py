@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,7 +19,9 @@ from torch.utils.data import Dataset, default_collate
 import bench
 import kernels
 from mff_bench import contenders, data, everything, imports, measure, ops, step
+from mff_min import flops
 from mff_min.config import UserError
+from mff_min.flops import product_tflops
 from mff_min.runtime import World
 
 pytest.importorskip("triton")
@@ -63,6 +66,7 @@ WORLD = World(0, 1, 0, torch.device("cpu"))
 def benched(tmp_path, monkeypatch):
     """benched(flags) runs a subject with a short sample and returns what it wrote."""
     monkeypatch.setattr(measure, "LEAST_SECONDS", 1e-6)
+    monkeypatch.setattr(step, "product_tflops", functools.partial(product_tflops, seconds=0.001))
     threads = torch.get_num_threads()
 
     def run(flags):
@@ -305,6 +309,10 @@ def fake_gpu(monkeypatch):
         steppers = {key: spend(40.0 if key[2] == "compiled" else 5.0, 0.1) for key in keys}
         return steppers, {}, dict.fromkeys(contenders.STAGES[stage], (1.0, 1))
 
+    def multiply(device, dtype):
+        now[0] += 0.5
+        return 790.0 if now[0] < 200 else 810.0
+
     def waiting(stepper, batches, budget, parts, batch):
         stepper(1)
         now[0] += min(20.0, budget.share(parts).seconds)
@@ -313,7 +321,7 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(module, "time", clock)
     for name, value in (
             ("start_world", lambda device: contextlib.nullcontext(world)), ("enter", enter),
-            ("product", lambda *_: spend(0.1, 0.1)), ("stopwatch", lambda sample, device: sample),
+            ("product_tflops", multiply), ("stopwatch", lambda sample, device: sample),
             ("make_inputs", lambda *_: None), ("step_flops", lambda *_: 1.0), ("waiting", waiting),
             ("peak_on_gpu", lambda stepper: {"peak_bytes": 1}),
             ("pretraining_step", lambda *_: spend(40.0, 0.1))):
@@ -321,6 +329,7 @@ def fake_gpu(monkeypatch):
     for name in ("draw_jpegs", "packed_source"):
         monkeypatch.setattr(data, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU / 2")
+    monkeypatch.setitem(flops.DATASHEET, "A GPU / 2", 1000)
     return now
 
 
@@ -340,6 +349,10 @@ def test_on_a_gpu_pretraining_in_bfloat16_is_measured_first_and_in_time(tmp_path
     assert {name for name, mode in rows if mode == "compiled"} == set(contenders.STAGES["pretrain"])
     assert all(len(row["seconds"]) == args.rounds and row["median"] == 0.1 for row in rows.values())
     assert all("median" in row and row["mode"] == "compiled" for row in second["rows"])
+    assert first["product_flops_per_s"]["bfloat16"] == 800e12           # 790 before the rounds, 810 after
+    for row in rows.values():
+        assert math.isclose(row["mfu"], row["img_per_s"] / 800e12)
+        assert math.isclose(row["mfu_datasheet"], row["img_per_s"] / 1000e12)
     assert fake_gpu[0] < 60 * args.minutes + everything.GRACE
 
 
@@ -446,8 +459,8 @@ def test_ratios_are_taken_pair_by_pair():
 
 
 def test_a_type_that_a_cpu_does_not_multiply_is_named(monkeypatch):
-    rates = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
-    monkeypatch.setattr(step, "product", lambda device, dtype, side: lambda repeats: rates[dtype])
+    rates = {torch.float32: 0.1, torch.bfloat16: 0.001}
+    monkeypatch.setattr(step, "product_tflops", lambda device, dtype, **options: rates[dtype])
     assert list(step.slow_dtypes(["float32", "bfloat16"], torch.device("cpu"))) == ["bfloat16"]
     assert step.slow_dtypes(["bfloat16"], torch.device("cuda")) == {}
 
