@@ -57,6 +57,113 @@ def test_the_comparison_with_torch_compile_is_what_the_results_hold():
             assert sum(ops.count_bytes(kernel, arguments)) == row["kernel"]
 
 
+# ---------------------------------------------------------------- times of ops
+
+class FakeGpu:
+    """The clocks of a host, which launches, and of a GPU, which does what was launched once it is free."""
+    host = device = 0.0                                     # milliseconds
+
+    def launch(self, host, device):
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def event(self, enable_timing):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.at = max(self.gpu.device, self.gpu.host)
+
+    def query(self):
+        return self.at <= self.gpu.host
+
+    def synchronize(self):
+        self.gpu.host = max(self.gpu.host, self.at)
+
+    def elapsed_time(self, stop):
+        return stop.at - self.at
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A FakeGpu in the place of torch.cuda, for functions that launch on it."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(ops, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
+    cold = SimpleNamespace(zero_=lambda: gpu.launch(0.005, 0.1))
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: cold)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(0.005, cycles / 2e6))
+    return gpu
+
+
+@pytest.mark.parametrize("launches", [1, 20, 200])
+def test_a_short_op_is_timed_on_the_gpu_and_not_on_the_host(gpu, launches):
+    def op():
+        for _ in range(launches):
+            gpu.launch(0.05, 0.002)                         # the GPU is 25 times as fast as the host
+    ms, host_bound = ops.milliseconds(op, "cuda")
+    assert math.isclose(ms, 0.002 * launches, rel_tol=1e-6) and not host_bound
+
+
+def test_what_is_made_for_a_call_is_not_timed(gpu):
+    ms, _ = ops.milliseconds(lambda out: gpu.launch(0.05, out), "cuda", lambda: gpu.launch(1, 5) or (0.25,))
+    assert math.isclose(ms, 0.25, rel_tol=1e-6)
+
+
+def test_an_op_that_waits_for_the_gpu_is_marked(gpu):
+    def op():
+        gpu.host = max(gpu.host, gpu.device)
+        gpu.launch(0.05, 0.002)
+    assert ops.milliseconds(op, "cuda")[1]
+
+
+def test_no_time_is_0_where_an_event_cannot_tell(gpu):
+    assert ops.milliseconds(lambda: None, "cuda") == (5e-4, False)
+
+
+def test_the_backward_pass_is_timed_alone(monkeypatch):
+    """However much the forward pass varies, nothing of it is in the backward pass's time."""
+    now, forward = [0.0], iter(range(10 ** 6, 0, -1000))
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            now[0] += next(forward)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            now[0] += 0.003
+            return dx
+    monkeypatch.setattr(ops, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    forward_ms, backward_ms = ops.measure(Op.apply, (torch.ones(2, requires_grad=True),), "cpu")["ms"]
+    assert backward_ms == pytest.approx(3, abs=1e-3) and forward_ms > 1e6
+
+
+@pytest.mark.parametrize("column", ["compile", "triton"])
+def test_a_backward_pass_can_be_timed_many_times(column):
+    """A compiled one frees what was saved for it, and a kernel's op is PyTorch's own."""
+    arguments = ops.level_case("layer_sum_norm", 3, 5, 64, torch.float32, 2, "cpu")
+    op = kernels.triton_column().layer_sum_norm
+    if column == "compile":
+        op = torch.compile(kernels.TORCH.layer_sum_norm, fullgraph=True, backend="aot_eager")
+    forward, backward = ops.measure(op, arguments, "cpu")["ms"]
+    assert forward > 0 and backward > 0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_result_that_is_not_finite_is_no_small_error(wrong):
+    def op(x):
+        return x * wrong
+    with pytest.raises(measure.NotRun, match="not finite"):
+        ops.error(op, torch.clone, (torch.ones(2),))
+    assert ops.error(lambda x: 1.5 * x, torch.clone, (torch.ones(2, requires_grad=True),)) == 0.5
+
+
 # ---------------------------------------------------------------- what is recorded
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
