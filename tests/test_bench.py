@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,8 @@ from torch.utils.data import Dataset, default_collate
 
 import bench
 import kernels
-from mff_bench import contenders, data, everything, imports, measure, ops, step
-from mff_min import flops
+from mff_bench import attention, contenders, data, everything, imports, measure, ops, step
+from mff_min import flops, vit
 from mff_min.config import UserError
 from mff_min.flops import product_tflops
 from mff_min.runtime import World
@@ -296,6 +297,37 @@ def test_peak_memory_is_of_a_process_of_its_own():
     step.add_peaks(group | {"rows": [late]}, measure.Budget(0), 1)
     assert late["peak_not_run"] == "its 0 seconds were over"
     assert list(measure.not_run(group))[0].startswith(": nobody float32 eager: peak memory: ")
+
+
+def test_attention_records_each_form_with_its_error(benched, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_BATCH", 1)
+    found = benched("attention --minutes 5")
+    rows = check_record(found, "attention")
+    assert len(found["groups"]) == len(attention.SHAPES) and len(rows) == 4 * len(attention.SHAPES)
+    for row in rows:
+        if row["dtype"] == "float32" or "median" in row:                # some CPUs multiply no bfloat16
+            eps = torch.finfo(getattr(torch, row["dtype"])).eps
+            assert 0 < row["error"] < 10 * eps and 0 < row["gradient_error"] < 20 * eps
+            assert min(row["ms"]) > 0 and math.isclose(row["median"], sum(row["ms"]) / 1e3)
+    assert all(set(group["choice_of_pytorch"]) == {"float32", "bfloat16"} for group in found["groups"])
+
+
+def test_a_form_of_attention_that_refuses_or_errs_is_a_row_that_says_so(benched, monkeypatch, capsys):
+    def refuses(q, k, v):
+        warnings.warn("it wants wider heads", stacklevel=1)
+        raise RuntimeError("No available kernel.\nMore.")
+    forms = {"refuses": refuses, "breaks": lambda q, k, v: vit.attend_by_products(q, k, v) * math.inf,
+             "unscaled": lambda q, k, v: (q @ k.mT).softmax(dim=-1) @ v}
+    monkeypatch.setattr(attention, "FORMS", {"cpu": forms})
+    monkeypatch.setattr(attention, "TYPES", {"cpu": ("float32",)})
+    monkeypatch.setattr(attention, "SHAPES", {"last decoder block": (4, 5, 7, 2, 8)})
+    refused, broken, wrong = check_record(benched("attention"), "attention")
+    assert refused["not_run"] == "No available kernel. it wants wider heads"
+    assert broken["not_run"] == "a result is not finite"
+    assert wrong["error"] > 0.01 and wrong["gradient_error"] > 0.01
+    assert "refuses float32      not run: No available kernel." in capsys.readouterr().out
+    rows = check_record(benched("attention --minutes 1e-9"), "attention")
+    assert {row["not_run"] for row in rows} == {"its 0 seconds were over"}
 
 
 def test_data_records_every_pipeline(benched):
