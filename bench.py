@@ -2,6 +2,7 @@
 
     python bench.py ops                 # every op: plain PyTorch, torch.compile, Triton
     python bench.py bytes               # the bytes that they move, by count: results/ops_bytes.json
+    python bench.py attention           # each form of attention at our shapes: time, error, PyTorch's choice
     python bench.py step                # a training step of each stage: ours, timm, Transformers, lightly
     python bench.py data                # from files to crops on one core: ours, torchvision, timm
     python bench.py imports             # how long a fresh process takes to import each
@@ -14,7 +15,7 @@ did not fit into --minutes, is a row that says so. What is measured, and how, st
 import argparse
 import os
 
-from mff_bench import contenders, data, everything, imports, ops, step
+from mff_bench import attention, contenders, data, everything, imports, ops, step
 from mff_min.config import UserError
 from mff_min.runtime import run
 
@@ -64,6 +65,7 @@ def parser():
     subject("bytes", lambda args: ops.bench_bytes(args.output_dir),
             "bytes moved by count: plain PyTorch, torch.compile, Triton", 0, 0)
 
+    subject("attention", attention.bench_attention, "each form of attention at our shapes", 2.0, 0)
     new = subject("step", step.bench_step, "a training step of each stage, beside the peers'", 30.0, 7)
     new.add_argument("--cases", type=names, help=f"sizes, of {','.join(contenders.CASES)}; not given: small, "
                                                  f"vit_s and vit_b, on a GPU vit_b first")

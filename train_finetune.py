@@ -109,8 +109,6 @@ class Config:
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
-    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
-                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
@@ -259,7 +257,7 @@ def finetune(cfg, world, signals):
     loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     flops = classifier_flops(model, model.head, False)
-    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, dtype, world),
                   advice_if_late(train_set, cfg.workers))
     if 0 < start < schedule.stop and schedule.passes(start, cfg.eval_every) and not log.evaluated:
         note_accuracy(start)                                            # the run was stopped before it could

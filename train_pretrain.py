@@ -97,8 +97,6 @@ class Config:
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
     fsdp: bool = knob(False, "parameters and optimizer state spread over the processes (fully_shard)")
-    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
-                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
@@ -236,7 +234,7 @@ def pretrain(cfg, world, signals):
     if start == 0:
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
-    meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), cfg.peak_tflops, world),
+    meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), dtype, world),
                   advice_if_late(train_set, cfg.workers, cfg.device_crop))
     signals.start()
     for step in range(start, schedule.stop):

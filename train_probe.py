@@ -96,8 +96,6 @@ class Config:
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
     compile: bool = knob(False, "torch.compile the encoder")
-    peak_tflops: float = knob(0.0, "TFLOP/s of one device, of which the logged mfu is a share; 0: on a GPU "
-                                   "what a bfloat16 product reaches, on a CPU no mfu", least=0)
     timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
@@ -262,7 +260,7 @@ def probe(cfg, world, signals):
     batches = iter(load(train_set, "single_draw", stream))
     loss_value = state["loss"] if state else math.nan
     flops = classifier_flops(encoder, head.head, True)
-    meter = Meter(schedule, start, world, peak_img_per_s(flops, cfg.peak_tflops, world),
+    meter = Meter(schedule, start, world, peak_img_per_s(flops, dtype, world),
                   advice_if_late(train_set, cfg.workers))
     if 0 < start < schedule.stop and schedule.passes(start, cfg.eval_every) and not log.evaluated:
         note_accuracy(start)                                            # the run was stopped before it could

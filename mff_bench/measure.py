@@ -222,6 +222,8 @@ def shown(row):
         text += f"  {interval(row['speed_over_baseline'])} x"
     if "mfu" in row:
         text += f"  {100 * row['mfu']:3.0f} % MFU"
+    if "mfu_datasheet" in row:
+        text += f" ({100 * row['mfu_datasheet']:.0f} % of the data-sheet rate)"
     if row.get("peak_bytes"):
         text += f"  {row['peak_bytes'] / 2 ** 20:6.0f} MiB"
     if "peak_not_run" in row:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from mff_bench.measure import FAILURES, reason_of, result_path
+from mff_bench.measure import FAILURES, NotRun, reason_of, result_path
 from mff_min.runtime import start_world
 from mff_min.saving import write_json
 
@@ -185,29 +185,47 @@ def compiled_table(result):
 
 # ---- time, memory, error
 
-def milliseconds(function, device, seconds=0.15):
-    """Median time of function with a cold cache on a GPU, and the shortest of five on a CPU."""
+LEAST_CYCLES, MOST_CYCLES = 2 ** 18, 2 ** 27                           # 0.1 and 70 ms at 2 GHz
+
+
+def milliseconds(function, device, make=tuple, seconds=0.15):
+    """(median time of function(*make()), whether that is the host's time) with a cold cache on a GPU.
+
+    make is not timed. The GPU sleeps before the first event, so that the host has launched everything when
+    its clock starts. Where the host was later, the next sleep is twice as long, and the time only counts if
+    no sleep was long enough: function waits for the GPU. On a CPU it is the shortest of five.
+    """
     if device == "cpu":
-        return min(timed(function) for _ in range(5))
+        return min(timed(function, make()) for _ in range(5)), False
     cold = torch.empty(256 * 2 ** 20, dtype=torch.uint8, device=device)     # larger than the cache
-    times = []
+    times, late, cycles = [], [], LEAST_CYCLES
     end_of_warm_up, end = time.perf_counter() + seconds / 3, time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
-        cold.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        stop.synchronize()
+    while time.perf_counter() < end or len(times) < 5 and len(late) < 20:
+        ms, host_was_late = timed_on_gpu(function, make(), cold, cycles)
+        if host_was_late:
+            cycles = min(2 * cycles, MOST_CYCLES)
         if time.perf_counter() > end_of_warm_up:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+            (late if host_was_late else times).append(ms)
+    return statistics.median(times or late), not times
 
 
-def timed(function):
+def timed_on_gpu(function, arguments, cold, cycles):
+    """(milliseconds of one call after a sleep, whether the GPU woke up before the host had launched it)."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    cold.zero_()
+    torch.cuda._sleep(cycles)
+    start.record()
+    function(*arguments)
+    stop.record()
+    host_was_late = start.query()
+    stop.synchronize()
+    return max(start.elapsed_time(stop), 5e-4), host_was_late          # events tick every half microsecond
+
+
+def timed(function, arguments):
     """Milliseconds of one call on a CPU."""
     start = time.perf_counter()
-    function()
+    function(*arguments)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -215,38 +233,51 @@ def copy_rate(device):
     """Bytes a second, read and written, of a plain copy of 1 GiB."""
     x = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x), device) / 1e3)
+    return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x), device)[0] / 1e3)
 
 
 def measure(op, arguments, device):
-    """Milliseconds forward and backward, and the peak of memory in bytes beyond the arguments."""
+    """{"ms": [forward, backward], "host_bound": [are these the host's times?], "peak_bytes"} of op.
+
+    Every backward pass has a graph of its own, made before the clock starts: torch.compile frees what it
+    saved. The peak of memory is what is beyond the arguments.
+    """
     wanted = trainable(arguments)
     cotangent = torch.ones_like(op(*arguments))             # compiles, too
 
-    def both():
-        return torch.autograd.grad(op(*arguments), wanted, cotangent)
+    def backward(out):
+        return torch.autograd.grad(out, wanted, cotangent)
 
-    forward = milliseconds(lambda: op(*arguments), device)
-    backward = milliseconds(both, device) - forward if wanted else 0.0
+    found = [milliseconds(lambda: op(*arguments), device), (0.0, False)]
+    if wanted:
+        backward(op(*arguments))                            # compiles, too
+        found[1] = milliseconds(backward, device, lambda: (op(*arguments),))
+    ms, host_bound = map(list, zip(*found, strict=True))
     if device == "cpu":
-        return forward, backward, 0
+        return {"ms": ms, "host_bound": host_bound, "peak_bytes": 0}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = both() if wanted else op(*arguments)
+    out = op(*arguments)
+    kept = backward(out) if wanted else None
     torch.cuda.synchronize()
     del kept
-    return forward, backward, torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"ms": ms, "host_bound": host_bound, "peak_bytes": peak}
 
 
 def error(op, plain, arguments):
-    """Largest error of op against plain in float64, over the largest true value: output and gradients."""
+    """Largest error of op against plain in float64: output and gradients."""
     exact = torch.utils._pytree.tree_map(in_float64, arguments)
-    worst = 0.0
-    for got, want in zip(results(op, arguments), results(plain, exact), strict=True):
-        difference = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-12)
-        worst = max(worst, difference.item())
-    return worst
+    return max(map(relative_error, results(op, arguments), results(plain, exact)))
+
+
+def relative_error(found, true):
+    """Largest error over the largest true value. Raises NotRun where it is not finite."""
+    ratio = (found.double() - true.double()).abs().max() / true.double().abs().max().clamp(min=1e-12)
+    if not ratio.isfinite():
+        raise NotRun("a result is not finite")
+    return ratio.item()
 
 
 def in_float64(x):
@@ -312,8 +343,8 @@ def bench_ops_on_cpu(batch):
     print_row(("op", "case", "forward", "backward"))
     for op, words, arguments in cases():
         if "M=" not in words or "M=6 T=50 D=768" in words:
-            forward, backward, _ = measure(getattr(kernels.TORCH, op), arguments(4, "cpu"), "cpu")
-            print_row((op, words, forward, backward))
+            found = measure(getattr(kernels.TORCH, op), arguments(4, "cpu"), "cpu")
+            print_row((op, words, *found["ms"]))
     print("\ntorch.compile, Triton, rates, memory and errors need a GPU: not run.")
 
 
@@ -322,13 +353,13 @@ def bench_row(function, plain, arguments, batch, least, rate):
     torch.compiler.reset()
     torch.cuda.empty_cache()
     try:
-        forward, backward, peak = measure(function, arguments(batch, "cuda"), "cuda")
-        worst = error(function, plain, arguments(batch, "cuda"))
+        row = measure(function, arguments(batch, "cuda"), "cuda")
+        row["error"] = error(function, plain, arguments(batch, "cuda"))
     except FAILURES as problem:
         return {"not_run": reason_of(problem)}
-    shares = [size / (ms / 1e3) / rate if size else 0.0
-              for size, ms in zip(least, (forward, backward), strict=True)]
-    return {"ms": (forward, backward), "share_of_copy": shares, "peak_bytes": peak, "error": worst}
+    row["share_of_copy"] = [size / (ms / 1e3) / rate if size else 0.0
+                            for size, ms in zip(least, row["ms"], strict=True)]
+    return row
 
 
 def cells(row):
@@ -338,7 +369,9 @@ def cells(row):
     if "not_run" in row:
         return *name, "not run", "not run", *sizes, *["not run"] * 4
     shares = [100 * share for share in row["share_of_copy"]]
-    return *name, *row["ms"], *sizes, *shares, row["peak_bytes"] / 1e6, row["error"]
+    times = [f"{ms:.3g} (host's)" if bound else ms
+             for ms, bound in zip(row["ms"], row["host_bound"], strict=True)]
+    return *name, *times, *sizes, *shares, row["peak_bytes"] / 1e6, row["error"]
 
 
 def print_row(values):

@@ -2,8 +2,9 @@
 
 A step is forward, backward and the optimizer's, on images that are normalised and on the device already. MFU
 is the work that the method needs, counted on our model, whose encoder sees visible tokens alone, over the
-time that it took and the rate of a plain product of matrices of the same type in the same rounds: a peer
-that computes more has a lower MFU.
+time that it took and the sustained rate of a plain matrix product of the same type, which is measured before
+and after the group: a peer that computes more has a lower MFU. mfu_datasheet is the same over the data-sheet
+rate of a GPU whose name is known, for comparison with papers.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean
 
 import torch
 
@@ -36,6 +37,7 @@ from mff_bench.measure import (
     timed_row,
 )
 from mff_min.config import UserError
+from mff_min.flops import datasheet_tflops, product_tflops
 from mff_min.runtime import DTYPES, autocast, start_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,19 +128,21 @@ def bench_group(stage, name, options, budget, world):
     start_afresh(options.compile)
     inputs = make_inputs(stage, case, batch, device)
     steppers, reasons, prints = enter(stage, case, inputs, options, budget, device)
-    samples = {("product", dtype): product(device, DTYPES[dtype]) for dtype in options.dtypes
-               if any(key[1] == dtype for key in steppers)}             # first, since every row needs them
-    samples |= {key: stopwatch(stepper, device) for key, stepper in steppers.items()}
+    samples = {key: stopwatch(stepper, device) for key, stepper in steppers.items()}
     title = f"{stage} {name}, {case.img_size} px, batch {batch}"
     text = f"{title}: {len(steppers)} contenders"
     compiled = [key for key in steppers if key[2] == "compiled" or device.type == "cuda"]   # by Triton
+    multiplied = [dtype for dtype in options.dtypes if any(key[1] == dtype for key in steppers)]
+    before = product_rates(multiplied, device)
     seconds, left_out = in_rounds(samples, options.rounds, budget, world, text, compiled)
+    after = product_rates(multiplied if seconds else [], device)
 
     ours, *_ = STAGES[stage]
     flops = {who: step_flops(stage, case, contender) for who, contender in STAGES[stage].items()
              if seconds and not contender.adapt}
-    rates = {dtype: 2 * PRODUCT[device.type] ** 3 / median(seconds["product", dtype])
-             for dtype in options.dtypes if ("product", dtype) in seconds}
+    rates = {dtype: mean((before[dtype], after[dtype])) for dtype in before.keys() & after.keys()}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    sheets = {dtype: datasheet_tflops(gpu, DTYPES[dtype]) for dtype in options.dtypes}
     baseline = next((key for key in ((who, options.dtypes[0], "eager") for who in (BASELINES[stage], ours))
                      if key in seconds), None)
     rows = []
@@ -148,8 +152,9 @@ def bench_group(stage, name, options, budget, world):
         if key in seconds:
             row |= timed_row(seconds[key], batch, seconds.get(baseline), seconds.get((ours, dtype, mode)))
             row |= {"loss": prints[who][0], "trained_values": prints[who][1]}
-            if dtype in rates:
-                row["mfu"] = row["img_per_s"] * flops.get(who, flops[ours]) / rates[dtype]
+            peaks = {"mfu": rates.get(dtype), "mfu_datasheet": sheets[dtype] and 1e12 * sheets[dtype]}
+            row |= {share: row["img_per_s"] * flops.get(who, flops[ours]) / peak
+                    for share, peak in peaks.items() if peak}
             if device.type == "cuda":
                 row |= peak_on_gpu(steppers[key])
         else:
@@ -161,6 +166,14 @@ def bench_group(stage, name, options, budget, world):
             "flops_per_image": flops, "product_flops_per_s": rates, "rows": rows}
 
 
+def product_rates(dtypes, device):
+    """{dtype: FLOP/s of a plain product}; none after a contender has broken CUDA, which then fails always."""
+    try:
+        return {dtype: 1e12 * product_tflops(device, DTYPES[dtype]) for dtype in dtypes}
+    except FAILURES:
+        return {}
+
+
 def peak_on_gpu(stepper):
     """{"peak_bytes"} of a Stepper's step, or why there is none."""
     try:
@@ -169,24 +182,12 @@ def peak_on_gpu(stepper):
         return {"peak_not_run": reason_of(problem)}
 
 
-PRODUCT = {"cpu": 1024, "cuda": 8192}                                   # side of a plain product's matrices
-
-
-def product(device, dtype, side=None):
-    """A stopwatch of a plain matrix product."""
-    side = side or PRODUCT[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return stopwatch(lambda: a @ b, device)
-
-
 def slow_dtypes(dtypes, device):
     """{dtype: reason} of the types that a CPU has no instructions for: their steps would take minutes."""
     if device.type != "cpu":
         return {}
-    rates = {}
-    for dtype in dict.fromkeys(("float32", *dtypes)):
-        sample = product(device, DTYPES[dtype], side=256)
-        rates[dtype] = 2 * 256 ** 3 / min(sample(1) for _ in range(4)) / 1e9     # others may use this CPU
+    rates = {dtype: 1e3 * product_tflops(device, DTYPES[dtype], side=256, seconds=0.02)
+             for dtype in dict.fromkeys(("float32", *dtypes))}
     return {dtype: f"this CPU multiplies no {dtype}: {rate:.1f} GFLOP/s, {rates['float32']:.1f} in float32"
             for dtype, rate in rates.items() if rate < rates["float32"] / 4}
 

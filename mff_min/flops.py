@@ -9,6 +9,9 @@ Shapes: L patches, V visible patches, K = L - V masked patches, D width of the e
 T tokens, in pre-training V + 1, Q tokens that a block computes, M fused levels, N = P * P * C, G classes.
 """
 
+import statistics
+import time
+
 import torch
 
 
@@ -51,25 +54,76 @@ def block_flops(block, T, Q):
     return 4 * T * D * D + 2 * Q * D * D + 4 * Q * T * D + 2 * Q * D * D + 4 * Q * D * hidden
 
 
-def peak_img_per_s(flops, tflops, world):
-    """Images a second at which the devices of a run would do nothing but multiply; 0 where it is not known.
+def peak_img_per_s(flops, dtype, world):
+    """Images per second at which the devices of a run would do nothing but multiply; 0 on a CPU.
 
-    flops is of one image, tflops of one device: 0 on a GPU is what a bfloat16 product reaches.
+    flops is of one image. Says the rate, and its share of the data-sheet rate.
     """
-    if not tflops and world.device.type == "cuda":
-        tflops = product_tflops(world.device)
+    if world.device.type != "cuda":
+        return 0.0
+    tflops, name = product_tflops(world.device, dtype), torch.cuda.get_device_name(world.device)
+    sheet, short = datasheet_tflops(name, dtype), str(dtype).removeprefix("torch.")
+    share = f", {100 * tflops / sheet:.0f} % of the {sheet} TFLOP/s of its data sheet" if sheet else ""
+    world.say(f"MFU refers to a {short} product's {tflops:.0f} TFLOP/s, sustained on {name}{share}")
     return tflops * 1e12 * world.size / flops
 
 
-def product_tflops(device, side=8192, times=20):
-    """TFLOP/s of square bfloat16 products on a GPU: what it reaches when it does nothing else."""
+def product_tflops(device, dtype=torch.bfloat16, side=None, seconds=0.5):
+    """TFLOP/s of a device that does nothing but square matrix products in dtype: what every MFU refers to.
+
+    It multiplies for at least so many seconds, since a GPU that gets warm is slower; the rate is the median
+    over batches of products. side is 8192 on a GPU and 1024 on a CPU.
+    """
+    on_gpu = device.type == "cuda"
+    side, times = side or (8192 if on_gpu else 1024), 10 if on_gpu else 1
     generator = torch.Generator(device).manual_seed(0)                  # the default one is not drawn from
-    x = torch.randn(side, side, generator=generator, device=device).to(torch.bfloat16)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for i in range(times + 3):                                          # three warm up
-        if i == 3:
-            start.record()
-        x @ x
-    stop.record()
+    x = torch.randn(side, side, generator=generator, device=device).to(dtype)
+    y = torch.empty_like(x)
+
+    def multiply():
+        for _ in range(times):
+            torch.mm(x, x, out=y)
+    return 2 * side ** 3 * times / statistics.median(batch_seconds(multiply, device, seconds)) / 1e12
+
+
+def batch_seconds(work, device, seconds):
+    """The times of calls of work, at least three and so many seconds together.
+
+    A GPU has the next call to do while the last one is read, so it never rests. Two calls warm up.
+    """
+    marks, times = [], []
+    while sum(times) < seconds or len(times) < 3:
+        work()
+        marks.append(mark(device))
+        if len(marks) > 3:
+            times.append(between(*marks[-3:-1]))
+    return times
+
+
+def mark(device):
+    """This moment: of a GPU's work, an event; of a CPU's, the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start, stop):
+    """Seconds from one mark to a later one."""
+    if isinstance(start, float):
+        return stop - start
     stop.synchronize()
-    return 2 * side ** 3 * times / start.elapsed_time(stop) / 1e9
+    return start.elapsed_time(stop) / 1e3
+
+
+# TFLOP/s of dense 16-bit products with float32 sums, by the exact name that CUDA has for the card: others of
+# the same family are slower (H100 PCIe, RTX 4090 Laptop).
+DATASHEET = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA B200": 2250, "NVIDIA L40S": 362,
+             "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312,
+             "NVIDIA A100 80GB PCIe": 312, "NVIDIA GeForce RTX 4090": 165}
+
+
+def datasheet_tflops(name, dtype):
+    """The data-sheet rate of a device with this name; None where it is not known, and for float32."""
+    return DATASHEET.get(name) if dtype in (torch.bfloat16, torch.float16) else None

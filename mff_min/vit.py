@@ -79,9 +79,14 @@ def attend(q, k, v):
     # In bfloat16 on a CPU that multiplies it, the backward pass of the fused form takes longer than that of
     # these products, which keep B h Q T weights for it: docs/walkthrough.md, Encoder.
     if CPU_HAS_BF16 and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)      # (B, h, Q, T)
-        return weights @ v                                              # (B, h, Q, d)
+        return attend_by_products(q, k, v)                              # (B, h, Q, d)
     return F.scaled_dot_product_attention(q, k, v)                      # (B, h, Q, d)
+
+
+def attend_by_products(q, k, v):
+    """attend as its equation says it."""
+    weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)          # (B, h, Q, T)
+    return weights @ v                                                  # (B, h, Q, d)
 
 
 class Mlp(nn.Module):

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +19,10 @@ from torch.utils.data import Dataset, default_collate
 
 import bench
 import kernels
-from mff_bench import contenders, data, everything, imports, measure, ops, step
+from mff_bench import attention, contenders, data, everything, imports, measure, ops, step
+from mff_min import flops, vit
 from mff_min.config import UserError
+from mff_min.flops import product_tflops
 from mff_min.runtime import World
 
 pytest.importorskip("triton")
@@ -54,6 +58,113 @@ def test_the_comparison_with_torch_compile_is_what_the_results_hold():
             assert sum(ops.count_bytes(kernel, arguments)) == row["kernel"]
 
 
+# ---------------------------------------------------------------- times of ops
+
+class FakeGpu:
+    """The clocks of a host, which launches, and of a GPU, which does what was launched once it is free."""
+    host = device = 0.0                                     # milliseconds
+
+    def launch(self, host, device):
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def event(self, enable_timing):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.at = max(self.gpu.device, self.gpu.host)
+
+    def query(self):
+        return self.at <= self.gpu.host
+
+    def synchronize(self):
+        self.gpu.host = max(self.gpu.host, self.at)
+
+    def elapsed_time(self, stop):
+        return stop.at - self.at
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A FakeGpu in the place of torch.cuda, for functions that launch on it."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(ops, "time", SimpleNamespace(perf_counter=lambda: gpu.host / 1e3))
+    cold = SimpleNamespace(zero_=lambda: gpu.launch(0.005, 0.1))
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: cold)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.launch(0.005, cycles / 2e6))
+    return gpu
+
+
+@pytest.mark.parametrize("launches", [1, 20, 200])
+def test_a_short_op_is_timed_on_the_gpu_and_not_on_the_host(gpu, launches):
+    def op():
+        for _ in range(launches):
+            gpu.launch(0.05, 0.002)                         # the GPU is 25 times as fast as the host
+    ms, host_bound = ops.milliseconds(op, "cuda")
+    assert math.isclose(ms, 0.002 * launches, rel_tol=1e-6) and not host_bound
+
+
+def test_what_is_made_for_a_call_is_not_timed(gpu):
+    ms, _ = ops.milliseconds(lambda out: gpu.launch(0.05, out), "cuda", lambda: gpu.launch(1, 5) or (0.25,))
+    assert math.isclose(ms, 0.25, rel_tol=1e-6)
+
+
+def test_an_op_that_waits_for_the_gpu_is_marked(gpu):
+    def op():
+        gpu.host = max(gpu.host, gpu.device)
+        gpu.launch(0.05, 0.002)
+    assert ops.milliseconds(op, "cuda")[1]
+
+
+def test_no_time_is_0_where_an_event_cannot_tell(gpu):
+    assert ops.milliseconds(lambda: None, "cuda") == (5e-4, False)
+
+
+def test_the_backward_pass_is_timed_alone(monkeypatch):
+    """However much the forward pass varies, nothing of it is in the backward pass's time."""
+    now, forward = [0.0], iter(range(10 ** 6, 0, -1000))
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            now[0] += next(forward)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            now[0] += 0.003
+            return dx
+    monkeypatch.setattr(ops, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    forward_ms, backward_ms = ops.measure(Op.apply, (torch.ones(2, requires_grad=True),), "cpu")["ms"]
+    assert backward_ms == pytest.approx(3, abs=1e-3) and forward_ms > 1e6
+
+
+@pytest.mark.parametrize("column", ["compile", "triton"])
+def test_a_backward_pass_can_be_timed_many_times(column):
+    """A compiled one frees what was saved for it, and a kernel's op is PyTorch's own."""
+    arguments = ops.level_case("layer_sum_norm", 3, 5, 64, torch.float32, 2, "cpu")
+    op = kernels.triton_column().layer_sum_norm
+    if column == "compile":
+        op = torch.compile(kernels.TORCH.layer_sum_norm, fullgraph=True, backend="aot_eager")
+    forward, backward = ops.measure(op, arguments, "cpu")["ms"]
+    assert forward > 0 and backward > 0
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_result_that_is_not_finite_is_no_small_error(wrong):
+    def op(x):
+        return x * wrong
+    with pytest.raises(measure.NotRun, match="not finite"):
+        ops.error(op, torch.clone, (torch.ones(2),))
+    assert ops.error(lambda x: 1.5 * x, torch.clone, (torch.ones(2, requires_grad=True),)) == 0.5
+
+
 # ---------------------------------------------------------------- what is recorded
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -63,6 +174,7 @@ WORLD = World(0, 1, 0, torch.device("cpu"))
 def benched(tmp_path, monkeypatch):
     """benched(flags) runs a subject with a short sample and returns what it wrote."""
     monkeypatch.setattr(measure, "LEAST_SECONDS", 1e-6)
+    monkeypatch.setattr(step, "product_tflops", functools.partial(product_tflops, seconds=0.001))
     threads = torch.get_num_threads()
 
     def run(flags):
@@ -187,6 +299,37 @@ def test_peak_memory_is_of_a_process_of_its_own():
     assert list(measure.not_run(group))[0].startswith(": nobody float32 eager: peak memory: ")
 
 
+def test_attention_records_each_form_with_its_error(benched, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_BATCH", 1)
+    found = benched("attention --minutes 5")
+    rows = check_record(found, "attention")
+    assert len(found["groups"]) == len(attention.SHAPES) and len(rows) == 4 * len(attention.SHAPES)
+    for row in rows:
+        if row["dtype"] == "float32" or "median" in row:                # some CPUs multiply no bfloat16
+            eps = torch.finfo(getattr(torch, row["dtype"])).eps
+            assert 0 < row["error"] < 10 * eps and 0 < row["gradient_error"] < 20 * eps
+            assert min(row["ms"]) > 0 and math.isclose(row["median"], sum(row["ms"]) / 1e3)
+    assert all(set(group["choice_of_pytorch"]) == {"float32", "bfloat16"} for group in found["groups"])
+
+
+def test_a_form_of_attention_that_refuses_or_errs_is_a_row_that_says_so(benched, monkeypatch, capsys):
+    def refuses(q, k, v):
+        warnings.warn("it wants wider heads", stacklevel=1)
+        raise RuntimeError("No available kernel.\nMore.")
+    forms = {"refuses": refuses, "breaks": lambda q, k, v: vit.attend_by_products(q, k, v) * math.inf,
+             "unscaled": lambda q, k, v: (q @ k.mT).softmax(dim=-1) @ v}
+    monkeypatch.setattr(attention, "FORMS", {"cpu": forms})
+    monkeypatch.setattr(attention, "TYPES", {"cpu": ("float32",)})
+    monkeypatch.setattr(attention, "SHAPES", {"last decoder block": (4, 5, 7, 2, 8)})
+    refused, broken, wrong = check_record(benched("attention"), "attention")
+    assert refused["not_run"] == "No available kernel. it wants wider heads"
+    assert broken["not_run"] == "a result is not finite"
+    assert wrong["error"] > 0.01 and wrong["gradient_error"] > 0.01
+    assert "refuses float32      not run: No available kernel." in capsys.readouterr().out
+    rows = check_record(benched("attention --minutes 1e-9"), "attention")
+    assert {row["not_run"] for row in rows} == {"its 0 seconds were over"}
+
+
 def test_data_records_every_pipeline(benched):
     pytest.importorskip("torchvision")
     found = benched("data --rounds 1 --images 2")
@@ -305,6 +448,10 @@ def fake_gpu(monkeypatch):
         steppers = {key: spend(40.0 if key[2] == "compiled" else 5.0, 0.1) for key in keys}
         return steppers, {}, dict.fromkeys(contenders.STAGES[stage], (1.0, 1))
 
+    def multiply(device, dtype):
+        now[0] += 0.5
+        return 790.0 if now[0] < 200 else 810.0
+
     def waiting(stepper, batches, budget, parts, batch):
         stepper(1)
         now[0] += min(20.0, budget.share(parts).seconds)
@@ -313,7 +460,7 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(module, "time", clock)
     for name, value in (
             ("start_world", lambda device: contextlib.nullcontext(world)), ("enter", enter),
-            ("product", lambda *_: spend(0.1, 0.1)), ("stopwatch", lambda sample, device: sample),
+            ("product_tflops", multiply), ("stopwatch", lambda sample, device: sample),
             ("make_inputs", lambda *_: None), ("step_flops", lambda *_: 1.0), ("waiting", waiting),
             ("peak_on_gpu", lambda stepper: {"peak_bytes": 1}),
             ("pretraining_step", lambda *_: spend(40.0, 0.1))):
@@ -321,6 +468,7 @@ def fake_gpu(monkeypatch):
     for name in ("draw_jpegs", "packed_source"):
         monkeypatch.setattr(data, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU / 2")
+    monkeypatch.setitem(flops.DATASHEET, "A GPU / 2", 1000)
     return now
 
 
@@ -340,6 +488,10 @@ def test_on_a_gpu_pretraining_in_bfloat16_is_measured_first_and_in_time(tmp_path
     assert {name for name, mode in rows if mode == "compiled"} == set(contenders.STAGES["pretrain"])
     assert all(len(row["seconds"]) == args.rounds and row["median"] == 0.1 for row in rows.values())
     assert all("median" in row and row["mode"] == "compiled" for row in second["rows"])
+    assert first["product_flops_per_s"]["bfloat16"] == 800e12           # 790 before the rounds, 810 after
+    for row in rows.values():
+        assert math.isclose(row["mfu"], row["img_per_s"] / 800e12)
+        assert math.isclose(row["mfu_datasheet"], row["img_per_s"] / 1000e12)
     assert fake_gpu[0] < 60 * args.minutes + everything.GRACE
 
 
@@ -446,8 +598,8 @@ def test_ratios_are_taken_pair_by_pair():
 
 
 def test_a_type_that_a_cpu_does_not_multiply_is_named(monkeypatch):
-    rates = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
-    monkeypatch.setattr(step, "product", lambda device, dtype, side: lambda repeats: rates[dtype])
+    rates = {torch.float32: 0.1, torch.bfloat16: 0.001}
+    monkeypatch.setattr(step, "product_tflops", lambda device, dtype, **options: rates[dtype])
     assert list(step.slow_dtypes(["float32", "bfloat16"], torch.device("cpu"))) == ["bfloat16"]
     assert step.slow_dtypes(["bfloat16"], torch.device("cuda")) == {}
 

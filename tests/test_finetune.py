@@ -100,8 +100,9 @@ def test_steps_that_are_not_logged_never_wait_for_the_gpu(finetune, monkeypatch)
     assert others == [[]] * 3 and "item" in first
 
 
-def test_mfu_is_logged_where_a_peak_is_known(finetune, tmp_path):
-    finetune("--steps", "1", "--peak-tflops", "0.5")
+def test_mfu_is_logged_where_a_peak_is_known(finetune, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_finetune, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
+    finetune("--steps", "1")
     model = VisionTransformer((16, 16), num_classes=10, **MODELS["vit_test"])
     flops = classifier_flops(model, model.head, frozen=False)
     line = read_log(tmp_path / "a" / "log.jsonl")[0]

@@ -1,12 +1,17 @@
-"""FLOPs of a step by formula are those that PyTorch counts; the published sizes have the expected ones."""
+"""FLOPs of a step by formula are those that PyTorch counts; the rate that MFU refers to is sustained."""
+
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mff_min import flops
 from mff_min.flops import classifier_flops, step_flops
 from mff_min.mim import MaskedAutoencoder, spread_indices
 from mff_min.probe import LinearProbe, pool_tokens
+from mff_min.runtime import World
 from mff_min.vit import MODELS, VisionTransformer
 
 
@@ -56,3 +61,66 @@ def test_published_sizes_cost_what_an_independent_count_says(name, mae, overhead
                         for levels in ((depth - 1,), spread_indices(depth)))
     assert plain / 1e9 == pytest.approx(mae, rel=0.001)
     assert 100 * (fused / plain - 1) == pytest.approx(overhead, abs=0.05) and overhead < 2.5
+
+
+# ---------------------------------------------------------------- the rate that MFU refers to
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_rate_is_the_median_of_at_least_half_a_second(monkeypatch):
+    """Two slow products that warm up and one in four that is disturbed leave the rate as it is."""
+    slow, now, products = itertools.chain([5.0, 5.0], itertools.cycle([0.001, 0.001, 0.001, 9.0])), [0.0], []
+
+    def mm(x, y, out):
+        assert x.dtype == torch.bfloat16 and x.shape == (8, 8)
+        products.append(now[0])
+        now[0] += next(slow)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    drawn = torch.get_rng_state()
+    assert flops.product_tflops(CPU, side=8) == pytest.approx(2 * 8 ** 3 / 0.001 / 1e12)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert len(products) == 7                               # 2 warm up, 4 are timed, one is left to do
+
+    slow, now[0], products = itertools.repeat(0.001), 0.0, []
+    flops.product_tflops(CPU, side=8)
+    assert 0.5 <= now[0] < 0.51
+
+
+def test_a_gpu_has_work_left_whenever_it_is_waited_for(monkeypatch):
+    """It multiplies without a rest, so its clocks are those of long work."""
+    launched, waits = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.after = len(launched)
+
+        def synchronize(self):
+            waits.append(len(launched) - self.after)
+
+        def elapsed_time(self, stop):
+            return 100.0 * (stop.after - self.after)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert flops.batch_seconds(lambda: launched.append(1), GPU, 0.5) == [0.1] * 5
+    assert waits == [1] * 5
+
+
+@pytest.mark.parametrize("name, dtype, share", [
+    ("NVIDIA H100 80GB HBM3", torch.bfloat16, ", 80 % of the 989 TFLOP/s of its data sheet"),
+    ("NVIDIA H100 80GB HBM3", torch.float32, ""), ("NVIDIA H100 PCIe", torch.bfloat16, ""),
+])
+def test_a_run_says_what_its_mfu_refers_to(monkeypatch, capsys, name, dtype, share):
+    monkeypatch.setattr(flops, "product_tflops", lambda device, dtype: 790.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert flops.peak_img_per_s(1e9, dtype, World(0, 2, 0, GPU)) == 2 * 790e3
+    short = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    assert capsys.readouterr().out == (f"MFU refers to a {short} product's 790 TFLOP/s, sustained on {name}"
+                                       f"{share}\n")
+
+
+def test_a_cpu_has_no_peak(capsys):
+    assert flops.peak_img_per_s(1e9, torch.float32, World(0, 1, 0, CPU)) == 0 == len(capsys.readouterr().out)

@@ -245,8 +245,9 @@ def test_steps_that_are_not_logged_never_wait_for_the_gpu(probe, monkeypatch):
     assert others == [[]] * 3 and "item" in first
 
 
-def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path):
-    probe("--steps", "1", "--peak-tflops", "0.5")
+def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_probe, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
+    probe("--steps", "1")
     head = LinearProbe(64, 10).head
     encoder = VisionTransformer((16, 16), **MODELS["vit_test"])
     flops = classifier_flops(encoder, head, frozen=True)

@@ -151,10 +151,11 @@ def test_a_wait_that_creeps_into_the_loop_is_caught(waits, monkeypatch):
     assert all(step for step in waits()[1:-1])
 
 
-def test_mfu_is_logged_where_a_peak_is_known(pretrain, tmp_path, capsys):
+def test_mfu_is_logged_where_a_peak_is_known(pretrain, tmp_path, capsys, monkeypatch):
     pretrain("--steps", "2", to="unknown")
     assert "MFU" not in capsys.readouterr().out
-    pretrain("--steps", "2", "--peak-tflops", "0.5", to="known")
+    monkeypatch.setattr(train_pretrain, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
+    pretrain("--steps", "2", to="known")
     said = capsys.readouterr().out
     for line in read_log(tmp_path / "unknown" / "log.jsonl"):
         assert "mfu" not in line

@@ -70,7 +70,7 @@ def all_parts(out):
     step = "--cases vit_b --stages pretrain --dtypes bfloat16 --batch 512 --no-waiting --rounds 5".split()
     return [[Part("machine", module("tools.gpu.machine"), 30)],
             [Part("kernels", tests("tests/test_kernels_gpu.py"), 150),
-             Part("stages", tests("tests/test_stages.py", "tests/test_augment.py"), 170)],
+             Part("stages", tests("tests/test_stages.py", "tests/test_augment.py"), 160)],
             [Part("attention", bench(out, "attention", "--minutes", "0.6"), 60)],
             [Part("eager", profile(out, "eager"), 50)],
             [Part("compiled", profile(out, "compiled"), 100)],
