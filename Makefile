@@ -70,7 +70,7 @@ test: $(VENV)/test-installed
 
 # On a machine with a GPU, with the Python that is there: everything that waits for one, in less than ten minutes.
 gpu:
-	$(PYTHON) tools/gpu/first.py $(or $(OUT),results) $(PARTS:%=--parts %)
+	$(PYTHON) tools/gpu/first.py $(or $(OUT),results) $(FLAGS)
 
 # Every fault of docs/reliability.md, and then without each guard in turn: some ten minutes on two cores.
 faults: $(VENV)/test-installed

@@ -100,7 +100,7 @@ def command_of(pid):
 
 
 def test_every_part_has_a_command_that_exists_and_all_fit_into_the_time(first, tmp_path):
-    groups = first.all_parts(tmp_path)
+    groups = first.all_parts(tmp_path, 512)
     for part in sum(groups, []):
         words = part.command[len(first.PYTHON):]
         at = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]

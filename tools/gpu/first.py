@@ -1,8 +1,7 @@
 """Everything that waits for a GPU, in one command of less than ten minutes: make gpu OUT=FOLDER
 
-    python3 tools/gpu/first.py FOLDER                                   all parts, into a folder (results)
-    python3 tools/gpu/first.py FOLDER --parts attention,ops             some of them, again
-    python3 tools/gpu/first.py FOLDER --seconds 300
+    make gpu OUT=FOLDER FLAGS="--parts attention,ops"                   some of the parts, again
+    make gpu OUT=FOLDER FLAGS="--batch 128"                             a GPU of 24 GB
 
 It needs the checkout, PyTorch, Triton, NumPy, Pillow and pytest, and no network; timm and Transformers are
 peers of the step. A part that fails or takes too long does not stop the others. The result of each part is
@@ -61,21 +60,22 @@ def tests(*words):
     return module("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *words)
 
 
-def profile(out, mode):
-    return module("tools.gpu.profile_step", "--batch", "512", "--mode", mode, "--output-dir", str(out))
+def profile(out, batch, mode):
+    return module("tools.gpu.profile_step", "--batch", str(batch), "--mode", mode, "--output-dir", str(out))
 
 
-def all_parts(out):
+def all_parts(out, batch):
     """The parts in their order. A group runs at once: most of what tests do is done by the host."""
-    step = "--cases vit_b --stages pretrain --dtypes bfloat16 --batch 512 --no-waiting --rounds 5".split()
+    step = (f"--cases vit_b --stages pretrain --dtypes bfloat16 --batch {batch} --no-waiting --rounds 5 "
+            f"--minutes {{minutes}}").split()
     return [[Part("machine", module("tools.gpu.machine"), 30)],
             [Part("kernels", tests("tests/test_kernels_gpu.py"), 150),
              Part("stages", tests("tests/test_stages.py", "tests/test_augment.py"), 160)],
             [Part("attention", bench(out, "attention", "--minutes", "0.6"), 60)],
-            [Part("eager", profile(out, "eager"), 50)],
-            [Part("compiled", profile(out, "compiled"), 100)],
-            [Part("blocks", profile(out, "blocks"), 80)],
-            [Part("step", bench(out, "step", *step, "--minutes", "{minutes}"), 240, spare=70)],
+            [Part("eager", profile(out, batch, "eager"), 50)],
+            [Part("compiled", profile(out, batch, "compiled"), 100)],
+            [Part("blocks", profile(out, batch, "blocks"), 80)],
+            [Part("step", bench(out, "step", *step), 240, spare=70)],
             [Part("ops", bench(out, "ops", "--minutes", "{minutes}"), 240)]]
 
 
@@ -196,9 +196,10 @@ def main(argv=None):
     parser.add_argument("out", nargs="?", default="results", type=Path, help="folder of the results")
     parser.add_argument("--parts", help="some of them, separated by commas; not given: all")
     parser.add_argument("--seconds", type=float, default=590, help="after which nothing runs any more")
+    parser.add_argument("--batch", type=int, default=512, help="images of the ViT-B step; 512 take 27 GB")
     args = parser.parse_args(argv)
     out = args.out.resolve()
-    groups = all_parts(out)
+    groups = all_parts(out, args.batch)
     if args.parts:
         groups = chosen(groups, args.parts.split(","))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
