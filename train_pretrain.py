@@ -1,7 +1,7 @@
 """Pre-train a ViT by predicting masked pixels: MAE, PixMIM, MFF_MAE, MFF_PixMIM (arXiv 2308.00261, table 1).
 
     torchrun train_pretrain.py --model vit_b                            MFF_MAE on the embedded images
-    torchrun --nproc-per-node=8 train_pretrain.py --model vit_b --data IMAGENET --batch-size 256 --workers 12
+    torchrun --nproc-per-node=8 train_pretrain.py --model vit_b --data IMAGENET --batch-size 512 --workers 12
 
 The methods are combinations of independent flags:
 

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torchrun --nproc-per-node="${GPUS:-8}" train_pretrain.py \
-    --model vit_b --data "$IMAGENET" --batch-size 256 --workers 12 \
+    --model vit_b --data "$IMAGENET" --batch-size 512 --workers 12 \
     --detach-shallow --output-dir runs/mff_detach --resume auto
 
 torchrun --nproc-per-node="${GPUS:-8}" train_finetune.py \

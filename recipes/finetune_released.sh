@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torchrun --nproc-per-node="${GPUS:-8}" train_pretrain.py \
-    --model vit_b --data "$IMAGENET" --batch-size 256 --workers 12 \
+    --model vit_b --data "$IMAGENET" --batch-size 512 --workers 12 \
     --crop simple --output-dir runs/mff_released --resume auto
 
 torchrun --nproc-per-node="${GPUS:-8}" train_finetune.py \

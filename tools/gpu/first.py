@@ -196,7 +196,7 @@ def main(argv=None):
     parser.add_argument("out", nargs="?", default="results", type=Path, help="folder of the results")
     parser.add_argument("--parts", help="some of them, separated by commas; not given: all")
     parser.add_argument("--seconds", type=float, default=590, help="after which nothing runs any more")
-    parser.add_argument("--batch", type=int, default=512, help="images of the ViT-B step; 512 take 27 GB")
+    parser.add_argument("--batch", type=int, default=512, help="images of the ViT-B step, for 80 GB")
     args = parser.parse_args(argv)
     out = args.out.resolve()
     groups = all_parts(out, args.batch)
