@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test gpu faults \
+.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures test test-oldest gpu faults \
     record-faults lint clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
@@ -68,6 +68,13 @@ figures: $(VENV)/demo-installed
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest
 
+# The method and a run, on the oldest PyTorch and Triton that pyproject.toml allows.
+OLD = $(VENV)-oldest
+METHOD = kernels kernels_compile reference vit mim targets optim augment flops
+RUN = stages sharded saving runtime progress data probe finetune
+test-oldest: $(OLD)/test-installed
+	$(OLD)/bin/python -m pytest $(patsubst %,tests/test_%.py,$(METHOD) $(RUN))
+
 # On a machine with a GPU, with the Python that is there: everything that waits for one, in less than ten minutes.
 gpu:
 	$(PYTHON) tools/gpu/first.py $(or $(OUT),results) $(FLAGS)
@@ -95,5 +102,10 @@ $(VENV)/test-installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/demo-installed
 
+$(OLD)/test-installed: pyproject.toml
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/pip install --quiet --editable '.[test]' 'torch==2.11.*' 'triton==3.6.*'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLD) runs

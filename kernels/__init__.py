@@ -66,8 +66,8 @@ def missing_for_triton(device):
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     version = triton_version()
-    if version < (3, 4):
-        return f"triton {version[0]}.{version[1]} is too old, 3.4 is the first that works"
+    if version < (3, 6):
+        return f"triton {version[0]}.{version[1]} is too old, 3.6 is the oldest that is tested"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"compute capability {major}.{minor} is too low, 8.0 is the first that works"
@@ -78,7 +78,7 @@ def triton_version():
     """(major, minor) of the installed Triton."""
     names = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")      # PyTorch's builds
     found = [d.version for d in importlib.metadata.distributions() if d.name in names]
-    version = found[0] if found else "3.4"              # built from source: taken for a recent one
+    version = found[0] if found else "3.6"              # built from source: taken for a recent one
     return tuple(int(part) for part in version.split(".")[:2])
 
 

@@ -302,8 +302,8 @@ def test_load_never_falls_back_in_silence(monkeypatch):
         kernels.load("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert kernels.load("auto").name == kernels.load("triton").name == "triton"
-    monkeypatch.setattr(kernels, "triton_version", lambda: (3, 3))
-    with pytest.raises(ValueError, match="triton 3.3 is too old"):
+    monkeypatch.setattr(kernels, "triton_version", lambda: (3, 5))
+    with pytest.raises(ValueError, match="triton 3.5 is too old"):
         kernels.load("triton")
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
