@@ -106,7 +106,7 @@ def test_every_part_has_a_command_that_exists_and_all_fit_into_the_time(first, t
         at = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
         assert words[:2] == ["-m", "pytest"] or (ROOT / at).exists(), words
     fixed = [group for group in groups if all("{minutes}" not in part.command for part in group)]
-    assert sum(max(part.most for part in group) for group in fixed) <= 590 - 110     # for the step and the ops
+    assert sum(max(part.most for part in group) for group in fixed) <= 590 - 110        # for step and ops
     assert [part.name for part in first.chosen(groups, ["ops", "machine"])[1]] == ["ops"]
     with pytest.raises(SystemExit, match="error: --parts opps: expected some of machine,kernels,"):
         first.chosen(groups, ["opps"])

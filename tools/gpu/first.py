@@ -157,7 +157,7 @@ def row_of(part):
 def run_parts(groups, out, seconds):
     """Run groups of parts, and write their output and the table into the folder out after each group.
 
-    With more seconds than SECONDS every part may take longer in proportion: on a slow machine, as a rehearsal.
+    With more seconds than SECONDS every part may take longer in proportion: for a slow machine.
     """
     out.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
