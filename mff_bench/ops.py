@@ -369,7 +369,7 @@ def cells(row):
     if "not_run" in row:
         return *name, "not run", "not run", *sizes, *["not run"] * 4
     shares = [100 * share for share in row["share_of_copy"]]
-    times = [f"{ms:.3g} (host's)" if bound else ms
+    times = [f"{ms:.3g} (host)" if bound else ms
              for ms, bound in zip(row["ms"], row["host_bound"], strict=True)]
     return *name, *times, *sizes, *shares, row["peak_bytes"] / 1e6, row["error"]
 

@@ -143,6 +143,8 @@ def table(group):
         rate = digits(row["img_per_s"]) if "img_per_s" in row else f"{row['median']:.2f} s"
         ratio = spread(row["speed_over_baseline"]) if "speed_over_baseline" in row else ""
         shares = [f"{100 * row[key]:.1f}" if key in row else "" for key in ("mfu", "data_wait")]
+        if "mfu_datasheet" in row:
+            shares[0] += f" ({100 * row['mfu_datasheet']:.1f} of the data sheet)"
         peak = f"{row['peak_bytes'] / 2 ** 20:.0f}" if row.get("peak_bytes") else ""
         yield f"| {name} | {rate} | {ratio} | {shares[0]} | {peak} | {shares[1]} |"
 

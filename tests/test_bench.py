@@ -642,7 +642,8 @@ def test_the_readme_copes_with_what_was_not_run(tmp_path, monkeypatch):
     rows = [{"name": "fast", "median": 1.0, "img_per_s": 2048.5},
             {"name": "ours", "dtype": "float32", "mode": "eager", "median": 2.0, "img_per_s": 8.0, "mfu": 0.5,
              "speed_over_baseline": ratio, "peak_bytes": 2 ** 21}, {"name": "lightly", "not_run": "absent"},
-            {"name": "a loop", "median": 1.0, "data_wait": 0.25}]
+            {"name": "a loop", "median": 1.0, "data_wait": 0.25},
+            {"name": "on a GPU", "median": 1.0, "img_per_s": 8.0, "mfu": 0.5, "mfu_datasheet": 0.375}]
     record = {"device": "cpu", "environment": {"threads": 2}, "packages": {"torch": "2.15", "timm": None},
               "command": "python bench.py step", "groups": [{"name": "pretrain", "rows": rows}]}
     (tmp_path / "results" / "step_cpu.json").write_text(json.dumps(record))
@@ -650,5 +651,6 @@ def test_the_readme_copes_with_what_was_not_run(tmp_path, monkeypatch):
     for line in ("`python bench.py step` on cpu, threads: 2 (torch 2.15):",
                  "| fast | 2050 |  |  |  |  |",
                  "| ours float32 eager | 8 | 1.50 [1.25, 2.00] | 50.0 | 2 |  |",
-                 "| lightly | not run: absent | | | | |", "| a loop | 1.00 s |  |  |  | 25.0 |"):
+                 "| lightly | not run: absent | | | | |", "| a loop | 1.00 s |  |  |  | 25.0 |",
+                 "| on a GPU | 8 |  | 50.0 (37.5 of the data sheet) |  |  |"):
         assert line in text.splitlines()

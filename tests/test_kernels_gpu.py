@@ -6,6 +6,7 @@ import torch
 
 import kernels
 from kernels import reference
+from mff_bench.ops import milliseconds
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -113,3 +114,12 @@ def test_both_forms_of_low_pass_agree_and_crops_equal_those_of_a_cpu():
     on_cpu = reference.resized_crop(images, boxes, (16, 24))
     on_gpu = reference.resized_crop(images.to(CUDA), boxes.to(CUDA), (16, 24)).cpu()
     assert (on_cpu.int() - on_gpu.int()).abs().max() <= 1
+
+
+def test_a_time_is_of_the_gpu_unless_the_op_waits_for_it():
+    x = torch.zeros(1, device=CUDA)
+
+    def short():
+        for _ in range(20):
+            x.add_(1)
+    assert not milliseconds(short, CUDA)[1] and milliseconds(x.item, CUDA)[1]
