@@ -84,7 +84,7 @@ PRESETS = {
     "gpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
         pretrain="--model vit_t --patch-size 8 --decoder-embed-dim 192 --decoder-depth 4 "
-                 "--decoder-num-heads 6 --img-size 112 --global-batch 512 --batch-size 512 --epochs 300 "
+                 "--decoder-num-heads 6 --img-size 112 --global-batch 512 --batch-size 512 --epochs 200 "
                  "--lr 1e-3",
         layers="--layers 0,2,4,6,8,11 --pool avg",
         knn="--knn 20 --pool avg",

@@ -1,5 +1,6 @@
 """study.py and what it says of its results: its order, its arithmetic, and that no unit is done twice."""
 
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 
 import pytest
 import torch
@@ -513,6 +515,72 @@ def test_a_chain_that_was_cut_is_begun_anew_where_its_encoder_is_gone(tmp_path, 
     assert clock.ran == [study.Unit("MFF_MAE", 0, "pretrain")]
     # What was known of the encoder that is gone is not mixed with what is known of this one.
     assert kept_in(tmp_path) == {unit for unit in kept if unit.method == "MAE"}
+
+
+# An interpreter for tools/gpu/study.sh whose study.py has a tiny preset.
+PYTHON = f"""#!{sys.executable}
+import os, runpy, sys
+if sys.argv[1] == "-m":
+    os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "study.py":
+    import study
+    from mff_min.config import parse
+    from mff_min.runtime import run
+    study.PRESETS["minutes"] = {TINY}
+    run(study.main, parse(study.Config))
+else:
+    runpy.run_path({str(ROOT)!r} + "/" + sys.argv[0], run_name="__main__")
+"""
+
+
+def visit_a_machine(folder, python, *flags, code=0):
+    """What tools/gpu/study.sh says in a folder without runs, where this text is the interpreter."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    (folder / "python").write_text(python)
+    (folder / "python").chmod(0o755)
+    command = ["bash", ROOT / "tools" / "gpu" / "study.sh", "images.zip", "out", *flags]
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHON": f"{folder}/python"}, timeout=600,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def test_a_visit_to_a_gpu_machine_leaves_results_that_the_next_goes_on_from(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for i in range(80):
+            file = io.BytesIO()
+            Image.new("RGB", (24, 20), (2 * i, 99, 0)).save(file, "JPEG")
+            place = f"{'val' if i % 4 == 0 else 'train'}/{'ab'[i // 4 % 2]}/{i}.JPEG"
+            archive.writestr(place, file.getvalue())
+    flags = "300 --preset minutes --device cpu --seeds 0 --jobs 1".split()
+    said = visit_a_machine(tmp_path, PYTHON, *flags, "--methods", "MAE")
+    assert "3 units, 3 of them left" in said and "no estimate: " in said and "| MAE | 1 |" in said
+    home = tmp_path / "out"
+    assert {path.name for path in home.iterdir()} == {"study_imagenette_cpu_minutes.json", "study.txt",
+                                                      "units.txt"}
+    assert "| MAE | 1 |" in (home / "study.txt").read_text()
+    assert (home / "units.txt").read_text().count("==> ") == 3
+    said = visit_a_machine(tmp_path, PYTHON, *flags)                    # MAE and MFF_MAE
+    assert "6 units, 3 of them left" in said and re.search(r"about [\d:]+ for them, 1 at a time", said)
+    kept = json.loads((home / "study_imagenette_cpu_minutes.json").read_text())["records"]
+    assert [study.unit_of(each) for each in kept] == [
+        study.Unit(method, 0, stage) for method in ("MAE", "MFF_MAE")
+        for stage in ("pretrain", "layers", "finetune")]
+
+
+def test_a_visit_begins_with_the_results_that_came_along_and_ends_as_the_study_does(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "study_imagenette_gpu.json").write_text("kept")
+    said = visit_a_machine(tmp_path, '#!/bin/sh\n[ "$1" != study.py ] || { echo "$*"; exit 3; }\n', "590",
+                           "--seeds", "1", code=3)
+    words = next(line for line in said.splitlines() if line.startswith("study.py ")).split()
+    cfg = parse(study.Config, words[1:])
+    assert (cfg.preset, cfg.methods, cfg.seeds, cfg.device) == ("gpu", "MAE,MFF_MAE", "1", "cuda")
+    assert 8 < cfg.minutes < 9.5 and study.name_of(cfg.data) == "imagenette"
+    assert (tmp_path / "out" / "study_imagenette_gpu.json").read_text() == "kept"
+    assert " ".join(words) in (tmp_path / "out" / "study.txt").read_text()
 
 
 def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
