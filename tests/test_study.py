@@ -573,8 +573,9 @@ def test_a_visit_to_a_gpu_machine_leaves_results_that_the_next_goes_on_from(tmp_
 def test_a_visit_begins_with_the_results_that_came_along_and_ends_as_the_study_does(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "study_imagenette_gpu.json").write_text("kept")
-    said = visit_a_machine(tmp_path, '#!/bin/sh\n[ "$1" != study.py ] || { echo "$*"; exit 3; }\n', "590",
-                           "--seeds", "1", code=3)
+    python = '#!/bin/sh\n[ "$1" != study.py ] || { echo "$*"; exit 3; }\n'
+    assert "of 20 s are gone before the study begins" in visit_a_machine(tmp_path, python, "20", code=2)
+    said = visit_a_machine(tmp_path, python, "590", "--seeds", "1", code=3)
     words = next(line for line in said.splitlines() if line.startswith("study.py ")).split()
     cfg = parse(study.Config, words[1:])
     assert (cfg.preset, cfg.methods, cfg.seeds, cfg.device) == ("gpu", "MAE,MFF_MAE", "1", "cuda")

@@ -37,6 +37,11 @@ workers=$((shared < workers ? shared : workers))
 
 # What is kept back: starting, saving what has to stop, tables, figures.
 left=$((limit - SECONDS - 25))
+if [ "$left" -lt 1 ]; then
+    echo "error: $SECONDS of $limit s are gone before the study begins: expected 25 s more at least; give more" \
+        "SECONDS" >&2
+    exit 2
+fi
 minutes=$((left / 60)).$(printf %02d $((left % 60 * 100 / 60)))
 echo "at $SECONDS of $limit s: $minutes minutes for the study; loader processes: $workers"
 code=0
