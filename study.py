@@ -7,7 +7,9 @@
 
 A unit is one stage of one method from one seed, and runs as the stage's script would in a process of its own.
 The same command goes on with a study that was stopped in whatever way: finished units are in the results
-file, cut ones resume. Every method gets the same recipe (docs/results.md says where each number is from).
+file, cut ones resume. With --minutes the units of one method and seed, a chain, run one after the other, and
+a chain that does not fit into the time left is not begun. Every method gets the same recipe (docs/results.md
+says where each number is from).
 
     MAE, MFF_MAE                paired, seed by seed, before anything else
     random                      the weights that MAE starts from, measured likewise; and raw pixels
@@ -82,7 +84,7 @@ PRESETS = {
     "gpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
         pretrain="--model vit_t --patch-size 8 --decoder-embed-dim 192 --decoder-depth 4 "
-                 "--decoder-num-heads 6 --img-size 112 --global-batch 512 --batch-size 512 --epochs 300 "
+                 "--decoder-num-heads 6 --img-size 112 --global-batch 512 --batch-size 512 --epochs 200 "
                  "--lr 1e-3",
         layers="--layers 0,2,4,6,8,11 --pool avg",
         knn="--knn 20 --pool avg",
@@ -107,7 +109,8 @@ class Config:
     output_dir: str = knob("runs/study", "where study_<data>_<device>[_<preset>].json is written")
     figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
     report: bool = knob(False, "run nothing: the tables and figures of what is finished")
-    minutes: float = knob(0.0, "stop after so long, with everything saved; 0: when all is done", least=0)
+    minutes: float = knob(0.0, "stop after so long, with everything saved; whole chains first, and no steps "
+                               "are spent on an estimate; 0: stop when all is done", least=0)
     jobs: int = knob(2, "units at a time, each of one thread; 1 on a GPU", above=0)
     workers: int = knob(0, "loader processes for each unit", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
@@ -131,6 +134,17 @@ def plan(preset, methods, seeds):
                           and stage in (preset["ablation"] if group is ABLATION else preset)
                           and stage in preset]
     return found
+
+
+def in_chains(units):
+    """The units of a plan, chain by chain: all stages of one method and seed, then those of the next."""
+    chains = list(dict.fromkeys(chain_of(unit) for unit in units))
+    return sorted(units, key=lambda unit: chains.index(chain_of(unit)))
+
+
+def chain_of(unit):
+    """The method and the seed of a unit: the units that share them are about one encoder."""
+    return unit.method, unit.seed
 
 
 def flags_of(preset, unit):
@@ -302,6 +316,8 @@ def main(cfg):
     path = Path(cfg.output_dir) / f"study_{called}.json"
     images = None if cfg.report else images_of(cfg)
     results, units = read_results(path, name, images, cfg), plan(PRESETS[cfg.preset], methods, seeds)
+    if cfg.minutes:
+        units = in_chains(units)
     if cfg.report and not results["records"]:
         raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
     make_folder("--figures", cfg.figures)
@@ -423,21 +439,29 @@ def run_units(cfg, units, folder, path, results, device, signals):
         return found is not None
 
     left = what_is_left(cfg, units, folder, {unit_of(record) for record in results["records"]}, note)
-    print(f"{len(units)} units, {len(left)} of them left: {len({unit[:2] for unit in units})} encoders, "
+    print(f"{len(units)} units, {len(left)} of them left: {len(set(map(chain_of, units)))} encoders, "
           f"pre-trained and measured; results: {path}", flush=True)
     if not left:
         return
     if device == "cpu":                                                 # on a GPU it might be looked at here
         torch.use_deterministic_algorithms(False)                       # loads what every fork would load
     costs = measure(cfg, left, results, folder, jobs)
-    print(f"about {duration(sum(cost_of(unit, costs) for unit in left) / jobs)} for them, {jobs} at a time",
-          flush=True)
+    needed = seconds_of(left, costs)
+    if needed is None:
+        unknown = [stage for stage in preset if stage in {unit.stage for unit in left} - set(costs)]
+        print(f"no estimate: no unit of this study has finished {', '.join(unknown)} yet", flush=True)
+    else:
+        print(f"about {duration(needed / jobs)} for them, {jobs} at a time", flush=True)
 
-    running, printed = {}, time.monotonic()
+    running, begun, refused, printed = {}, set(), "", time.monotonic()
     results["parts"].append(part)
     signals.start()
     while left or running:
-        if signals.number or cfg.minutes and time.monotonic() - began > 60 * cfg.minutes:
+        elapsed = time.monotonic() - began
+        busy = set(map(chain_of, running))                              # one stage of an encoder at a time
+        unit = next((unit for unit in left if chain_of(unit) not in busy
+                     and (chain_of(unit) in begun or not refused)), None)
+        if signals.number or cfg.minutes and elapsed > 60 * cfg.minutes or refused and not (unit or running):
             stop(running)
             signals.release()
             part["seconds"] = round(time.monotonic() - began)
@@ -446,11 +470,20 @@ def run_units(cfg, units, folder, path, results, device, signals):
             if signals.number:
                 leave(None, f"stopped: signal {signals.number}: {text}; the same command goes on",
                       128 + signals.number)
-            print(f"stopped after {cfg.minutes:g} minutes: {text}; the same command goes on", flush=True)
+            print(f"stopped after {refused or f'{cfg.minutes:g} minutes'}: {text}; the same command goes on",
+                  flush=True)
             return
-        busy = {unit[:2] for unit in running}                           # one stage of an encoder at a time
-        unit = next((unit for unit in left if unit[:2] not in busy), None)
         if unit and len(running) < jobs:
+            if cfg.minutes and begun and chain_of(unit) not in begun:   # the first one is begun in any case
+                needed = seconds_of([each for each in left if chain_of(each) == chain_of(unit)], costs)
+                if needed is not None and elapsed + needed > 60 * cfg.minutes:
+                    refused = (f"{duration(elapsed)} of {cfg.minutes:g} minutes, as {unit.method}, seed "
+                               f"{unit.seed}, would take about {duration(needed)}")
+                    continue
+            if unit.stage == "pretrain":                                # what was measured of an encoder that
+                results["records"] = [record for record in results["records"]       # is gone goes with it
+                                      if chain_of(unit_of(record)) != chain_of(unit)]
+            begun.add(chain_of(unit))
             left.remove(unit)
             went_on = (folder_of(folder, unit) / "last.pt").exists()
             running[unit] = start(cfg, unit, folder), time.monotonic(), went_on
@@ -471,12 +504,14 @@ def run_units(cfg, units, folder, path, results, device, signals):
             print(f"{unit.method}, seed {unit.seed}, {unit.stage}: {duration(seconds)}", flush=True)
             costs, printed = renewed(costs, results, left + list(running)), 0.0
         if time.monotonic() - printed > 30:
-            printed = time.monotonic()
-            gone = sum(min(printed - started, cost_of(unit, costs))
-                       for unit, (_, started, _) in running.items())
-            rest = (sum(cost_of(unit, costs) for unit in left + list(running)) - gone) / jobs
+            printed, text = time.monotonic(), ""
+            needed = seconds_of(left + list(running), costs)
+            if needed is not None:
+                gone = sum(min(printed - started, cost_of(unit, costs))
+                           for unit, (_, started, _) in running.items())
+                text = f", about {duration((needed - gone) / jobs)} left"
             print(f"{part['units']} of {part['units'] + len(left) + len(running)} units  "
-                  f"{duration(printed - began)} gone, about {duration(rest)} left", flush=True)
+                  f"{duration(printed - began)} gone{text}", flush=True)
     signals.release()
 
 
@@ -488,12 +523,10 @@ def what_is_left(cfg, units, folder, done, note):
             check_flags(unit, about.read_text(), about, cfg)
         if unit not in done and note(unit, None):
             done.add(unit)
-    left = [unit for unit in units if unit not in done]
-    for unit in list(left):                                             # its encoder may be elsewhere
-        origin = unit._replace(stage="pretrain")
-        if origin not in left and not (folder_of(folder, origin) / "encoder.pt").exists():
-            left.insert(left.index(unit), origin)
-    return left
+    # An encoder that is not here is pre-trained again; on a GPU it is another one, so all of it is measured.
+    lost = {chain_of(unit) for unit in units if unit not in done
+            and not (folder_of(folder, unit._replace(stage="pretrain")) / "encoder.pt").exists()}
+    return [unit for unit in units if unit not in done or chain_of(unit) in lost]
 
 
 def start(cfg, unit, folder, *more):
@@ -542,8 +575,14 @@ def renewed(costs, results, units):
 
 
 def cost_of(unit, costs):
-    """Seconds of a unit, of those of the stages; the random encoder is only written."""
-    return 0 if (unit.method, unit.stage) == ("random", "pretrain") else costs[unit.stage]
+    """Seconds of a unit, of those of the stages, or None if unknown; the random encoder is only written."""
+    return 0 if (unit.method, unit.stage) == ("random", "pretrain") else costs.get(unit.stage)
+
+
+def seconds_of(units, costs):
+    """Seconds of all these units together, or None if that of one is unknown."""
+    found = [cost_of(unit, costs) for unit in units]
+    return None if None in found else sum(found)
 
 
 TRIAL_STEPS = 6
@@ -552,13 +591,14 @@ TRIAL_STEPS = 6
 def measure(cfg, units, results, folder, jobs):
     """Seconds that a unit of each stage takes: of those that are finished, or from a few steps of each stage.
 
-    The steps run as many at a time as the units will, once a study. A probe's time is that of its forward
-    passes, a third of a step of fine-tuning each, and as much again for what follows them.
+    With --minutes no steps are spent on that, and stages may be missing. The steps run as many at a time as
+    the units will, once a study. A probe's time is that of its forward passes, a third of a step of
+    fine-tuning each, and as much again for what follows them.
     """
     path, where = folder / "costs.json", f"{jobs} jobs on {os.cpu_count()} cores"
     found = json.loads(path.read_text()) if path.exists() else {}
     costs = renewed(found.get(where, {}), results, units)
-    if all(unit.stage in costs for unit in units):
+    if cfg.minutes or seconds_of(units, costs) is not None:
         return costs
     print(f"measuring {TRIAL_STEPS} steps of pre-training and of fine-tuning", flush=True)
     trial, rates, images = folder / "trial", {}, {}

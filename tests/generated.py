@@ -151,7 +151,7 @@ def table(group):
 
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
           "finetune_shapes_cpu": finetune_shapes_cpu, "faults_cpu": faults_cpu}
-STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_shapes_cpu_minutes",
+STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
 MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
 
@@ -176,7 +176,8 @@ def draw(folder):
         path = ROOT / "results" / f"{name}.json"
         if path.exists():
             found = json.loads(path.read_text())
-            command = (f"python study.py --preset {found['preset']} --data {found['data']} --device cpu "
+            device = "cuda" if "_gpu" in name else "cpu"
+            command = (f"python study.py --preset {found['preset']} --data {found['data']} --device {device} "
                        f"--output-dir results --report")
             comparison.save_figures(found, folder, name, command)
 

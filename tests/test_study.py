@@ -1,5 +1,6 @@
 """study.py and what it says of its results: its order, its arithmetic, and that no unit is done twice."""
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import zipfile
 
 import pytest
 import torch
@@ -169,6 +172,38 @@ def test_mae_and_mff_come_first_seed_by_seed_in_pairs():
     assert {method for _, method in arms[-9:]} == set(study.ABLATION)
     assert units[:2] == [study.Unit("MAE", 0, "pretrain"), study.Unit("MFF_MAE", 0, "pretrain")]
     assert len(units) == len(set(units))
+
+
+def test_with_minutes_a_method_and_seed_is_measured_before_the_next_is_begun():
+    preset = study.PRESETS["gpu"]
+    units = study.plan(preset, ["MAE", "MFF_MAE", "MFF_2"], [0, 1])
+    assert study.in_chains(units) == [
+        study.Unit(method, seed, stage)
+        for methods in (["MAE", "MFF_MAE"], ["MFF_2"]) for seed in (0, 1) for method in methods
+        for stage in ("pretrain", "layers", "knn", "linear", "finetune") if stage in preset["ablation"]
+        or method != "MFF_2"]
+
+
+def test_an_encoder_that_is_gone_is_pretrained_again_and_measured_again(tmp_path):
+    cfg, units = parse(study.Config, []), study.plan(study.PRESETS["minutes"], ["MAE", "MFF_MAE"], [0])
+    mae, mff = ([unit for unit in units if unit.method == method] for method in ("MAE", "MFF_MAE"))
+
+    def left(done):
+        return study.what_is_left(cfg, study.in_chains(units), tmp_path, set(done), lambda *unit: False)
+    assert left([]) == mae + mff
+    assert left(mae) == mff
+    assert left(mae + mff[:2]) == mff                                   # and not its last stage alone
+    origin = study.folder_of(tmp_path, mff[0])
+    origin.mkdir(parents=True)
+    (origin / "encoder.pt").touch()
+    assert left(mae + mff[:2]) == mff[2:]
+
+
+def test_seconds_are_known_of_units_all_of_whose_stages_have_been_run():
+    units = [study.Unit("MAE", 0, "pretrain"), study.Unit("MAE", 0, "knn"), study.Unit("random", 0, "knn")]
+    assert study.seconds_of(units, {}) is None and study.seconds_of(units, dict(knn=2.0)) is None
+    assert study.seconds_of(units, dict(pretrain=5.0, knn=2.0)) == 9.0
+    assert study.seconds_of([study.Unit("random", 0, "pretrain")], {}) == 0
 
 
 @pytest.mark.parametrize("preset", study.PRESETS)
@@ -394,6 +429,159 @@ def test_where_the_results_are_alone_nothing_is_left_to_do(tmp_path, cache, whol
     assert "6 units, 0 of them left" in capsys.readouterr().out
     assert results_in(tmp_path) == results_in(whole[0])
     assert not list((tmp_path / "s").rglob("*.pt"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A study on a GPU whose units do nothing for as many seconds as clock.costs says; clock.ran are they."""
+    clock = types.SimpleNamespace(now=0.0, costs={}, ran=[])
+
+    class Process:
+        exitcode = sentinel = 0
+
+        def __init__(self, cfg, unit, folder):
+            clock.ran.append(unit)
+            self.ends = clock.now + clock.costs.get(unit, clock.costs[unit.stage])
+            place = study.folder_of(folder, unit)
+            place.mkdir(parents=True)
+            (place / "encoder.pt").touch()
+
+        def is_alive(self):
+            return clock.now < self.ends
+
+        def terminate(self):
+            self.ends = clock.now
+
+        def join(self, timeout=None):
+            pass
+
+    def wait(sentinels, timeout):
+        clock.now += 1.0
+
+    def read_record(unit, flags, folder, seconds):
+        if folder.exists():
+            return (dict(unit._asdict(), flags=flags, seconds=seconds, metrics={}),
+                    dict(device="an H100", cpus=16, torch="2.11.0"))
+
+    monkeypatch.setattr(study, "start", Process)
+    monkeypatch.setattr(study, "read_record", read_record)
+    monkeypatch.setattr(study, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(study.multiprocessing.connection, "wait", wait)
+    return clock
+
+
+def visit(folder, *flags):
+    """A part of a study on a GPU, whose run folders are gone afterwards: the results alone stay."""
+    study.main(parse(study.Config, ["--preset", "gpu", "--device", "cuda", "--methods", "MAE,MFF_MAE",
+                                    "--seeds", "0,1", "--study-dir", f"{folder}/s", "--output-dir",
+                                    f"{folder}/r", "--figures", f"{folder}/f", *flags]))
+    shutil.rmtree(folder / "s")
+
+
+def kept_in(folder):
+    found = json.loads((folder / "r" / "study_shapes_gpu.json").read_text())
+    return {study.unit_of(each) for each in found["records"]}
+
+
+def test_a_visit_takes_whole_chains_and_begins_none_that_does_not_fit(tmp_path, clock, capsys):
+    clock.costs = dict(pretrain=120.0, layers=10.0, knn=10.0, linear=10.0, finetune=50.0)
+    chains = [(method, seed) for seed in (0, 1) for method in ("MAE", "MFF_MAE")]
+    visit(tmp_path, "--minutes", "9")
+    said = capsys.readouterr().out
+    assert "no estimate: no unit of this study has finished pretrain, layers, knn, linear, finetune" in said
+    assert list(map(study.chain_of, clock.ran)) == [chain for chain in chains[:2] for _ in range(5)]
+    assert ("stopped after 0:06:40 of 9 minutes, as MAE, seed 1, would take about 0:03:20: 10 units finished "
+            "in this part, 10 left; the same command goes on\n") in said
+    assert set(map(study.chain_of, kept_in(tmp_path))) == set(chains[:2])
+
+    visit(tmp_path, "--minutes", "5")                   # the results alone came along
+    said = capsys.readouterr().out
+    assert "20 units, 10 of them left" in said and "about 0:06:40 for them, 1 at a time" in said
+    assert list(map(study.chain_of, clock.ran[10:])) == [chains[2]] * 5
+    visit(tmp_path, "--minutes", "1")                   # the first is begun in any case
+    assert "stopped after 1 minutes: " in capsys.readouterr().out and clock.ran[15:] == [
+        study.Unit("MFF_MAE", 1, "pretrain")]
+
+
+def test_a_chain_that_was_cut_is_begun_anew_where_its_encoder_is_gone(tmp_path, clock, capsys):
+    clock.costs = dict(pretrain=120.0, layers=10.0, knn=10.0, linear=10.0, finetune=50.0)
+    clock.costs[study.Unit("MFF_MAE", 0, "layers")] = 300.0             # and then the time is over
+    visit(tmp_path, "--minutes", "8")
+    assert "stopped after 8 minutes: 6 units finished in this part, 14 left" in capsys.readouterr().out
+    kept = kept_in(tmp_path)
+    assert study.Unit("MFF_MAE", 0, "pretrain") in kept and len(kept) == 6
+    clock.ran, clock.costs = [], dict(clock.costs, pretrain=1000.0)
+    visit(tmp_path, "--minutes", "8")
+    assert clock.ran == [study.Unit("MFF_MAE", 0, "pretrain")]
+    # What was known of the encoder that is gone is not mixed with what is known of this one.
+    assert kept_in(tmp_path) == {unit for unit in kept if unit.method == "MAE"}
+
+
+# An interpreter for tools/gpu/study.sh whose study.py has a tiny preset.
+PYTHON = f"""#!{sys.executable}
+import os, runpy, sys
+if sys.argv[1] == "-m":
+    os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "study.py":
+    import study
+    from mff_min.config import parse
+    from mff_min.runtime import run
+    study.PRESETS["minutes"] = {TINY}
+    run(study.main, parse(study.Config))
+else:
+    runpy.run_path({str(ROOT)!r} + "/" + sys.argv[0], run_name="__main__")
+"""
+
+
+def visit_a_machine(folder, python, *flags, code=0):
+    """What tools/gpu/study.sh says in a folder without runs, where this text is the interpreter."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    (folder / "python").write_text(python)
+    (folder / "python").chmod(0o755)
+    command = ["bash", ROOT / "tools" / "gpu" / "study.sh", "images.zip", "out", *flags]
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHON": f"{folder}/python"}, timeout=600,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def test_a_visit_to_a_gpu_machine_leaves_results_that_the_next_goes_on_from(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for i in range(80):
+            file = io.BytesIO()
+            Image.new("RGB", (24, 20), (2 * i, 99, 0)).save(file, "JPEG")
+            place = f"{'val' if i % 4 == 0 else 'train'}/{'ab'[i // 4 % 2]}/{i}.JPEG"
+            archive.writestr(place, file.getvalue())
+    flags = "300 --preset minutes --device cpu --seeds 0 --jobs 1".split()
+    said = visit_a_machine(tmp_path, PYTHON, *flags, "--methods", "MAE")
+    assert "3 units, 3 of them left" in said and "no estimate: " in said and "| MAE | 1 |" in said
+    home = tmp_path / "out"
+    assert {path.name for path in home.iterdir()} == {"study_imagenette_cpu_minutes.json", "study.txt",
+                                                      "units.txt"}
+    assert "| MAE | 1 |" in (home / "study.txt").read_text()
+    assert (home / "units.txt").read_text().count("==> ") == 3
+    said = visit_a_machine(tmp_path, PYTHON, *flags)                    # MAE and MFF_MAE
+    assert "6 units, 3 of them left" in said and re.search(r"about [\d:]+ for them, 1 at a time", said)
+    kept = json.loads((home / "study_imagenette_cpu_minutes.json").read_text())["records"]
+    assert [study.unit_of(each) for each in kept] == [
+        study.Unit(method, 0, stage) for method in ("MAE", "MFF_MAE")
+        for stage in ("pretrain", "layers", "finetune")]
+
+
+def test_a_visit_begins_with_the_results_that_came_along_and_ends_as_the_study_does(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "study_imagenette_gpu.json").write_text("kept")
+    python = '#!/bin/sh\n[ "$1" != study.py ] || { echo "$*"; exit 3; }\n'
+    assert "of 20 s are gone before the study begins" in visit_a_machine(tmp_path, python, "20", code=2)
+    said = visit_a_machine(tmp_path, python, "590", "--seeds", "1", code=3)
+    words = next(line for line in said.splitlines() if line.startswith("study.py ")).split()
+    cfg = parse(study.Config, words[1:])
+    assert (cfg.preset, cfg.methods, cfg.seeds, cfg.device) == ("gpu", "MAE,MFF_MAE", "1", "cuda")
+    assert 8 < cfg.minutes < 9.5 and study.name_of(cfg.data) == "imagenette"
+    assert (tmp_path / "out" / "study_imagenette_gpu.json").read_text() == "kept"
+    assert " ".join(words) in (tmp_path / "out" / "study.txt").read_text()
 
 
 def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
