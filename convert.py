@@ -25,6 +25,7 @@ from mff_min.families import FAMILIES, count_blocks, part_of, parts_of, to_famil
 from mff_min.mim import MaskedAutoencoder
 from mff_min.runtime import run
 from mff_min.saving import write_json
+from mff_min.targets import PixelTarget
 from mff_min.vit import VisionTransformer
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -110,7 +111,8 @@ def shapes_of(weights, size, sides):
     try:
         with torch.device("meta"):                                      # shapes alone, no memory
             encoder = VisionTransformer(sides, num_classes=rows("encoder.head.weight", 0), **size)
-            model = MaskedAutoencoder(encoder, range(depth - levels, depth), mask_ratio=0.5,
+            target = PixelTarget(size["patch_size"], size["in_chans"])
+            model = MaskedAutoencoder(encoder, range(depth - levels, depth), target, mask_ratio=0.5,
                                       decoder_embed_dim=rows("decoder_embed.weight", 4),
                                       decoder_depth=count_blocks(weights.state, "decoder_blocks."),
                                       decoder_num_heads=1)

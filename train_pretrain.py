@@ -42,7 +42,7 @@ from mff_min.runtime import (BadSamples, Log, StopSignals, Stopped, autocast, ch
 from mff_min.saving import write_atomically, write_json, write_tensors
 from mff_min.sharded import check_sharding, exchange, full, own_part, shard, whole
 from mff_min.sources import fingerprint, open_data
-from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss
+from mff_min.targets import PixelTarget, low_pass_radius_at
 from mff_min.vit import MODELS, VisionTransformer
 
 # ---------------------------------------------------------------- config
@@ -66,8 +66,8 @@ class Config:
     out_indices: str = opt("spread", "fused blocks: spread (0,2,4,6,8,11 of twelve), last (MAE), all, a list")
     detach_shallow: bool = opt(False, "no gradient to shallow blocks through the fusion (MFF, A.8)")
     norm_pix_loss: bool = opt(True, "normalise each target patch by its own mean and variance")
-    low_pass_radius: float = opt(0.0, "frequency bins kept of the target (PixMIM: 40); 0 keeps all", least=0)
-    low_pass_scaled: bool = opt(True, "low_pass_radius is meant at 224 pixels and scales with the image side")
+    low_pass_radius: float = opt(0.0, "frequency bins kept of the target, at 224 pixels (PixMIM: 40); 0: all",
+                                 least=0)
     decoder_embed_dim: int = opt(512, "width of the decoder", above=0)
     decoder_depth: int = opt(8, "blocks of the decoder", above=0)
     decoder_num_heads: int = opt(16, "attention heads of the decoder", above=0)
@@ -126,9 +126,13 @@ def build_model(cfg, device):
         out_indices = parse_out_indices(cfg.out_indices, size["depth"])
         encoder = VisionTransformer(cfg.img_size, in_chans=cfg.in_chans,
                                     grad_checkpointing=cfg.grad_checkpointing, **size)
-        return MaskedAutoencoder(encoder, out_indices, cfg.mask_ratio, cfg.norm_pix_loss, cfg.detach_shallow,
+        ops = kernels.load(cfg.ops, device)
+        radius = low_pass_radius_at(cfg.low_pass_radius, cfg.img_size)
+        target = PixelTarget(encoder.patch_size, cfg.in_chans, cfg.norm_pix_loss, cfg.mean, cfg.std, radius,
+                             ops)
+        return MaskedAutoencoder(encoder, out_indices, target, cfg.mask_ratio, cfg.detach_shallow,
                                  cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads,
-                                 kernels.load(cfg.ops, device)).to(device)
+                                 ops).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -172,20 +176,13 @@ def pretrain(cfg, world, signals):
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
-    radius = cfg.low_pass_radius
-    if cfg.low_pass_scaled:
-        radius = low_pass_radius_at(radius, cfg.img_size)
 
     def to_device(batch):
-        """Images, the noise that masks them, and what to predict: other images, or pixels, mean and std."""
+        """What the model takes: normalised images, the noise that masks them, and their pixels in uint8."""
         pixels, flip = crop_on_device(batch, cfg.img_size, device, model.ops)
         noise = batch["noise"].to(device, non_blocking=True)
         images = model.ops.prepare(pixels, mean, std, flip=flip)
-        if radius:
-            return images, noise, low_pass_target(images, mean, std, radius, model.ops)
-        if flip is not None:                                            # the pixels are not mirrored yet
-            return images, noise, images
-        return images, noise, pixels, mean, std
+        return images, noise, pixels if flip is None else None          # else they are not mirrored yet
 
     # ------------------------------------------------------------ optimizer
     if state:
@@ -337,12 +334,11 @@ def evaluate(cfg, model, source, to_device, dtype, most):
     for first in range(0, len(chosen), cfg.batch_size):
         indices = chosen[first:first + cfg.batch_size]
         batch = held_out(cfg, source, indices, model.encoder.num_patches)
-        images, noise, targets, *statistics = to_device(batch)
+        images, noise, pixels = to_device(batch)
         with autocast(images.device, dtype):
-            loss = model(images, noise, targets, *statistics)
+            loss = model(images, noise, pixels)
         ids = random_masking(noise, model.num_visible)[0][:, model.num_visible:]
-        of_means = patch_mean_loss(targets, ids, model.encoder.patch_size, cfg.norm_pix_loss, model.ops,
-                                   *statistics)
+        of_means = model.target.loss_of_means(ids, images)
         totals += torch.tensor([loss.item(), of_means.item()]) * len(indices)
         replaced += len(batch["bad"])
     val_loss, of_means = (totals / len(chosen)).tolist()
@@ -353,12 +349,11 @@ def evaluate(cfg, model, source, to_device, dtype, most):
 def draw_reconstructions(cfg, model, source, to_device, folder, step):
     """Write reconstruction.png, and a copy of it that keeps the step in its name."""
     indices = spaced(cfg.picture_images, source)
-    images, noise, targets, *statistics = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
-    targets = images if statistics else targets                         # the same, as numbers
+    images, noise, _ = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
     pred, ids, mask = model.predict(images, noise)
-    mean, std = images.new_tensor(cfg.mean), images.new_tensor(cfg.std)
-    sheet = reconstruction_sheet(images, targets, pred, ids, mask, model.encoder.patch_size,
-                                 cfg.norm_pix_loss, mean, std, f"{cfg.model} at step {step}")
+    target = model.target
+    sheet = reconstruction_sheet(images, target.filter(images), pred, ids, mask, target.patch_size,
+                                 cfg.norm_pix_loss, target.mean, target.std, f"{cfg.model} at step {step}")
     for name in (f"reconstruction-{step:06d}.png", "reconstruction.png"):
         write_atomically(folder / name, lambda file: sheet.save(file, format="PNG"))
 

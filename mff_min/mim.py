@@ -13,7 +13,7 @@ shuffled instead), its last block computes masked tokens only, and only they are
 it gives the numbers of un-shuffling and predicting everything.
 
 Shapes: B images, C H W, P patch side, L patches, V visible patches, K = L - V masked patches, D width of the
-encoder, E width of the decoder, T = V + 1 tokens, M fused levels, N = P * P * C.
+encoder, E width of the decoder, T = V + 1 tokens, M fused levels, N values predicted for a patch.
 """
 
 import torch
@@ -58,19 +58,19 @@ class MaskedAutoencoder(nn.Module):
     """MAE, and MFF when out_indices holds more than one level.
 
     encoder: a VisionTransformer with global_pool="token"; its positions are frozen here. out_indices: the
-    blocks whose outputs are fused, ascending and ending with the last block. detach_shallow: no gradient
-    reaches the shallow blocks through the fusion (MFF, A.8). Raises ValueError for out_indices or a
-    mask_ratio that cannot be.
+    blocks whose outputs are fused, ascending and ending with the last block. target: what is predicted, such
+    as targets.PixelTarget. detach_shallow: no gradient reaches the shallow blocks through the fusion (MFF,
+    A.8). Raises ValueError for out_indices or a mask_ratio that cannot be.
     """
 
-    def __init__(self, encoder, out_indices, mask_ratio=0.75, norm_pix_loss=True, detach_shallow=False,
+    def __init__(self, encoder, out_indices, target, mask_ratio=0.75, detach_shallow=False,
                  decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, ops=TORCH):
         super().__init__()
         D, E, L = encoder.embed_dim, decoder_embed_dim, encoder.num_patches
         check_out_indices(out_indices, len(encoder.blocks))
         self.num_visible = count_visible(L, mask_ratio)
         self.out_indices, self.detach_shallow = tuple(out_indices), detach_shallow
-        self.norm_pix_loss, self.ops = norm_pix_loss, ops
+        self.target, self.ops = target, ops
 
         self.encoder = encoder
         self.encoder.pos_embed.requires_grad_(False)
@@ -86,7 +86,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(E, encoder.grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(E, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(E, eps=1e-6)
-        self.decoder_pred = nn.Linear(E, encoder.patch_size ** 2 * encoder.in_chans)
+        self.decoder_pred = nn.Linear(E, target.dim)
 
         for module in (self.proj_layers, self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             init_linear(module)
@@ -126,15 +126,13 @@ class MaskedAutoencoder(nn.Module):
         latent = self.encode(images, ids_shuffle[:, :self.num_visible])                 # (B, T, D)
         return self.decode(latent, ids_shuffle), ids_shuffle[:, self.num_visible:], mask
 
-    def forward(self, images, noise, targets=None, mean=None, std=None):
+    def forward(self, images, noise, pixels=None):
         """The loss on masked patches, a scalar: images (B, C, H, W) normalised, noise (B, L) uniform.
 
-        targets (B, C, H, W) are what to predict, where it is not the images: filtered ones (PixMIM), or the
-        uint8 pixels with their mean and std (C,), a quarter of the bytes for the same numbers.
+        pixels (B, C, H, W) are the same images in uint8, from which a target may be cheaper to make.
         """
         pred, ids, _ = self.predict(images, noise)
-        return self.ops.patch_loss(pred, images if targets is None else targets, ids,
-                                   self.encoder.patch_size, self.norm_pix_loss, mean, std)
+        return self.target.loss(pred, ids, images, pixels)
 
 
 def fuse(levels, proj_layers, proj_weights, norm, ops):

@@ -24,6 +24,7 @@ from mff_min.picture import grid, tiles_of
 from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
 from mff_min.records import open_run
 from mff_min.runtime import run
+from mff_min.targets import PixelTarget
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_4 = {1: "last", 2: "0,11", 4: "0,4,8,11", 6: "spread", 12: "all"}  # the paper's, by number of levels
@@ -248,8 +249,8 @@ def test_taps_are_those_of_the_model(pretrained):
         levels = encoder.forward_blocks(encoder.embed(images), range(12))
         assert all(torch.equal(taps[f"block {i}"], level) for i, level in enumerate(levels))
         assert torch.equal(taps["normed"], encoder.forward_features(images))
-        model = MaskedAutoencoder(encoder, fusion.out_indices, decoder_embed_dim=16, decoder_depth=1,
-                                  decoder_num_heads=2)
+        model = MaskedAutoencoder(encoder, fusion.out_indices, PixelTarget(4), decoder_embed_dim=16,
+                                  decoder_depth=1, decoder_num_heads=2)
         model.proj_layers, model.proj_weights = fusion.proj_layers, fusion.proj_weights
         latent = model.encode(images, torch.arange(16).expand(5, -1))   # every patch is kept
         torch.testing.assert_close(taps["fused"], latent, rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ from mff_min.checkpoint import encoder_of, load_encoder, load_weights, read_weig
 from mff_min.config import UserError
 from mff_min.families import FAMILIES, from_family, part_of, split_name, to_family
 from mff_min.mim import MaskedAutoencoder
+from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
 
@@ -30,7 +31,9 @@ DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
 def build(size, levels=1, img_size=32, decoder=DECODER):
     """A whole model whose last `levels` blocks are fused; decoder {} is the published one."""
     depth = size["depth"]
-    return MaskedAutoencoder(VisionTransformer(img_size, **size), range(depth - levels, depth), **decoder)
+    encoder = VisionTransformer(img_size, **size)
+    target = PixelTarget(encoder.patch_size)
+    return MaskedAutoencoder(encoder, range(depth - levels, depth), target, **decoder)
 
 
 def randomised(model):
@@ -205,7 +208,8 @@ def test_the_golden_mff_model_goes_through_a_file_to_its_published_numbers(golde
     write_weights(tmp_path / "a.safetensors", to_family(state, "mmpretrain")[0], "mmpretrain", {})
     size = dict(patch_size=cfg[1], embed_dim=cfg[2], depth=cfg[3], num_heads=cfg[4])
     model = MaskedAutoencoder(VisionTransformer(32, **size), arrays["cfg_fuse_layers"].tolist(),
-                              decoder_embed_dim=cfg[5], decoder_depth=cfg[6], decoder_num_heads=cfg[7])
+                              PixelTarget(cfg[1]), decoder_embed_dim=cfg[5], decoder_depth=cfg[6],
+                              decoder_num_heads=cfg[7])
     assert load_weights(model, read_weights(tmp_path / "a.safetensors"), say=silent) == []
     close(model(arrays["in/imgs"], arrays["in/noise"]), arrays["out/loss"])
 

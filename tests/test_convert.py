@@ -18,6 +18,7 @@ from mff_min.config import UserError, parse
 from mff_min.families import part_of
 from mff_min.mim import MaskedAutoencoder
 from mff_min.runtime import run
+from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 
 SIZE = MODELS["vit_test"]
@@ -26,8 +27,8 @@ SIZE = MODELS["vit_test"]
 def state_of(levels, **options):
     """The state of a small whole model with random values."""
     encoder = VisionTransformer(16, **SIZE, **options)
-    model = MaskedAutoencoder(encoder, range(12 - levels, 12), decoder_embed_dim=16, decoder_depth=1,
-                              decoder_num_heads=2)
+    model = MaskedAutoencoder(encoder, range(12 - levels, 12), PixelTarget(encoder.patch_size),
+                              decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     return {name: torch.randn_like(value) for name, value in model.state_dict().items()}
 
 

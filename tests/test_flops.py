@@ -12,12 +12,14 @@ from mff_min.flops import classifier_flops, step_flops
 from mff_min.mim import MaskedAutoencoder, spread_indices
 from mff_min.probe import LinearProbe, pool_tokens
 from mff_min.runtime import World
+from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer
 
 
 def build(name, img_size, out_indices, **options):
     """A model of that size with the published decoder."""
-    return MaskedAutoencoder(VisionTransformer(img_size, **MODELS[name]), out_indices, **options)
+    encoder = VisionTransformer(img_size, **MODELS[name])
+    return MaskedAutoencoder(encoder, out_indices, PixelTarget(encoder.patch_size), **options)
 
 
 @pytest.mark.parametrize("name, img_size, out_indices, options", [

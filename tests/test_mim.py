@@ -9,15 +9,17 @@ from torch import nn
 from kernels import TORCH, reference, triton_column
 from mff_min.mim import MaskedAutoencoder, count_visible, random_masking, spread_indices
 from mff_min.optim import param_groups
+from mff_min.targets import PixelTarget
 from mff_min.vit import VisionTransformer
 
 
-def build(cfg, out_indices, **options):
+def build(cfg, out_indices, norm_pix_loss=True, ops=TORCH):
     """The tiny model that a golden file's cfg describes."""
     img_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = cfg[:8].tolist()
     encoder = VisionTransformer(img_size, patch_size, dim, depth, heads)
-    return MaskedAutoencoder(encoder, out_indices, decoder_embed_dim=decoder_dim, decoder_depth=decoder_depth,
-                             decoder_num_heads=decoder_heads, **options)
+    target = PixelTarget(patch_size, norm_pix_loss=norm_pix_loss, ops=ops)
+    return MaskedAutoencoder(encoder, out_indices, target, decoder_embed_dim=decoder_dim,
+                             decoder_depth=decoder_depth, decoder_num_heads=decoder_heads, ops=ops)
 
 
 def from_mae(name):
@@ -118,11 +120,15 @@ def test_five_steps_of_adamw_lose_what_the_published_code_loses(published):
     close(model.decoder_pred.bias, arrays["train/final_pred_bias"], factor=4096)
 
 
-def small(out_indices=(2,), img_size=(16, 24), in_chans=3, **options):
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def small(out_indices=(2,), img_size=(16, 24), in_chans=3, norm_pix_loss=True, ops=TORCH, **options):
     torch.manual_seed(3)
     encoder = VisionTransformer(img_size, patch_size=4, embed_dim=24, depth=3, num_heads=3, in_chans=in_chans)
-    return MaskedAutoencoder(encoder, out_indices, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2,
-                             **options)
+    target = PixelTarget(4, in_chans, norm_pix_loss, MEAN, STD, ops=ops)
+    return MaskedAutoencoder(encoder, out_indices, target, decoder_embed_dim=16, decoder_depth=2,
+                             decoder_num_heads=2, ops=ops, **options)
 
 
 def test_with_one_level_mff_is_mae_bit_for_bit():
@@ -173,21 +179,20 @@ def test_cls_token_is_fused_too():
 
 def test_loss_ignores_visible_patches():
     model, images, noise = small(), torch.randn(2, 3, 16, 24), torch.rand(2, 24)
-    _, mask = random_masking(noise, model.num_visible)
-    patches = reference.patchify(images, 4)
+    pred, ids, mask = model.predict(images, noise)
+    loss, patches = model.target.loss, reference.patchify(images, 4)
     changed = reference.unpatchify(patches + (1 - mask[..., None]) * torch.randn_like(patches), 4, (4, 6))
-    assert torch.equal(model(images, noise, changed), model(images, noise, images))
+    assert torch.equal(loss(pred, ids, changed), model(images, noise))
     changed = reference.unpatchify(patches + mask[..., None] * torch.randn_like(patches), 4, (4, 6))
-    assert not torch.equal(model(images, noise, changed), model(images, noise, images))
+    assert not torch.equal(loss(pred, ids, changed), model(images, noise))
 
 
 def test_pixels_as_targets_give_the_loss_and_the_gradients_of_normalised_images(ops):
     pixels, noise = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8), torch.rand(2, 24)
-    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
-    images = reference.prepare(pixels, mean, std)
+    images = reference.prepare(pixels, torch.tensor(MEAN), torch.tensor(STD))
     for norm_pix in (True, False):
         model = small((0, 2), norm_pix_loss=norm_pix, ops=ops)
-        want, got = model(images, noise), model(images, noise, pixels, mean, std)
+        want, got = model(images, noise), model(images, noise, pixels)
         close(got, want, factor=8)
         wanted = [p for p in model.parameters() if p.requires_grad]
         for a, b in zip(torch.autograd.grad(got, wanted), torch.autograd.grad(want, wanted), strict=True):
@@ -205,7 +210,7 @@ def test_the_last_decoder_block_computes_masked_tokens_alone():
 def test_ten_compiled_steps_in_bfloat16_lose_what_ten_eager_ones_lose(ops):
     """One graph for the forward pass and one for the backward, with the custom ops in them."""
     pixels, noise = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8), torch.rand(2, 24)
-    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
     losses = []
     for compiled in (False, True):
         model = small((0, 2), ops=ops)
@@ -214,7 +219,7 @@ def test_ten_compiled_steps_in_bfloat16_lose_what_ten_eager_ones_lose(ops):
         losses.append([])
         for _ in range(10):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = run(reference.prepare(pixels, mean, std), noise, pixels, mean, std)
+                loss = run(reference.prepare(pixels, mean, std), noise, pixels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -252,7 +257,8 @@ def test_other_channels_and_sides_train(in_chans, img_size):
 
 def test_initial_weights_are_drawn_as_published():
     encoder = VisionTransformer(16, patch_size=4, embed_dim=240, depth=2, num_heads=3)
-    model = MaskedAutoencoder(encoder, (0, 1), decoder_embed_dim=160, decoder_depth=1, decoder_num_heads=2)
+    model = MaskedAutoencoder(encoder, (0, 1), PixelTarget(4), decoder_embed_dim=160, decoder_depth=1,
+                              decoder_num_heads=2)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):                                # Xavier-uniform
             bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
@@ -273,7 +279,7 @@ def test_initial_weights_are_drawn_as_published():
 def test_published_parameter_counts():
     def count(out_indices):
         from mff_min.vit import MODELS
-        model = MaskedAutoencoder(VisionTransformer(224, **MODELS["vit_b"]), out_indices)
+        model = MaskedAutoencoder(VisionTransformer(224, **MODELS["vit_b"]), out_indices, PixelTarget(16))
         return sum(p.numel() for p in model.parameters())
     assert count((11,)) == 111_907_840 + 1
     assert count((0, 2, 4, 6, 8, 11)) == 111_907_840 + 2_952_966
@@ -282,7 +288,8 @@ def test_published_parameter_counts():
 @pytest.mark.parametrize("indices", [(11,), (0, 11), (0, 4, 8, 11), (0, 2, 4, 6, 8, 11), tuple(range(12))])
 def test_every_row_of_table_4_can_be_built(indices):
     encoder = VisionTransformer(16, patch_size=8, embed_dim=12, depth=12, num_heads=3)
-    model = MaskedAutoencoder(encoder, indices, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
+    model = MaskedAutoencoder(encoder, indices, PixelTarget(8), decoder_embed_dim=8, decoder_depth=1,
+                              decoder_num_heads=1)
     assert len(model.proj_layers) == len(indices) - 1 and model.proj_weights.shape == (len(indices), 1, 1, 1)
     assert model(torch.randn(1, 3, 16, 16), torch.rand(1, 4)).isfinite()
 

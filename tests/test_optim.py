@@ -5,6 +5,7 @@ import torch
 
 from mff_min.mim import MaskedAutoencoder
 from mff_min.optim import LARS, cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer
 
 
@@ -33,7 +34,8 @@ def test_layer_decay_of_every_vit_b_parameter_is_the_official_one(golden):
 
 def test_pretraining_decays_matrices_tokens_and_fusion_logits_but_no_bias_or_norm():
     encoder = VisionTransformer(16, patch_size=8, embed_dim=12, depth=2, num_heads=3)
-    model = MaskedAutoencoder(encoder, (0, 1), decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
+    model = MaskedAutoencoder(encoder, (0, 1), PixelTarget(8), decoder_embed_dim=8, decoder_depth=1,
+                              decoder_num_heads=1)
     decay = {name: group["weight_decay"] for group in param_groups(model, 0.05) for name in group["names"]}
     assert decay["encoder.cls_token"] == decay["mask_token"] == decay["proj_weights"] == 0.05
     assert decay["proj_layers.0.weight"] == decay["encoder.patch_embed.proj.weight"] == 0.05

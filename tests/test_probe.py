@@ -27,6 +27,7 @@ from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
 from mff_min.runtime import Fault, read_log, run
+from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,8 +162,8 @@ def test_layers_are_those_of_the_encoder_and_the_fused_feature_is_the_models(pre
     saved = read_pretrained(pretrained)
     encoder = build_encoder(saved, None, None, None, None)
     fusion, images = build_fusion(saved, encoder), torch.rand(2, 3, 16, 16)
-    model = MaskedAutoencoder(encoder, (0, 2, 4, 6, 8, 11), decoder_embed_dim=16, decoder_depth=1,
-                              decoder_num_heads=2)
+    model = MaskedAutoencoder(encoder, (0, 2, 4, 6, 8, 11), PixelTarget(4), decoder_embed_dim=16,
+                              decoder_depth=1, decoder_num_heads=2)
     model.load_state_dict(state_of(pretrained)["model"])
     for pool, of in (("token", lambda x: x[:, 0]), ("avg", lambda x: x[:, 1:].mean(1))):
         found = features_of_layers(encoder, fusion, [3, 11], images, pool, TORCH)

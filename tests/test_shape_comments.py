@@ -125,7 +125,8 @@ TRUTH = dict(B=[6], C=[3, 1], P=[4], H=[36], W=[44], L=[99], L_=[104], V=[24], K
 def exercise():
     """Call what the shape comments are about, with the sizes of TRUTH."""
     size = dict(img_size=(36, 44), patch_size=4, embed_dim=60, depth=7, num_heads=5)
-    model = mim.MaskedAutoencoder(vit.VisionTransformer(**size), range(7), decoder_embed_dim=32,
+    target = targets.PixelTarget(4, mean=[0.4] * 3, std=[1.0] * 3, low_pass_radius=5.25)
+    model = mim.MaskedAutoencoder(vit.VisionTransformer(**size), range(7), target, decoder_embed_dim=32,
                                   decoder_depth=1, decoder_num_heads=2)
     images, noise = torch.rand(6, 3, 36, 44), torch.rand(6, 99)
     mean, std = torch.full((3,), 0.4), torch.ones(3)
@@ -136,9 +137,9 @@ def exercise():
     TORCH.resized_crop(images, box, (9, 11))
     world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.AdamW([mean], fused=True)
     FiniteSteps(optimizer, world, None, None, None, "", half=True).step(1, 0.1, noise[0, 0], noise[0, 1])
-    filtered = targets.low_pass_target(TORCH.prepare(pixels, mean, std), mean, std, 5.25, TORCH)
+    filtered = target.filter(TORCH.prepare(pixels, mean, std))
     reference.low_pass_products(images, 5.25)
-    model(images, noise, filtered)
+    model(images, noise, pixels)
     pred, ids, mask = model.predict(images, noise)
     TORCH.patch_loss(pred, pixels, ids, 4, True, mean, std)
     levels, pairs = [torch.rand(6, 25, 60)] * 7, [(torch.rand(60, 60), torch.rand(60))] * 6

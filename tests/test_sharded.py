@@ -24,6 +24,7 @@ from mff_min.config import parse
 from mff_min.mim import MaskedAutoencoder
 from mff_min.runtime import World, read_log, run
 from mff_min.sharded import exchange, full, gathered, shard, whole
+from mff_min.targets import PixelTarget
 from mff_min.vit import VisionTransformer
 
 SMALL = ("train_pretrain.py --model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
@@ -137,7 +138,8 @@ def test_one_process_goes_on_from_two_sharded_ones_and_they_from_it(command, pla
 def small_model():
     torch.manual_seed(0)
     encoder = VisionTransformer(16, patch_size=4, embed_dim=8, depth=3, num_heads=2)
-    return MaskedAutoencoder(encoder, (0, 2), decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
+    return MaskedAutoencoder(encoder, (0, 2), PixelTarget(4), decoder_embed_dim=8, decoder_depth=1,
+                             decoder_num_heads=2)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def make_step(case, batch_size, mode, device, dtype):
     def step():
         images = model.ops.prepare(pixels, mean, std)                   # (B, C, H, W)
         with autocast(device, dtype):
-            loss = trained(images, noise, pixels, mean, std)
+            loss = trained(images, noise, pixels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
