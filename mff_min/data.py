@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import traceback
 from functools import cache, lru_cache
 
@@ -220,7 +221,7 @@ def room_for(needed):
     try:
         yield
     except RuntimeError as error:
-        if "No space left" not in str(error):
+        if "unable to allocate shared memory" not in str(error):
             raise
         text = shared_memory(f"a batch of {amount(needed)} has no room beside those that wait")
         raise Fault(text) from None
@@ -237,8 +238,9 @@ def begin_worker(worker):
 
 
 def end_worker(error, unsent):
-    """What a worker's queue does where it cannot send something: it prints why and ends the worker."""
+    """What a worker's queue does where it cannot send (number, batch or error): say so and end the worker."""
     traceback.print_exception(error)
+    print(getattr(unsent[1], "exc_msg", ""), file=sys.stderr, flush=True)           # an error's own traceback
     os._exit(1)
 
 
