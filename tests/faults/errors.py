@@ -5,11 +5,13 @@ prints its traceback and hangs.
 """
 
 import os
+import shutil
+from types import SimpleNamespace
 
 import torch
 from faults.ranks import at_micro_batch, ended, two_ranks
 from faults.signals import gone, started_by
-from faults.suite import Fault, Guard, Tally, fork, share_out, stage
+from faults.suite import STAGES, Fault, Guard, Tally, fork, share_out, stage
 
 import train_pretrain
 from mff_min import data, mim, runtime
@@ -73,7 +75,8 @@ def raise_with_workers(folder, quick):
                 found, _ = ended(children, LIMIT)
         codes, said = [one.code for one in found], "".join(one.said for one in found)
         pids = [int(pid) for path in run.glob("workers*") for pid in path.read_text().split()]
-        problems = [f"codes {codes}"] * (not set(codes) <= {1, 3})      # -9 is one that was killed: it hung
+        failing = PLACES[place][0] if ranks == 2 else 0                 # the other may have ended before it
+        problems = [f"codes {codes}"] * (codes[failing] not in (1, 3) or -9 in codes)   # -9: it hung
         problems += [f"{said.count('planted')} times told"] * ("planted" not in said)
         problems += ["workers live on"] * (gone(pids, 6) is None)
         problems += [f"{len(pids)} workers were seen"] * (len(pids) > 2 * workers * ranks)
@@ -85,8 +88,46 @@ def raise_with_workers(folder, quick):
     return tally.outcome()
 
 
+# ---------------------------------------------------------------- shared memory
+
+ADVICE = "(of a container: --shm-size or --ipc=host), fewer --workers or a smaller --batch-size"
+NO_ROOM = "unable to allocate shared memory(shm) for file </torch_1_2_3>: "
+
+
+def run_out_of_shared_memory(folder, quick):
+    """A /dev/shm that is too small is found before the first step, or at the latest when PyTorch finds it."""
+    usage = shutil.disk_usage
+
+    def small(size):
+        def disk_usage(path):
+            return SimpleNamespace(total=size, free=size) if path == "/dev/shm" else usage(path)
+        shutil.disk_usage = disk_usage
+
+    def full(reason):
+        def fail(size, **options):
+            raise RuntimeError(NO_ROOM + reason)
+        torch.UntypedStorage._new_shared = fail
+    # A batch takes 8 x (3 x 16 x 16 + 4 x 16) bytes in pre-training and a little less without its noise.
+    kinds = {"too small": (lambda: small(8_000), 2, "error: /dev/shm has 0.0 MB, "),
+             "too small for some": (lambda: small(30_000), 0, "warning: /dev/shm has 0.0 MB, "),
+             "full": (lambda: full("No space left on device (28)"), 3, "error: /dev/shm has "),
+             "full, of PyTorch 2.11": (lambda: full("Success (0)"), 3, "error: /dev/shm has ")}
+    tally = Tally()
+    for name in list(STAGES)[:1] if quick else STAGES:
+        for text, (make, code, words) in kinds.items():
+            work = stage(name, folder / f"{name}-{text}", "--workers", 2, "--steps", 8)
+            ran = fork(lambda make=make, work=work: make() or work())
+            lines = [line for line in ran.said.splitlines() if line.startswith(words) and ADVICE in line]
+            saved = (folder / f"{name}-{text}" / "last.pt").exists()
+            good = ran.code == code and len(lines) == 1 and saved == (not code)
+            good &= "Traceback" not in ran.said
+            tally.note("" if good else f"{name}, {text}: code {ran.code}: {ran.last}")
+    return tally.outcome()
+
+
 FAULTS = [
     Fault("an error of a new kind while loader workers live", 5, raise_with_workers),
+    Fault("shared memory is too small", 12, run_out_of_shared_memory),
 ]
 
 
@@ -98,6 +139,12 @@ def leave_children_alone():
     runtime.end_children = lambda: None
 
 
+def measure_no_shared_memory():
+    """Nobody looks how large /dev/shm is before the workers fill it."""
+    data.check_shared_memory = lambda views, stream, workers: None
+
+
 GUARDS = [
     Guard("children-ended", "an error of a new kind while loader workers live", leave_children_alone),
+    Guard("shared-memory-measured", "shared memory is too small", measure_no_shared_memory),
 ]
