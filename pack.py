@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, opt, parse
-from mff_min.data import leave_signals_to_the_trainer
+from mff_min.data import begin_worker
 from mff_min.decode import DECODE_ERRORS, reason_of
 from mff_min.lists import printable
 from mff_min.packed import Journal, Packed, check_same, encode, files_of, journal_of, open_packed, plan_of
-from mff_min.progress import Progress
+from mff_min.progress import Progress, amount
 from mff_min.runtime import Fault, World, leave, run
 from mff_min.saving import lock
 from mff_min.sources import ImageFolder
@@ -148,17 +148,12 @@ def announce(sources, journals, settings, output):
                         f"a smaller --short-side, --jpeg 95, or another disk")
 
 
-def amount(count):
-    """A number of bytes as text."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def write_records(source, journal, workers, settings):
     """Write the records that are missing, block by block."""
     first, count = len(journal.entries), len(source)
     loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
                         num_workers=workers, collate_fn=unchanged, generator=torch.Generator(),
-                        worker_init_fn=leave_signals_to_the_trainer, prefetch_factor=64 if workers else None)
+                        worker_init_fn=begin_worker, prefetch_factor=64 if workers else None)
     progress = Progress(count, first, HERE, every=5.0, text=journal.pack.name)
     block = []
     for i, record in enumerate(loader, first + 1):

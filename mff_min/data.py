@@ -6,9 +6,15 @@ epoch, index), so nothing depends on the number of workers or ranks, and a run r
 Shapes: B images, C H W, L patches.
 """
 
+import contextlib
 import math
+import multiprocessing
+import os
+import shutil
 import signal
-from functools import lru_cache
+import sys
+import traceback
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -19,7 +25,8 @@ from mff_min.augment import EVALUATION_MARGIN, cut_from
 from mff_min.config import UserError
 from mff_min.decode import DECODE_ERRORS, reason_of
 from mff_min.lists import printable
-from mff_min.runtime import Fault
+from mff_min.progress import amount
+from mff_min.runtime import Fault, shared_memory
 from mff_min.sources import ImageFiles
 
 
@@ -41,6 +48,11 @@ class Views(Dataset):
                             f"made with a larger --short-side")
         self.source, self.crop, self.size, self.seed = source, crop, size, seed
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
+
+    @property
+    def item_bytes(self):
+        """Bytes of an item in a batch: its pixels and its noise."""
+        return self.in_chans * math.prod(self.size) + 4 * self.num_noise
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -103,6 +115,12 @@ class DeviceViews(Views):
         if crop == "simple" and set(size) != {source.short_side}:
             raise UserError(f"--device-crop with --crop simple resizes nothing: expected --img-size "
                             f"{source.short_side}, the pack's short side, not {size[0]}x{size[1]}")
+
+    @property
+    def item_bytes(self):
+        """As for Views. The largest part in a batch, which sets the size of all, is about a whole image."""
+        pixels = math.prod(self.size) if self.crop == "simple" else self.source.short_side ** 2
+        return self.in_chans * pixels + 4 * self.num_noise
 
     def view(self, image, epoch, index):
         draws = rng.Rng(self.seed, rng.CROP, epoch, index)
@@ -177,7 +195,10 @@ def collate(items):
     columns = {name: [item[name] for item in items] for name in items[0]}
     bad, noise, images = columns.pop("bad"), torch.stack(columns.pop("noise")), columns.pop("image")
     C, H, W = (max(sides) for sides in zip(*(image.shape for image in images), strict=True))
-    pixels = blank(len(images), H, W, C)                                # (B, H, W, C)
+    with room_for(len(images) * C * H * W + noise.nbytes):
+        pixels = blank(len(images), H, W, C)                            # (B, H, W, C)
+        if get_worker_info() and noise.nbytes:
+            noise.share_memory_()       # else a thread of the worker does, and an error there loses the batch
     for row, image in zip(pixels, images, strict=True):
         row[:image.shape[1], :image.shape[2]] = image.permute(1, 2, 0)
     batch = {name: torch.tensor(values) for name, values in columns.items()}
@@ -194,10 +215,33 @@ def blank(*shape):
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def leave_signals_to_the_trainer(worker):
-    """What a new worker does first: a signal to the whole group must not end the last step's supply."""
+@contextlib.contextmanager
+def room_for(needed):
+    """A context in which a batch takes so many bytes of shared memory. Raises Fault where it has no room."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "unable to allocate shared memory" not in str(error):
+            raise
+        text = shared_memory(f"a batch of {amount(needed)} has no room beside those that wait")
+        raise Fault(text) from None
+
+
+def begin_worker(worker):
+    """What a new worker does first: a signal to the whole group must not end the last step's supply.
+
+    A batch or an error that cannot be sent to the trainer ends the worker, since the trainer waits for it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def end_worker(error, unsent):
+    """What a worker's queue does where it cannot send (number, batch or error): say so and end the worker."""
+    traceback.print_exception(error)
+    print(getattr(unsent[1], "exc_msg", ""), file=sys.stderr, flush=True)           # an error's own traceback
+    os._exit(1)
 
 
 def advice_if_late(source, workers, device_crop=None):
@@ -211,9 +255,44 @@ def advice_if_late(source, workers, device_crop=None):
     return "more --workers would help"
 
 
+def check_shared_memory(views, stream, workers):
+    """Raise UserError where /dev/shm is too small for the batches of these workers; warn where it may be.
+
+    Every worker makes one before the trainer has ended its first step, which is the slowest: without room for
+    these no run can begin. Later each may have two that wait, and the trainer has one and takes another.
+    """
+    try:
+        space = shutil.disk_usage("/dev/shm")
+    except FileNotFoundError:                                           # another system: nothing is known
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                  # they share it
+    batch, room = len(next(iter(stream), [])) * views.item_bytes, min(space.free, space.total // ranks)
+    least, most = (min(count, len(stream)) * batch for count in (workers, 2 * workers + 2))
+    if not space.total or most <= room:                                 # a total of 0 is one without a limit
+        return
+    within = multiprocessing.active_children()                          # an evaluation in the middle of a run
+    needs = f"a batch takes {amount(batch)}, of which {workers} workers"
+    needs += f" on each of {ranks} processes" * (ranks > 1)
+    if least > room:
+        raise (Fault if within else UserError)(shared_memory(f"{needs} hold {least // batch} or more"))
+    if not within and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        warn_once(shared_memory(f"{needs} hold up to {most // batch}"))
+
+
+@cache
+def warn_once(text):
+    """Print a warning, but not for every loader of a run."""
+    print(f"warning: {text}", flush=True)
+
+
 def make_loader(views, stream, workers, pin_memory, timeout=0.0):
-    """A DataLoader over the stream, one thread a worker; timeout: seconds to wait for them, or 0."""
+    """A DataLoader over the stream, one thread a worker; timeout: seconds to wait for them, or 0.
+
+    Raises UserError where shared memory is certain to be too small for them.
+    """
+    if workers:
+        check_shared_memory(views, stream, workers)
     return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=leave_signals_to_the_trainer, timeout=timeout if workers else 0,
+                      worker_init_fn=begin_worker, timeout=timeout if workers else 0,
                       pin_memory=pin_memory, persistent_workers=False, prefetch_factor=2 if workers else None,
                       generator=torch.Generator().manual_seed(0))       # else it draws from the global one

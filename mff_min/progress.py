@@ -110,3 +110,8 @@ def duration(seconds):
     days, seconds = divmod(int(seconds), 86_400)
     clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
     return f"{days} day{'s' * (days > 1)} {clock}" if days else clock
+
+
+def amount(count):
+    """A number of bytes as text."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

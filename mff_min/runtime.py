@@ -25,6 +25,7 @@ import torch.distributed as dist
 import kernels
 from mff_min import saving
 from mff_min.config import UserError, check_reachable
+from mff_min.progress import amount
 from mff_min.ranks import Lost, Ranks, watch_launcher
 from mff_min.sharded import gathered, local
 
@@ -456,7 +457,10 @@ class StopSignals:
 
 
 def run(main, cfg):
-    """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n."""
+    """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n.
+
+    Any other error ends in Python's traceback and code 1. However main ends, so do the processes it started.
+    """
     resumable = hasattr(cfg, "resume")
     try:
         main(cfg)
@@ -476,6 +480,8 @@ def run(main, cfg):
         hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
         text = f"stopped: interrupted{hint}"
         leave(error, text, 130)
+    finally:
+        end_children()
 
 
 def own_words(error):
@@ -494,10 +500,22 @@ def leave(error, text, code):
     sys.stdout.flush()
     if not getattr(error, "told", False):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                       # PyTorch's raises at a killed worker
-    for child in multiprocessing.active_children():                     # one that hangs would be waited for
-        child.kill()
     raise SystemExit(code)
+
+
+def end_children():
+    """Kill what this process has started: Python's exit waits for that, and workers ignore SIGTERM."""
+    if children := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # PyTorch's raises at a killed worker
+        for child in children:
+            child.kill()
+
+
+def shared_memory(needs):
+    """What to say where /dev/shm, which holds the batches that workers hand over, is too small for needs."""
+    space = shutil.disk_usage("/dev/shm")
+    return (f"/dev/shm has {amount(space.total)}, {amount(space.free)} free, and {needs}: expected a larger "
+            f"one (of a container: --shm-size or --ipc=host), fewer --workers or a smaller --batch-size")
 
 
 def advice(error, cfg):
@@ -506,7 +524,10 @@ def advice(error, cfg):
     if isinstance(error, EOFError | ConnectionError):
         reason = "DataLoader worker ended without a word"
     if reason.startswith("DataLoader"):
-        return f"{reason.rstrip('. ')}; fewer --workers, or more shared memory for them, may help"
+        text = reason.rstrip(". ")
+        if "Bus error" in text and hasattr(cfg, "batch_size"):          # perhaps of memory that is not there
+            return f"{text}; {shared_memory(f'a batch takes {cfg.batch_size} images')}"
+        return f"{text}; fewer --workers may help, or --workers 0, which shows a loader's own error"
     on_cpu = "DefaultCPUAllocator" in reason
     if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
         return ""

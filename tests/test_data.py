@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mff_min import data
 from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
 from mff_min.config import UserError
 from mff_min.data import Stream, Views, advice_if_late, make_loader
@@ -139,6 +140,89 @@ def test_workers_0_2_and_4_give_the_same_batches(folder, crop):
     for alone, *helped in zip(*loaders, strict=True):
         assert all(torch.equal(alone[name], batch[name]) for batch in helped for name in ("image", "noise"))
         assert alone["image"].shape == (3, 3, 32, 24) and alone["image"].dtype == torch.uint8
+
+
+MEMORY = "fewer --workers or a smaller --batch-size"
+
+
+@pytest.fixture
+def space(monkeypatch):
+    """space(total, free): /dev/shm has so many bytes, as the loader sees it."""
+    def set_space(total, free):
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
+    data.warn_once.cache_clear()
+    return set_space
+
+
+def load(folder, workers, steps=4):
+    """A loader of batches of 3 x (3 x 32 x 24 + 4 x 12) = 7,056 bytes; steps is how many there are."""
+    views = Views(ImageFolder(folder, "train"), "random_resized", (32, 24), 3, num_noise=12, seed=0)
+    return make_loader(views, Stream(12, 3, 3, 0, 0, steps), workers, pin_memory=False)
+
+
+def test_a_shared_memory_that_holds_no_batch_for_each_worker_is_refused(folder, space, monkeypatch):
+    for total, free in ((14_000, 14_000), (10 ** 9, 14_000)):
+        space(total, free)
+        with pytest.raises(UserError, match="0.0 MB free, and a batch takes 0.0 MB, of which 2 workers hold "
+                                            "2 or more: .*--shm-size or --ipc=host.*" + MEMORY):
+            load(folder, 2)
+        load(folder, 0)
+        load(folder, 2, steps=1)                                        # there is one batch in all
+    space(20_000, 20_000)
+    load(folder, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")                         # they share it
+    with pytest.raises(UserError, match="of which 2 workers on each of 2 processes hold 2 or more"):
+        load(folder, 2)
+    monkeypatch.setattr(data.multiprocessing, "active_children", lambda: ["a trainer's worker"])
+    with pytest.raises(Fault, match="hold 2 or more"):                  # in the middle of a run: no bad input
+        load(folder, 2)
+
+
+def test_a_shared_memory_that_may_be_too_small_is_a_warning_said_once(folder, space, capsys):
+    space(6 * 7_056 - 1, 6 * 7_056 - 1)
+    for _ in range(2):
+        load(folder, 2, steps=9)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: /dev/shm has 0.0 MB") and said.count("\n") == 1 and MEMORY in said
+    assert "2 workers hold up to 6: " in said
+    for total, free in ((6 * 7_056, 6 * 7_056), (0, 0)):                # 0 in all is one without a limit
+        space(total, free)
+        load(folder, 2, steps=9)
+    assert not capsys.readouterr().out
+
+
+def test_a_system_without_dev_shm_is_not_judged(folder, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+    monkeypatch.setattr(data.shutil, "disk_usage", missing)
+    load(folder, 2)
+
+
+@pytest.mark.parametrize("reason", ["No space left on device (28)", "Success (0)"])         # the latter: 2.11
+@pytest.mark.parametrize("owner, call", [(torch.UntypedStorage, "_new_shared"),
+                                         (torch.Tensor, "share_memory_")])
+def test_a_worker_without_shared_memory_says_what_a_batch_takes(folder, monkeypatch, owner, call, reason):
+    def full(*arguments, **options):
+        raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1>: {reason}")
+    monkeypatch.setattr(owner, call, full)
+    with pytest.raises(Fault, match="a batch of 0.0 MB has no room.*" + MEMORY):
+        next(iter(load(folder, 1)))
+
+
+@pytest.mark.parametrize("bad", ["error", "batch"])
+def test_a_worker_that_cannot_send_something_ends_instead_of_losing_it(folder, monkeypatch, capfd, bad):
+    class Nowhere(Exception):
+        """A class that pickle finds in no module."""
+
+    def read(views, epoch, index):
+        if bad == "error":
+            raise Nowhere("planted")
+        return dict(image=torch.zeros(3, 32, 24, dtype=torch.uint8), label=0, bad=[("a", lambda: 0)])
+    monkeypatch.setattr(Views, "read", read)
+    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+        next(iter(load(folder, 1)))
+    said = capfd.readouterr().err
+    assert "t pickle" in said and ("Nowhere: planted" in said) == (bad == "error")
 
 
 def test_late_data_is_answered_with_the_flag_that_is_not_used_yet(folder):

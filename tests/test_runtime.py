@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import multiprocessing
 import signal
+import time
 
 import pytest
 import torch
+from faults.signals import gone
+from faults.suite import fork
 
 from mff_min.config import REQUIRED, UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
-from mff_min.runtime import Log, StopSignals, World, pick_dtype, read_log, start_world
+from mff_min.runtime import Log, StopSignals, World, pick_dtype, read_log, run, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -121,3 +125,37 @@ def test_a_process_alone_is_rank_0_of_1_and_averages_itself(monkeypatch):
 def test_automatic_dtype_is_float32_on_a_cpu():
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+class Unforeseen(BaseException):
+    """An error that is not even an Exception."""
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (Unforeseen("no reason"), 1, "Unforeseen: no reason"), (KeyError("x"), 1, "KeyError: 'x'"),
+    (RuntimeError("CUDA error: no reason"), 1, "RuntimeError: CUDA error"), (SystemExit("words"), 1, "words"),
+    (SystemExit(3), 3, ""), (UserError("bad input"), 2, "error: bad"), (KeyboardInterrupt(), 130, "stopped")])
+def test_whatever_leaves_a_run_its_workers_are_ended_and_do_not_keep_the_process(tmp_path, error, code, said):
+    def main(cfg):
+        started = [multiprocessing.get_context("fork").Process(target=work, daemon=True) for _ in "ab"]
+        for process in started:
+            process.start()
+        (tmp_path / "pids").write_text(" ".join(str(process.pid) for process in started))
+        time.sleep(0.5)                                                 # until they ignore it
+        raise error
+
+    def work():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    ended = fork(lambda: run(main, None), limit=30)
+    assert ended.code == code and said in ended.said, ended.said
+    assert gone(map(int, (tmp_path / "pids").read_text().split()), 10) is not None
+
+
+def test_an_error_that_no_code_foresees_leaves_run_as_it_is():
+    def main(cfg):
+        raise error
+    error = ValueError("no reason")
+    with pytest.raises(ValueError) as caught:
+        run(main, None)
+    assert caught.value is error
