@@ -17,7 +17,7 @@ demo: $(VENV)/demo-installed
 # What the README says of the demo: its figures and its pictures, from the run that `make demo` left.
 record-demo:
 	mkdir -p results docs/figures
-	$(BIN)/python analyze.py runs/demo --record results/demo.json
+	$(BIN)/python -m tools.analyze runs/demo --record results/demo.json
 	cp runs/demo/reconstruction.png docs/figures/demo.png
 	$(BIN)/python tests/generated.py
 
@@ -52,7 +52,7 @@ record-finetune:
 
 # Five methods, three seeds, the number of fused levels: tiny encoders on two cores. The same command goes on with it.
 study: $(VENV)/demo-installed
-	$(BIN)/python study.py --preset minutes
+	$(BIN)/python -m tools.study --preset minutes
 
 # What docs/results.md says of the studies: from those that were run here.
 record-study:

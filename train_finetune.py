@@ -30,24 +30,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, soft_targets
-from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
-                            side_or_sides)
-from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
-from mff_min.finite import FiniteSteps
-from mff_min.flops import classifier_flops, peak_img_per_s
+from mff_min.config import (
+    check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
+from mff_min.errors import UserError
+from mff_data.views import Views, advice_if_late, make_loader
+from mff_min.stream import Stream, each_once
+from mff_run.finite import FiniteSteps
+from mff_run.flops import classifier_flops, peak_img_per_s
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
-from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
+from mff_weights.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
 from mff_min.probe import accuracy, count_all, shown
-from mff_min.randaugment import fill_color, rand_augment
+from mff_min.augment import fill_color, rand_augment
 from mff_min.rng import MIX, Rng
-from mff_min.robustness import RobustnessSet, open_robustness, summarise, table
-from mff_min.progress import Meter
-from mff_min.runtime import (BadSamples, Log, StopSignals, Stopped, autocast, check_same_data,
-                             describe_environment, load_state, open_folder, pick_dtype, pick_ops,
-                             resumed_state, run, save_run, start_world, warn_of_space)
-from mff_min.saving import write_json, write_tensors
-from mff_min.sharded import exchange
-from mff_min.sources import check_classes, check_labels, fingerprint, open_data, subset
+from tools.robustness import RobustnessSet, open_robustness, summarise, table
+from mff_run.progress import Meter
+from mff_run.log import BadSamples, Log
+from mff_run.process import StopSignals, Stopped, run
+from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
+from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops, start_world
+from mff_run.files import write_json, write_tensors
+from mff_run.sharded import exchange
+from mff_data.sources import check_classes, check_labels, fingerprint, open_data, subset
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config
@@ -56,7 +59,7 @@ from mff_min.vit import MODELS
 @dataclass(frozen=True)
 class Config:
     # these change the result
-    checkpoint: str = opt("", "what to start from: a run folder, or a checkpoint of any family (convert.py)")
+    checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "

@@ -25,23 +25,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
-from mff_min.checkpoint import load_weights, read_weights
-from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
-                            side_or_sides)
-from mff_min.data import (DeviceViews, Stream, Views, advice_if_late, collate, crop_on_device,
-                          make_loader)
-from mff_min.finite import FiniteSteps
-from mff_min.flops import peak_img_per_s, step_flops
+from mff_weights.checkpoint import load_weights, read_weights
+from mff_min.config import (
+    check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
+from mff_min.errors import UserError
+from mff_data.views import DeviceViews, Views, advice_if_late, collate, crop_on_device, make_loader
+from mff_min.stream import Stream
+from mff_run.finite import FiniteSteps
+from mff_run.flops import peak_img_per_s, step_flops
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
-from mff_min.picture import reconstruction_sheet
-from mff_min.progress import Meter
-from mff_min.runtime import (BadSamples, Log, StopSignals, Stopped, autocast, check_same_data,
-                             describe_environment, load_state, open_folder, pick_dtype, resumed_state, run,
-                             save_run, start_world, warn_of_space)
-from mff_min.saving import write_atomically, write_json, write_tensors
-from mff_min.sharded import check_sharding, exchange, full, own_part, shard, whole
-from mff_min.sources import fingerprint, open_data
+from mff_run.picture import reconstruction_sheet
+from mff_run.progress import Meter
+from mff_run.log import BadSamples, Log
+from mff_run.process import StopSignals, Stopped, run
+from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
+from mff_run.world import autocast, describe_environment, pick_dtype, start_world
+from mff_run.files import write_atomically, write_json, write_tensors
+from mff_run.sharded import check_sharding, exchange, full, own_part, shard, whole
+from mff_data.sources import fingerprint, open_data
 from mff_min.targets import PixelTarget, low_pass_radius_at
 from mff_min.vit import MODELS, VisionTransformer
 
@@ -81,7 +83,7 @@ class Config:
     weight_decay: float = opt(0.05, "AdamW's weight decay", least=0)
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
     seed: int = opt(0, "of the weights, the order, the crops and the masks", least=0)
-    init_from: str = opt("", "weights to start from, of any family that convert.py reads; not the state")
+    init_from: str = opt("", "weights to start from, of any family that tools.convert reads; not the state")
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 

@@ -26,25 +26,30 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mff_min.augment import MODES
-from mff_min.config import (UserError, check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
-                            side_or_sides)
-from mff_min.data import Stream, Views, advice_if_late, each_once, make_loader
-from mff_min.finite import FiniteSteps, check_measured
-from mff_min.flops import classifier_flops, peak_img_per_s
-from mff_min.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
-                            table_of_layers)
+from mff_min.config import (
+    check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
+from mff_min.errors import UserError
+from mff_data.views import Views, advice_if_late, make_loader
+from mff_min.stream import Stream, each_once
+from mff_min.probe import check_measured
+from mff_run.finite import FiniteSteps
+from mff_run.flops import classifier_flops, peak_img_per_s
+from tools.layers import (
+    chart_of_layers, features_of_layers, margin, margin_line, parse_layers, table_of_layers)
 from mff_min.optim import LARS, cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
-from mff_min.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
+from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
 from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
                            pixel_features, pool_tokens, shown)
 from mff_min.rng import ORDER, permutation
-from mff_min.progress import Meter, Progress
-from mff_min.runtime import (BadSamples, Fault, Log, StopSignals, Stopped, autocast, check_same_data,
-                             describe_environment, load_state, open_folder, pick_dtype, pick_ops,
-                             resumed_state, run, save_run, start_world, warn_of_space)
-from mff_min.saving import write_atomically, write_json
-from mff_min.sharded import exchange
-from mff_min.sources import check_labels, fingerprint, open_data
+from mff_run.progress import Meter, Progress
+from mff_min.errors import Fault
+from mff_run.log import BadSamples, Log
+from mff_run.process import StopSignals, Stopped, run
+from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
+from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops, start_world
+from mff_run.files import write_atomically, write_json
+from mff_run.sharded import exchange
+from mff_data.sources import check_labels, fingerprint, open_data
 from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- config
@@ -53,7 +58,7 @@ from mff_min.vit import MODELS
 @dataclass(frozen=True)
 class Config:
     # these change the result
-    checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that convert.py reads")
+    checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")

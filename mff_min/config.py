@@ -18,11 +18,9 @@ import math
 import os
 import sys
 
+from mff_min.errors import UserError
+
 REQUIRED = dataclasses.MISSING
-
-
-class UserError(Exception):
-    """Bad input. The stage ends with this text on one line and exit code 2."""
 
 
 def check_reachable(name, path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mff_min.config import UserError
+from mff_min.errors import UserError
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, depth=0, undecayed=()):

@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mff_min.finite import check_measured
+from mff_min.errors import Fault
+
+
+def check_measured(values, what):
+    """Raise Fault where a row of values (B, ...) holds what is no finite number; waits for the device.
+
+    what names the values: a probe of them, or their largest, would be a number like any other.
+    """
+    bad = values.flatten(1).isfinite().all(dim=1).logical_not()         # (B,)
+    if bad.any():
+        raise Fault(f"{what} of {int(bad.sum())} in {len(bad)} images are not finite: the weights had "
+                    f"diverged, or --dtype is too narrow for them")
 
 
 class LinearProbe(nn.Module):

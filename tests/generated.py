@@ -15,12 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import analyze  # noqa: E402
-import study  # noqa: E402
-from mff_min import comparison  # noqa: E402
 from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
+from tools import analyze, comparison, study  # noqa: E402
 
 
 def demo(result):
@@ -117,12 +115,12 @@ def digits(value):
 
 
 def bench(results):
-    """What `python bench.py` measured on each machine, a table a group: from its step, data and imports."""
+    """What tools.bench measured on each machine, a table for each group of its step, data and imports."""
     return "\n\n".join(text for result in results for text in machine(result)) or "Not run."
 
 
 def machine(result):
-    """The title and the tables of one record of bench.py."""
+    """The title and the tables of one record of tools.bench."""
     environment = result["environment"]
     threads = f", threads: {environment['threads']}" if result["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items() if version)
@@ -162,7 +160,7 @@ def of_encoders(results):
             for path in sorted(results.glob("features_*_seed0.json"))]
 
 
-FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what analyze.py draws of results/
+FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what tools.analyze draws of results/
            "results/probe_shapes_cpu.json --figures layers --names trained --prefix probe_",
            *of_encoders(ROOT / "results"))
 
@@ -177,8 +175,8 @@ def draw(folder):
         if path.exists():
             found = json.loads(path.read_text())
             device = "cuda" if "_gpu" in name else "cpu"
-            command = (f"python study.py --preset {found['preset']} --data {found['data']} --device {device} "
-                       f"--output-dir results --report")
+            command = (f"python -m tools.study --preset {found['preset']} --data {found['data']} "
+                       f"--device {device} --output-dir results --report")
             comparison.save_figures(found, folder, name, command)
 
 

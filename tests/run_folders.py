@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mff_min.runtime import read_log
+from mff_run.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("img_per_s", "data_wait", "mfu", "seconds")                    # may differ between equal runs

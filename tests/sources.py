@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text()
-         for pattern in ("*.py", "mff_min/*.py", "mff_bench/*.py", "kernels/*.py", "tools/**/*.py")
+         for pattern in ("*.py", "mff_*/*.py", "kernels/*.py", "tools/**/*.py")
          for path in sorted(ROOT.glob(pattern))}
 SCRIPTS = {path.removesuffix(".py"): text for path, text in FILES.items() if "/" not in path}
 

@@ -1,4 +1,4 @@
-"""analyze.py: what it draws is what runs hold, its taps are the model's own, and what it refuses."""
+"""tools.analyze: what it draws is what runs hold, its taps are the model's own, and what it refuses."""
 
 import json
 import shlex
@@ -13,25 +13,26 @@ import pytest
 import torch
 from PIL import Image
 
-import analyze
 import train_pretrain
 from kernels import TORCH
-from mff_min.config import UserError, parse
-from mff_min.examine import look_at
+from mff_min.config import parse
+from mff_min.errors import UserError
 from mff_min.mim import MaskedAutoencoder
-from mff_min.pens import drawn_by
-from mff_min.picture import grid, tiles_of
-from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
-from mff_min.records import open_run
-from mff_min.runtime import run
 from mff_min.targets import PixelTarget
+from mff_run.picture import grid, tiles_of
+from mff_run.process import run
+from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
+from tools import analyze
+from tools.examine import look_at
+from tools.pens import drawn_by
+from tools.records import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_4 = {1: "last", 2: "0,11", 4: "0,4,8,11", 6: "spread", 12: "all"}  # the paper's, by number of levels
 
 
 def analyzed(*flags):
-    """{figure: the numbers in it} of what analyze.py draws."""
+    """{figure: the numbers in it} of what tools.analyze draws."""
     written = analyze.main(parse(analyze.Config, [str(flag) for flag in flags]))
     for path in written.values():
         assert path.exists() and path.with_suffix(".svg").exists()
@@ -39,7 +40,7 @@ def analyzed(*flags):
 
 
 def refused(*flags):
-    """The one line that analyze.py ends with, and its exit code must be 2."""
+    """The one line that tools.analyze ends with, and its exit code must be 2."""
     cfg = parse(analyze.Config, [str(flag) for flag in flags])
     with pytest.raises(SystemExit) as end:
         run(analyze.main, cfg)
@@ -359,7 +360,7 @@ def test_a_record_of_encoders_says_what_was_measured_and_no_path(pretrained, mae
     assert "argv" not in record["environment"] and str(pretrained.parent) not in path.read_text()
     found = analyzed(path, "--output-dir", tmp_path / "out")
     assert {name: figure["command"] for name, figure in found.items()} == {
-        name: f"python analyze.py {path} --figures {name}" for name in ("spectrum", "cka", "attention")}
+        name: f"python -m tools.analyze {path} --figures {name}" for name in ("spectrum", "cka", "attention")}
 
 
 @pytest.mark.parametrize("data, name", [
@@ -393,8 +394,9 @@ def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
     assert {name: "--images" in found["command"] for name, found in written.items()} == dict(
         weights=False, curves=False, reconstructions=False, spectrum=True, cka=True, attention=True)
     for name, found in written.items():
-        program, script, *flags = shlex.split(found["command"])
-        assert (program, script) == ("python", "analyze.py")
+        words = shlex.split(found["command"])
+        flags = words[3:]
+        assert words[:3] == ["python", "-m", "tools.analyze"]
         analyzed(*flags, "--cache-dir", cache, "--output-dir", tmp_path / "b")
         for suffix in ("png", "svg", "json"):
             a, b = (tmp_path / folder / f"{name}.{suffix}" for folder in "ab")
@@ -586,7 +588,7 @@ def test_models_of_different_sizes_are_not_compared_by_cka(pretrained, tmp_path,
 
 def test_the_script_runs_from_the_shell(tmp_path):
     make_run(tmp_path / "a")
-    said = subprocess.run([sys.executable, "analyze.py", tmp_path / "a"], cwd=ROOT, text=True,
+    said = subprocess.run([sys.executable, "-m", "tools.analyze", tmp_path / "a"], cwd=ROOT, text=True,
                           capture_output=True)
     assert said.returncode == 0 and f"{tmp_path}/a/figures/weights.png, .svg, .json" in said.stdout
     assert "spectrum: without" in said.stdout and said.stderr == ""

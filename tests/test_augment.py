@@ -13,19 +13,24 @@ import torch
 from PIL import Image
 
 from kernels import TORCH
-from mff_min import randaugment, rng
+from mff_min import augment, rng
 from mff_min.augment import (
+    FILL,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OPERATIONS,
     Mix,
+    apply,
+    draw_level,
     draw_mix,
     erase,
     erasing_box,
+    fill_color,
     mix_arguments,
     mix_images,
+    rand_augment,
     soft_targets,
 )
-from mff_min.randaugment import FILL, OPERATIONS, apply, draw_level, fill_color, rand_augment
 from mff_min.rng import Rng, hash64, hash64_tensor, hash_key, int64_key, normal_noise
 
 EPS = torch.finfo(torch.float32).eps
@@ -195,7 +200,7 @@ def test_fill_is_the_mean_in_8_bits():
 
 def test_there_are_fifteen_operations():
     assert len(OPERATIONS) == 15
-    assert {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"} == set(randaugment.MOVES)
+    assert {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"} == set(augment.MOVES)
 
 
 @pytest.mark.parametrize("mode", CHANNELS)
@@ -203,13 +208,13 @@ def test_there_are_fifteen_operations():
 def test_an_operation_keeps_size_and_mode_and_does_something(name, mode):
     image = picture(mode)
     before = image.tobytes()
-    for level in (0.9, -0.9) if name not in randaugment.TONES else (0.9,):
+    for level in (0.9, -0.9) if name not in augment.TONES else (0.9,):
         got = apply(name, image, level, FILLS[mode])
         assert (got.size, got.mode) == (image.size, mode) and image.tobytes() == before
         assert (got.tobytes() == before) == (name == "Color" and mode == "L")   # grey has no colour
 
 
-@pytest.mark.parametrize("name", [*randaugment.BLENDS, *randaugment.MOVES, "Solarize", "SolarizeAdd"])
+@pytest.mark.parametrize("name", [*augment.BLENDS, *augment.MOVES, "Solarize", "SolarizeAdd"])
 def test_magnitude_0_changes_nothing(name):
     image = picture()
     assert apply(name, image, 0.0, FILL).tobytes() == image.tobytes()
@@ -289,7 +294,7 @@ def test_moves_take_a_spot_where_their_equations_say(name, where):
     assert np.abs(np.subtract(centre, where)).max() < 0.2               # negative lobes are cut off
 
 
-@pytest.mark.parametrize("name", randaugment.MOVES)
+@pytest.mark.parametrize("name", augment.MOVES)
 def test_moves_are_bicubic_and_so_overshoot_at_an_edge(name):
     edges = np.full((40, 60), 60, np.uint8)
     edges[::8], edges[:, ::8] = 180, 180
@@ -301,7 +306,7 @@ def test_moves_are_bicubic_and_so_overshoot_at_an_edge(name):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_grey_image_is_treated_as_each_channel_of_a_grey_colour_image(name, level):
     grey = picture("L")
-    level = abs(level) if name in randaugment.TONES else level
+    level = abs(level) if name in augment.TONES else level
     got = pixels(apply(name, grey, level, (116,)))
     want = pixels(apply(name, grey.convert("RGB"), level, (116,) * 3))
     assert np.array_equal(np.repeat(got[..., None], 3, axis=2), want)
@@ -313,9 +318,9 @@ def test_alpha_moves_with_the_colours_and_is_otherwise_kept(name):
     alpha = image.getchannel("A")
     got = apply(name, image, 0.8, (*FILL, 90))
     assert got.convert("RGB").tobytes() == apply(name, image.convert("RGB"), 0.8, FILL).tobytes()
-    want = apply(name, alpha, 0.8, (90,)) if name in randaugment.MOVES else alpha
+    want = apply(name, alpha, 0.8, (90,)) if name in augment.MOVES else alpha
     assert got.getchannel("A").tobytes() == want.tobytes()
-    assert (want.tobytes() != alpha.tobytes()) == (name in randaugment.MOVES)
+    assert (want.tobytes() != alpha.tobytes()) == (name in augment.MOVES)
 
 
 def test_levels_are_normal_clipped_and_of_either_sign():
@@ -334,7 +339,7 @@ def test_levels_are_normal_clipped_and_of_either_sign():
 def count_operations(monkeypatch, n, **settings):
     """The names of the operations that n calls of rand_augment apply, a list for each."""
     applied, image = [], picture()
-    monkeypatch.setattr(randaugment, "apply", lambda name, image, *_: applied[-1].append(name) or image)
+    monkeypatch.setattr(augment, "apply", lambda name, image, *_: applied[-1].append(name) or image)
     for i in range(n):
         applied.append([])
         rand_augment(image, Rng(11, i), **settings)
@@ -390,7 +395,7 @@ def test_each_operation_equals_timms_over_all_magnitudes(name, mode, monkeypatch
     fill = FILLS[mode] if mode == "RGB" else FILLS[mode][0]
     image = picture(mode, seed=1)
     for magnitude in [*np.linspace(0, 10, 41).tolist(), 9.99, 1 / 3]:
-        for sign in (1, -1) if name not in randaugment.TONES else (1,):
+        for sign in (1, -1) if name not in augment.TONES else (1,):
             half = SimpleNamespace(random=lambda sign=sign: 0.5 - 0.25 * sign)
             monkeypatch.setattr(theirs, "random", half)
             settings = dict(img_mean=fill, interpolation=Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""bench.py: its byte model against what can be derived by hand, its records, and that work is equal."""
+"""tools.bench: its byte model against what can be derived by hand, its records, and that work is equal."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
-import bench
 import kernels
-from mff_bench import attention, contenders, data, everything, imports, measure, ops, step
-from mff_min import flops, vit
-from mff_min.config import UserError
-from mff_min.flops import product_tflops
-from mff_min.runtime import World
+from mff_min import vit
+from mff_min.errors import UserError
+from mff_run import flops
+from mff_run.flops import product_tflops
+from mff_run.world import World
+from tools.bench import __main__ as bench
+from tools.bench import attention, contenders, data, everything, imports, measure, ops, step
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -393,7 +394,8 @@ def test_all_runs_its_subjects(benched, monkeypatch, tmp_path):
 
 
 def test_a_stopped_all_leaves_no_process_behind(tmp_path, monkeypatch):
-    (tmp_path / "bench.py").write_text("import os, pathlib, time\n"
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "bench.py").write_text("import os, pathlib, time\n"
                                        "pathlib.Path('pid').write_text(str(os.getpid()))\n"
                                        "os.kill(os.getppid(), 15)\n"
                                        "time.sleep(600)\n")
@@ -645,10 +647,10 @@ def test_the_readme_copes_with_what_was_not_run(tmp_path, monkeypatch):
             {"name": "a loop", "median": 1.0, "data_wait": 0.25},
             {"name": "on a GPU", "median": 1.0, "img_per_s": 8.0, "mfu": 0.5, "mfu_datasheet": 0.375}]
     record = {"device": "cpu", "environment": {"threads": 2}, "packages": {"torch": "2.15", "timm": None},
-              "command": "python bench.py step", "groups": [{"name": "pretrain", "rows": rows}]}
+              "command": "python -m tools.bench step", "groups": [{"name": "pretrain", "rows": rows}]}
     (tmp_path / "results" / "step_cpu.json").write_text(json.dumps(record))
     text = generated.written("bench")
-    for line in ("`python bench.py step` on cpu, threads: 2 (torch 2.15):",
+    for line in ("`python -m tools.bench step` on cpu, threads: 2 (torch 2.15):",
                  "| fast | 2050 |  |  |  |  |",
                  "| ours float32 eager | 8 | 1.50 [1.25, 2.00] | 50.0 | 2 |  |",
                  "| lightly | not run: absent | | | | |", "| a loop | 1.00 s |  |  |  | 25.0 |",

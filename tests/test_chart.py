@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mff_min.chart import (
+from tools.chart import (
     Axis,
     Figure,
     HeatMap,
@@ -24,7 +24,7 @@ from mff_min.chart import (
     save,
     tick_text,
 )
-from mff_min.pens import COLOURS, SCALE, PngPen, SvgPen, colour_of, drawn_by
+from tools.pens import COLOURS, SCALE, PngPen, SvgPen, colour_of, drawn_by
 
 COMMAND = "python x.py --names 'a & b' <c>"
 LINE = Series("measured", [(0.0, 1.0), (250.0, 4.0), (1000.0, 2.5)], [0.5, 0.25, 0.0], "blue",

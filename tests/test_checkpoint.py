@@ -12,13 +12,13 @@ import zipfile
 import pytest
 import torch
 
-import convert
-from mff_min.checkpoint import encoder_of, load_encoder, load_weights, read_weights, write_weights
-from mff_min.config import UserError
-from mff_min.families import FAMILIES, from_family, part_of, split_name, to_family
+from mff_min.errors import UserError
 from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
+from mff_weights.checkpoint import encoder_of, load_encoder, load_weights, read_weights, write_weights
+from mff_weights.families import FAMILIES, from_family, part_of, split_name, to_family
+from tools import convert
 
 
 def silent(text):
@@ -162,7 +162,7 @@ def test_names_and_shapes_of_every_size_are_timms():
 
 
 def hf_folder(path, state, size, sides, **config):
-    """A folder for from_pretrained with these weights by our names, as convert.py writes it."""
+    """A folder for from_pretrained with these weights by our names, as tools.convert writes it."""
     cfg = convert.Config("", str(path), to="hf")
     config = dict(img_size=sides) | config
     theirs, lost = to_family(state, "hf")

@@ -1,4 +1,4 @@
-"""convert.py as a user runs it: what it prints, what it writes, what it refuses."""
+"""tools.convert as a user runs it: what it prints, what it writes, what it refuses."""
 
 import json
 import os
@@ -8,18 +8,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from sources import ROOT
 
-import convert
 import train_pretrain
 import train_probe
-from mff_min.checkpoint import load_encoder, read_weights
-from mff_min.config import UserError, parse
-from mff_min.families import part_of
+from mff_min.config import parse
+from mff_min.errors import UserError
 from mff_min.mim import MaskedAutoencoder
-from mff_min.runtime import run
 from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
+from mff_run.process import run
+from mff_weights.checkpoint import load_encoder, read_weights
+from mff_weights.families import part_of
+from tools import convert
 
 SIZE = MODELS["vit_test"]
 
@@ -49,8 +49,8 @@ def converted(flags):
 
 
 def test_the_script_prints_one_table_and_what_it_wrote(folder):
-    command = [sys.executable, str(ROOT / "convert.py"), "mff.pt", "timm.safetensors", "--to", "timm"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.convert", "mff.pt", "timm.safetensors", "--to", "timm"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
         "mff.pt, names of ours: vit_test, 16x16 pixels in patches of 4", "  loaded        150",

@@ -2,20 +2,25 @@
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from faults.signals import gone
+from faults.suite import Child
 from PIL import Image
 
-from mff_min import data
-from mff_min.augment import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
-from mff_min.config import UserError
-from mff_min.data import Stream, Views, advice_if_late, make_loader
+from mff_data import views
+from mff_data.crops import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
+from mff_data.sources import ImageFolder, open_data
+from mff_data.views import Views, advice_if_late, make_loader
+from mff_min.errors import Fault, UserError
 from mff_min.rng import CROP, MASK, Rng, hash64, hash_int, hash_keys, numbers, permutation
-from mff_min.runtime import BadSamples, Fault, World
-from mff_min.sources import ImageFolder, open_data
+from mff_min.stream import Stream
+from mff_run.log import BadSamples
+from mff_run.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -149,8 +154,8 @@ MEMORY = "fewer --workers or a smaller --batch-size"
 def space(monkeypatch):
     """space(total, free): /dev/shm has so many bytes, as the loader sees it."""
     def set_space(total, free):
-        monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
-    data.warn_once.cache_clear()
+        monkeypatch.setattr(views.shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
+    views.warn_once.cache_clear()
     return set_space
 
 
@@ -173,7 +178,7 @@ def test_a_shared_memory_that_holds_no_batch_for_each_worker_is_refused(folder, 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")                         # they share it
     with pytest.raises(UserError, match="of which 2 workers on each of 2 processes hold 2 or more"):
         load(folder, 2)
-    monkeypatch.setattr(data.multiprocessing, "active_children", lambda: ["a trainer's worker"])
+    monkeypatch.setattr(views.multiprocessing, "active_children", lambda: ["a trainer's worker"])
     with pytest.raises(Fault, match="hold 2 or more"):                  # in the middle of a run: no bad input
         load(folder, 2)
 
@@ -194,7 +199,7 @@ def test_a_shared_memory_that_may_be_too_small_is_a_warning_said_once(folder, sp
 def test_a_system_without_dev_shm_is_not_judged(folder, monkeypatch):
     def missing(path):
         raise FileNotFoundError(path)
-    monkeypatch.setattr(data.shutil, "disk_usage", missing)
+    monkeypatch.setattr(views.shutil, "disk_usage", missing)
     load(folder, 2)
 
 
@@ -225,10 +230,29 @@ def test_a_worker_that_cannot_send_something_ends_instead_of_losing_it(folder, m
     assert "t pickle" in said and ("Nowhere: planted" in said) == (bad == "error")
 
 
+def test_workers_end_with_a_trainer_that_is_killed_also_when_they_wait_to_send_something(folder, monkeypatch):
+    def read(views, epoch, index):
+        image = torch.zeros(3, 32, 24, dtype=torch.uint8)
+        return dict(image=image, label=0, bad=[("x" * 2 ** 20, "fills the pipe, which nobody reads")])
+    monkeypatch.setattr(Views, "read", read)
+
+    def train():
+        batches = iter(load(folder, 2))
+        (folder / "workers.tmp").write_text(" ".join(str(worker.pid) for worker in batches._workers))
+        (folder / "workers.tmp").rename(folder / "workers")
+        time.sleep(600)
+    trainer = Child(train)
+    while not (folder / "workers").exists():
+        time.sleep(0.05)
+    time.sleep(1)                                                       # a batch is made
+    trainer.end(0.1)                                                    # kills it
+    assert gone(map(int, (folder / "workers").read_text().split()), 20) is not None
+
+
 def test_late_data_is_answered_with_the_flag_that_is_not_used_yet(folder):
     files, pack = ImageFolder(folder, "train"), SimpleNamespace(short_side=256)
     assert advice_if_late(files, 0).startswith("--workers, as many")
-    assert advice_if_late(files, 2, False).startswith("data packed by pack.py")
+    assert advice_if_late(files, 2, False).startswith("data packed by tools.pack")
     assert advice_if_late(pack, 2, False).startswith("--device-crop")
     assert advice_if_late(pack, 2, True) == advice_if_late(pack, 2) == "more --workers would help"
 
@@ -460,7 +484,7 @@ def test_each_damaged_file_is_named_once_and_too_many_stop_the_run(tmp_path, cap
 def test_a_picture_that_would_be_huge_is_not_decoded(folder, monkeypatch):
     source = ImageFolder(folder, "train")
     assert source.open(0).size == (50, 40)
-    monkeypatch.setattr("mff_min.decode.MAX_PIXELS", 1999)
+    monkeypatch.setattr("mff_data.decode.MAX_PIXELS", 1999)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("was decoded"))
     with pytest.raises(ValueError, match="50 x 40 pixels are more than 1999"):
         source.open(0)

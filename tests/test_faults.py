@@ -12,7 +12,7 @@ import pytest
 from faults import __main__ as runner
 from faults.suite import Child, Ended, Fault, Guard, Outcome, Tally, fork, share_out
 
-from mff_min.config import UserError
+from mff_min.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

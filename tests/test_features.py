@@ -1,4 +1,4 @@
-"""features.py against timm, and what it refuses. Nothing is masked."""
+"""tools.features against timm, and what it refuses. Nothing is masked."""
 
 import json
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import features
-from mff_min.checkpoint import load_encoder
-from mff_min.config import UserError, parse
-from mff_min.runtime import run
+from mff_min.config import parse
+from mff_min.errors import UserError
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run.process import run
+from mff_weights.checkpoint import load_encoder
+from tools import features
 
 SIZE = MODELS["vit_test"]
 

@@ -12,16 +12,18 @@ from waits import waits_in_steps
 
 import train_finetune
 from kernels import TORCH
-from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, draw_mix, mix_arguments
-from mff_min.config import UserError, parse
-from mff_min.data import Stream, Views, collate
-from mff_min.flops import classifier_flops
-from mff_min.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained
-from mff_min.randaugment import rand_augment
+from mff_data.sources import open_data
+from mff_data.views import Views, collate
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, draw_mix, mix_arguments, rand_augment
+from mff_min.config import parse
+from mff_min.errors import Fault, UserError
 from mff_min.rng import MIX, Rng
-from mff_min.runtime import Fault, read_log, run
-from mff_min.sources import open_data
+from mff_min.stream import Stream
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
+from mff_run.flops import classifier_flops
+from mff_run.log import read_log
+from mff_run.process import run
+from mff_weights.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --lr 1e-3 "

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mff_min import flops
-from mff_min.flops import classifier_flops, step_flops
 from mff_min.mim import MaskedAutoencoder, spread_indices
 from mff_min.probe import LinearProbe, pool_tokens
-from mff_min.runtime import World
 from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run import flops
+from mff_run.flops import classifier_flops, step_flops
+from mff_run.world import World
 
 
 def build(name, img_size, out_indices, **options):

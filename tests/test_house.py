@@ -37,9 +37,9 @@ def is_triton_kernel(path):
 def wrong_imports(path, text):
     """scripts -> mff_min -> kernels -> torch, and exceptions by name; only what measures knows peers."""
     in_kernels, is_kernel = path.startswith("kernels/"), is_triton_kernel(path)
-    benches = path == "bench.py" or path.startswith(("mff_bench/", "tools/gpu/"))
+    benches = path.startswith(("tools/bench/", "tools/gpu/"))
     for name in imported(text):
-        if (name in SCRIPTS and path != "study.py" and not benches
+        if (name in SCRIPTS and path != "tools/study.py" and not benches
                 or name == "mff_min" and in_kernels
                 or name == "argparse" and path != "mff_min/config.py" and not benches     # has subcommands
                 or name in PEERS | {"mff_bench"} and not benches
@@ -81,7 +81,7 @@ def import_all(folder, names):
 
 
 def test_importing_any_module_says_and_changes_nothing():
-    benches = ("bench.py", "mff_bench/", "tools/gpu/")                  # count operations: loads Triton
+    benches = ("tools/bench/", "tools/gpu/")                            # count operations: loads Triton
     paths = [path for path in FILES if not is_triton_kernel(path) and not path.startswith(benches)]
     names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
     assert import_all(ROOT, names) == ""
@@ -125,8 +125,9 @@ def config_fields(text):
 
 
 def unread_flags(path, text):
-    """Flags that neither the script nor what every run is begun with reads."""
-    read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{FILES['mff_min/runtime.py']}"))
+    """Flags that neither the script nor what surrounds every run reads."""
+    around = "\n".join(text for path, text in FILES.items() if path.startswith("mff_run/"))
+    read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cfg"}
     return [f"{path}: --{name} is never read" for name in config_fields(text) if name not in read]
 
@@ -223,7 +224,7 @@ def leftovers(path, text):
         caught = ast.unparse(node.type) if isinstance(node, ast.ExceptHandler) and node.type else ""
         if isinstance(node, ast.ExceptHandler) and (not caught or re.search(r"\b(Base)?Exception\b", caught)):
             yield f"{path}:{node.lineno}: except {caught}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and path.startswith("mff_min/"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and path.startswith("mff_"):
             yield f"{path}:{node.lineno}: print"
     for line, comment, alone in comments(text):
         if re.search(r"\b(TODO|FIXME|XXX)\b", comment):
@@ -244,9 +245,10 @@ def is_code(comment):
 
 def test_nothing_is_left_lying_about():
     found = {re.sub(r":\d+:", ":", complaint) for complaint in complaints(leftovers)}
-    assert found == {"mff_min/config.py: print", "mff_min/progress.py: print",
-                     "mff_min/runtime.py: print", "mff_min/saving.py: except Exception"}
-    assert FILES["mff_min/saving.py"].count("except Exception") == 1    # torch.load of a damaged file
+    prints = ("mff_min/config.py", "mff_data/views.py", "mff_run/progress.py", "mff_run/process.py",
+              "mff_run/world.py")
+    assert found == {"mff_run/files.py: except Exception", *(f"{path}: print" for path in prints)}
+    assert FILES["mff_run/files.py"].count("except Exception") == 1     # torch.load of a damaged file
 
 
 @pytest.mark.parametrize("text", [

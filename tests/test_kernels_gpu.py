@@ -6,7 +6,7 @@ import torch
 
 import kernels
 from kernels import reference
-from mff_bench.ops import milliseconds
+from tools.bench.ops import milliseconds
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,9 +7,9 @@ import zlib
 import numpy as np
 import pytest
 
-from mff_min import mat
-from mff_min.config import UserError
-from mff_min.mat import read_mat
+from mff_data import mat
+from mff_data.mat import read_mat
+from mff_min.errors import UserError
 
 # Of each type of NumPy: MATLAB's class, and the type in the file.
 CLASSES = {"f8": (6, 9), "f4": (7, 7), "i1": (8, 1), "u1": (9, 2), "i2": (10, 3), "u2": (11, 4),

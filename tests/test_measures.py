@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mff_min import vit
-from mff_min.measures import (
+from mff_min.vit import MODELS, VisionTransformer
+from tools.measures import (
     attention_distance,
     attention_weights,
     cka,
@@ -19,7 +20,6 @@ from mff_min.measures import (
     patch_distances,
     unbiased_hsic,
 )
-from mff_min.vit import MODELS, VisionTransformer
 
 # ---------------------------------------------------------------- frequencies
 

@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 from test_data import furthest, noise_image
 
-import pack
 import train_pretrain
 from kernels import TORCH
-from mff_min import augment, packed
-from mff_min.config import UserError, parse
-from mff_min.data import DeviceViews, Stream, Views, collate, crop_on_device, make_loader
-from mff_min.packed import Packed, open_packed
+from mff_data import crops, packed
+from mff_data.packed import Packed, open_packed
+from mff_data.sources import check_labels, open_data, subset
+from mff_data.views import DeviceViews, Views, collate, crop_on_device, make_loader
+from mff_min.config import parse
+from mff_min.errors import Fault, UserError
 from mff_min.rng import Rng
-from mff_min.runtime import Fault, run
-from mff_min.sources import check_labels, open_data, subset
+from mff_min.stream import Stream
+from mff_run.process import run
+from tools import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +51,7 @@ def folder(tmp_path):
 
 
 def packing(folder, *flags, to="pack"):
-    """The folder that pack.py writes."""
+    """The folder that tools.pack writes."""
     output = folder.parent / to
     pack.main(parse(pack.Config, [str(folder), str(output), "--max-bad", "1", *flags]))
     return output
@@ -72,7 +74,7 @@ def same_views(a, b, crop, size, in_chans=3):
 # ---------------------------------------------------------------- what a pack shows
 
 
-@pytest.mark.parametrize("crop", list(augment.CROPS))
+@pytest.mark.parametrize("crop", list(crops.CROPS))
 @pytest.mark.parametrize("flags", [(), ("--jpeg", "95")])
 def test_a_pack_of_original_pixels_shows_what_its_folder_shows(folder, crop, flags):
     if flags:                                                           # what is a JPEG stays the same bytes
@@ -94,13 +96,13 @@ def test_a_resized_pack_shows_views_of_the_resized_images(folder, tmp_path):
     for path in folder.glob("train/*/*"):
         (resized / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         if path.name != "torn.png":
-            image = augment.to_mode(Image.open(path), 3)
-            image = augment.resize_to_cover(image, (32, 32), augment.BICUBIC)
+            image = crops.to_mode(Image.open(path), 3)
+            image = crops.resize_to_cover(image, (32, 32), crops.BICUBIC)
             image.save(resized / path.relative_to(folder), "PNG")
         else:
             shutil.copy(path, resized / path.relative_to(folder))
     want, got = open_data(str(resized), "train", "", print), sources(folder, "--short-side", "32")[1]
-    for crop in augment.CROPS:
+    for crop in crops.CROPS:
         assert same_views(want, got, crop, (24, 32)) and same_views(want, got, crop, (32, 24), in_chans=1)
 
 
@@ -168,24 +170,24 @@ def test_pytorch_pillow_and_the_device_make_the_same_pixels_of_a_part(image, pil
     # Pillow 13 takes rows first where the height shrinks much more. Noise shows that, by up to 30: what one
     # pass cuts off at 0 and 255 the other does not see.
     for i in range(30):
-        box = augment.random_resized_box(*image.shape[:2], Rng(0, i))
+        box = crops.random_resized_box(*image.shape[:2], Rng(0, i))
         top, left, height, width = box
-        ours = augment.resized_part(image, box, (40, 56))
+        ours = crops.resized_part(image, box, (40, 56))
         flip = torch.tensor([i % 2 == 0])
         batch = dict(image=torch.tensor(image).permute(2, 0, 1)[None], box=torch.tensor([box]), flip=flip)
         on_device, flip = crop_on_device(batch, (40, 56), torch.device("cpu"), TORCH)
         assert furthest(ours, on_device[0].permute(1, 2, 0)) <= BOUND and bool(flip) == (i % 2 == 0)
         edges = left, top, left + width, top + height
-        pillow = Image.fromarray(image).resize((56, 40), augment.BICUBIC, edges)
+        pillow = Image.fromarray(image).resize((56, 40), crops.BICUBIC, edges)
         assert not pillow_too or furthest(ours, pillow) <= BOUND
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 def test_a_part_has_the_channels_of_its_image(in_chans):
-    image = augment.to_mode(noise_image(40, 50), in_chans)
-    got = augment.random_resized(image, (24, 16), Rng(0))
+    image = crops.to_mode(noise_image(40, 50), in_chans)
+    got = crops.random_resized(image, (24, 16), Rng(0))
     assert got.shape == (24, 16, in_chans) and got.flags.writeable
-    assert np.array_equal(got, augment.random_resized(augment.to_array(image), (24, 16), Rng(0)))
+    assert np.array_equal(got, crops.random_resized(crops.to_array(image), (24, 16), Rng(0)))
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
@@ -244,7 +246,7 @@ def test_simple_crops_at_any_place_are_slices_of_the_padded_image():
     for height, width in ((6, 7), (9, 12), (1, 2), (19, 22), (17, 3)):
         for top in range(-5, 14 - height + 1):
             for left in range(-5, 17 - width + 1):
-                got = augment.reflected(image, top, left, (height, width))
+                got = crops.reflected(image, top, left, (height, width))
                 assert np.array_equal(got, padded[top + 5:, left + 5:][:height, :width])
 
 
@@ -253,11 +255,11 @@ def test_simple_crops_at_any_place_are_slices_of_the_padded_image():
 def test_a_large_jpeg_is_decoded_at_half_its_size_within_the_stated_bound(tmp_path):
     Image.fromarray(smooth_image(600, 800, 2)).save(tmp_path / "large.jpg", quality=92)
     for i in range(20):
-        box = augment.random_resized_box(600, 800, Rng(1, i))
+        box = crops.random_resized_box(600, 800, Rng(1, i))
         with Image.open(tmp_path / "large.jpg") as image:
-            got = augment.resized_part(image, box, (60, 60))
+            got = crops.resized_part(image, box, (60, 60))
             scale = 600 // image.height
-        whole = augment.resized_part(np.asarray(Image.open(tmp_path / "large.jpg")), box, (60, 60))
+        whole = crops.resized_part(np.asarray(Image.open(tmp_path / "large.jpg")), box, (60, 60))
         assert scale == (4 if min(box[2:]) >= 480 else 2 if min(box[2:]) >= 240 else 1)
         assert furthest(got, whole) == 0 if scale == 1 else np.abs(got - whole.astype(int)).mean() < 1.5
         assert furthest(got, whole) <= 32
@@ -267,7 +269,7 @@ def test_a_large_jpeg_is_decoded_at_half_its_size_within_the_stated_bound(tmp_pa
 
 
 def content(output):
-    """{name: bytes} of all that pack.py left, but for its lock."""
+    """{name: bytes} of all that tools.pack left, but for its lock."""
     return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.name != "run.lock"}
 
 
@@ -338,7 +340,7 @@ def test_workers_pack_the_same_bytes(folder):
 def test_a_second_pack_py_is_kept_out_of_a_folder(folder):
     output = folder.parent / "pack"
     output.mkdir()
-    code = "import sys; from mff_min.saving import lock; held = lock(sys.argv[1], print); print(1); input()"
+    code = "import sys; from mff_run.files import lock; held = lock(sys.argv[1], print); print(1); input()"
     first = subprocess.Popen([sys.executable, "-uc", code, output], cwd=ROOT, text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     first.stdout.readline()

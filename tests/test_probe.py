@@ -16,19 +16,21 @@ from waits import waits_in_steps
 
 import train_probe
 from kernels import TORCH
-from mff_min.augment import evaluation, single_draw
-from mff_min.chart import Panel, Series, chart, nice_axis
-from mff_min.config import UserError, parse
-from mff_min.flops import classifier_flops
-from mff_min.layers import features_of_layers
+from mff_data.crops import evaluation, single_draw
+from mff_min.config import parse
+from mff_min.errors import Fault, UserError
 from mff_min.mim import MaskedAutoencoder
 from mff_min.optim import LARS
-from mff_min.pretrained import build_encoder, build_fusion, read_pretrained
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
-from mff_min.runtime import Fault, read_log, run
 from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run.flops import classifier_flops
+from mff_run.log import read_log
+from mff_run.process import run
+from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
+from tools.chart import Panel, Series, chart, nice_axis
+from tools.layers import features_of_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "

@@ -3,8 +3,8 @@
 import torch
 
 from mff_min.optim import Schedule
-from mff_min.progress import Meter, Progress, duration
-from mff_min.runtime import World
+from mff_run.progress import Meter, Progress, duration
+from mff_run.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

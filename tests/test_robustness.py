@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mff_min.augment import CROPS
-from mff_min.config import UserError
-from mff_min.data import Views
+from mff_data.crops import CROPS
+from mff_data.views import Views
+from mff_min.errors import UserError
 from mff_min.probe import count_hits
-from mff_min.robustness import ALEXNET, PUBLISHED, SEVERITIES, open_robustness, summarise, table
+from tools.robustness import ALEXNET, PUBLISHED, SEVERITIES, open_robustness, summarise, table
 
 CLASSES = ["n04", "n07", "n01", "n05", "n03", "n06", "n02"]             # not in the folders' order
 FOLDERS = ["n01", "n02", "n03", "n04", "n05"]

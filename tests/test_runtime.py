@@ -11,8 +11,11 @@ import torch
 from faults.signals import gone
 from faults.suite import fork
 
-from mff_min.config import REQUIRED, UserError, check_ranges, knob, numbers, opt, parse, side_or_sides
-from mff_min.runtime import Log, StopSignals, World, pick_dtype, read_log, run, start_world
+from mff_min.config import REQUIRED, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.errors import UserError
+from mff_run.log import Log, read_log
+from mff_run.process import StopSignals, run
+from mff_run.world import World, pick_dtype, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

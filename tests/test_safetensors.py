@@ -7,8 +7,8 @@ import resource
 import pytest
 import torch
 
-from mff_min.config import UserError
-from mff_min.safetensors import DTYPES, read_safetensors, write_safetensors
+from mff_min.errors import UserError
+from mff_weights.safetensors import DTYPES, read_safetensors, write_safetensors
 
 
 def examples():

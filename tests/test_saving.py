@@ -11,22 +11,13 @@ import pytest
 import torch
 from run_folders import same_bits
 
-from mff_min import runtime, saving
-from mff_min.config import UserError
-from mff_min.runtime import World, start_world
-from mff_min.saving import (
-    append_line,
-    changed_settings,
-    find_checkpoint,
-    make_folder,
-    read_checkpoint,
-    seal_of,
-    set_newer_aside,
-    table_of,
-    write_tensors,
-)
-from mff_min.sources import ImageFolder, Subset, fingerprint, open_data
+from mff_data.sources import ImageFolder, Subset, fingerprint, open_data
+from mff_min.errors import UserError
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run import files, resume
+from mff_run.files import append_line, make_folder, read_checkpoint, seal_of, write_tensors
+from mff_run.resume import changed_settings, find_checkpoint, set_newer_aside, table_of
+from mff_run.world import World, start_world
 
 STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "optimizer": {}, "step": 4, "loss": 0.5,
          "config": {"img_size": (8, 8), "lr": None}}
@@ -160,7 +151,7 @@ def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path, monkeypatc
 
         def __exit__(self, *error):
             self.file.close()
-    monkeypatch.setattr(saving, "open", lambda *given, **more: Full(open(*given, **more)), raising=False)
+    monkeypatch.setattr(files, "open", lambda *given, **more: Full(open(*given, **more)), raising=False)
     with pytest.raises(OSError, match=r"No space left on device: '.*log.jsonl'"):
         append_line(path, dict(step=2))
     assert path.read_bytes() == before
@@ -183,7 +174,7 @@ def test_what_is_newer_than_the_checkpoint_in_use_is_set_aside_under_a_free_name
 def test_a_lock_is_given_back_at_the_end_of_a_run(tmp_path):
     for _ in range(2):
         with start_world("cpu") as world:
-            runtime.claim(tmp_path, world)
+            resume.claim(tmp_path, world)
             held = world.held[0]
             assert f"process {os.getpid()} on " in (tmp_path / "run.lock").read_text()
         assert held.closed
@@ -223,6 +214,6 @@ def test_too_little_space_for_two_checkpoints_is_said_at_the_start(tmp_path, mon
     usage = shutil.disk_usage(tmp_path)
     for free, words in ((23_000_000, "0.0 GB are free in"), (24_000_000, "")):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage._replace(free=free))
-        runtime.warn_of_space(tmp_path, ALONE, model, copies=3)
+        resume.warn_of_space(tmp_path, ALONE, model, copies=3)
         said = capsys.readouterr().out
         assert words in said and bool(words) == bool(said)

@@ -18,11 +18,14 @@ from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
 from kernels import TORCH, reference
-from mff_min import augment, cifar, examine, measures, mim, picture, probe, shapes, targets, vit
-from mff_min.data import DeviceViews, Views, collate
-from mff_min.finite import FiniteSteps
-from mff_min.runtime import World
-from mff_min.sources import ImageArray
+from mff_data import cifar, crops, shapes
+from mff_data.sources import ImageArray
+from mff_data.views import DeviceViews, Views, collate
+from mff_min import augment, mim, probe, targets, vit
+from mff_run import picture
+from mff_run.finite import FiniteSteps
+from mff_run.world import World
+from tools import examine, measures
 
 
 def read_shapes(comment):
@@ -170,12 +173,12 @@ def exercise():
     probe.knn_scores(torch.rand(8, 60), torch.arange(8), 13, features, 3, 0.07)
 
     source = ImageArray(np.zeros((6, 72, 88, 3), np.uint8), {"class": [0] * 6}, [""], "")
-    for crop in augment.CROPS:
+    for crop in crops.CROPS:
         view = Views(source, crop, (36, 44), 3, 99, 0, lambda image, rng: image, 1.0)
         collate([view[0, i] for i in range(6)])
     source.short_side = 72
     DeviceViews(source, "random_resized", (36, 44), 3, 99, 0)[0, 0]
-    augment.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
+    crops.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
     augment.erase(images, box, torch.arange(6))
     for mix in (augment.Mix(0.3), augment.Mix(0.75, (0, 0, 18, 22))):
         augment.mix_images(images, mix)

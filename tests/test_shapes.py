@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mff_min import shapes
-from mff_min.shapes import SHAPES, TEXTURES, load_shapes, render
+from mff_data import shapes
+from mff_data.shapes import SHAPES, TEXTURES, load_shapes, render
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "shapes.npz"                # from: python -m tests.test_shapes

@@ -22,10 +22,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 import train_pretrain
 from mff_min.config import parse
 from mff_min.mim import MaskedAutoencoder
-from mff_min.runtime import World, read_log, run
-from mff_min.sharded import exchange, full, gathered, shard, whole
 from mff_min.targets import PixelTarget
 from mff_min.vit import VisionTransformer
+from mff_run.log import read_log
+from mff_run.process import run
+from mff_run.sharded import exchange, full, gathered, shard, whole
+from mff_run.world import World
 
 SMALL = ("train_pretrain.py --model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
          "--decoder-num-heads 2 --data shapes:100 --global-batch 16 --log-every 1 --save-every 4 "

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from test_mat import mat_file
 
-from mff_min.config import UserError
-from mff_min.lists import listed, read_list
-from mff_min.sources import ImageArray, ImageFolder, check_classes, check_labels, open_data, subset
+from mff_data.lists import read_list
+from mff_data.sources import ImageArray, ImageFolder, check_classes, check_labels, open_data, subset
+from mff_min.errors import UserError, listed
 
 
 def source_of(spec, split="train"):

@@ -18,13 +18,16 @@ from run_folders import assert_same_run, same_bits, state_of, torchrun
 from waits import waits_in_steps
 
 import train_pretrain
-from mff_min.config import UserError, parse
-from mff_min.flops import step_flops
+from mff_min.config import parse
+from mff_min.errors import Fault, UserError
 from mff_min.optim import Schedule
-from mff_min.progress import Meter
-from mff_min.runtime import Fault, Stopped, World, read_log, run
-from mff_min.saving import write_atomically
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run.files import write_atomically
+from mff_run.flops import step_flops
+from mff_run.log import read_log
+from mff_run.process import Stopped, run
+from mff_run.progress import Meter
+from mff_run.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "

@@ -1,4 +1,4 @@
-"""study.py and what it says of its results: its order, its arithmetic, and that no unit is done twice."""
+"""tools.study and what it says of its results: its order, its arithmetic, and that no unit is done twice."""
 
 import io
 import json
@@ -20,9 +20,9 @@ from conftest import ROOT
 from PIL import Image
 from run_folders import same_bits
 
-import study
-from mff_min import comparison
-from mff_min.config import UserError, parse
+from mff_min.config import parse
+from mff_min.errors import UserError
+from tools import comparison, study
 
 # ---------------------------------------------------------------- statistics
 
@@ -517,21 +517,21 @@ def test_a_chain_that_was_cut_is_begun_anew_where_its_encoder_is_gone(tmp_path, 
     assert kept_in(tmp_path) == {unit for unit in kept if unit.method == "MAE"}
 
 
-# An interpreter for tools/gpu/study.sh whose study.py has a tiny preset.
+# An interpreter for tools/gpu/study.sh whose tools.study has a tiny preset.
 PYTHON = f"""#!{sys.executable}
 import os, runpy, sys
-if sys.argv[1] == "-m":
+if not sys.argv[2].startswith("tools."):
     os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
 sys.path.insert(0, {str(ROOT)!r})
-sys.argv = sys.argv[1:]
-if sys.argv[0] == "study.py":
-    import study
+sys.argv = sys.argv[2:]
+if sys.argv[0] == "tools.study":
+    from tools import study
     from mff_min.config import parse
-    from mff_min.runtime import run
+    from mff_run.process import run
     study.PRESETS["minutes"] = {TINY}
     run(study.main, parse(study.Config))
 else:
-    runpy.run_path({str(ROOT)!r} + "/" + sys.argv[0], run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -573,10 +573,10 @@ def test_a_visit_to_a_gpu_machine_leaves_results_that_the_next_goes_on_from(tmp_
 def test_a_visit_begins_with_the_results_that_came_along_and_ends_as_the_study_does(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "study_imagenette_gpu.json").write_text("kept")
-    python = '#!/bin/sh\n[ "$1" != study.py ] || { echo "$*"; exit 3; }\n'
+    python = '#!/bin/sh\n[ "$2" != tools.study ] || { shift; echo "$*"; exit 3; }\n'
     assert "of 20 s are gone before the study begins" in visit_a_machine(tmp_path, python, "20", code=2)
     said = visit_a_machine(tmp_path, python, "590", "--seeds", "1", code=3)
-    words = next(line for line in said.splitlines() if line.startswith("study.py ")).split()
+    words = next(line for line in said.splitlines() if line.startswith("tools.study ")).split()
     cfg = parse(study.Config, words[1:])
     assert (cfg.preset, cfg.methods, cfg.seeds, cfg.device) == ("gpu", "MAE,MFF_MAE", "1", "cuda")
     assert 8 < cfg.minutes < 9.5 and study.name_of(cfg.data) == "imagenette"
@@ -589,7 +589,7 @@ def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
     words = shlex.split(json.loads(drawn.with_suffix(".json").read_text())["command"])
     monkeypatch.setitem(study.PRESETS, "minutes", TINY)
     study.main(parse(study.Config, [*words[2:], "--figures", str(tmp_path)]))
-    assert words[:2] == ["python", "study.py"]
+    assert words[:2] == ["python", "-m", "tools.study"]
     assert (tmp_path / f"{drawn.name}.svg").read_text() == drawn.with_suffix(".svg").read_text()
 
 

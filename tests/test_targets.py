@@ -6,8 +6,8 @@ import torch
 
 from kernels import TORCH, reference
 from mff_min.mim import random_masking
-from mff_min.picture import grey_out, to_uint8
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss, reconstruction
+from mff_run.picture import grey_out, to_uint8
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

@@ -4,7 +4,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mff_min.progress import Meter
+from mff_run.progress import Meter
 
 
 class Waits(TorchFunctionMode):

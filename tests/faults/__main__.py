@@ -28,9 +28,10 @@ from pathlib import Path
 import torch
 from faults.suite import FORK, Outcome, prepared, shared_memory
 
-from mff_min.config import UserError, opt, parse
-from mff_min.progress import duration
-from mff_min.saving import write_json
+from mff_min.config import opt, parse
+from mff_min.errors import UserError
+from mff_run.files import write_json
+from mff_run.progress import duration
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from faults.killed import SAVE_EVERY, command, differences, gone_on, uninterrupt
 from faults.suite import Fault, Guard, Tally, fork, share_out
 from run_folders import same_bits
 
-from mff_min import saving
-from mff_min.config import UserError
+from mff_min.errors import UserError
+from mff_run import files, resume
 
 
 def mutate(content, others, draw):
@@ -36,7 +36,7 @@ def checked(folder, want):
     """What is wrong with what find_checkpoint gives, which may be one of the states in want."""
     said = []
     try:
-        state = saving.find_checkpoint(folder, "auto", said.append)
+        state = resume.find_checkpoint(folder, "auto", said.append)
     except UserError as error:
         return str(error)
     path = state.pop("path")
@@ -55,7 +55,7 @@ def mutations(folder, quick):
     place, draw, tally = folder / "mutated", random.Random(0), Tally()
     place.mkdir()
     content = {name: (whole / name).read_bytes() for name in ("last.pt", "previous.pt")}
-    states = {name: saving.read_checkpoint(whole / name) for name in content}
+    states = {name: files.read_checkpoint(whole / name) for name in content}
     others = {name: (whole / name).read_bytes() for name in ("config.json", "log.jsonl", "previous.pt")}
     others["other.py"] = open(__file__, "rb").read()
     silent = 0
@@ -112,7 +112,7 @@ def damaged_and_killed(name, folder, whole, at, when):
 def all_damaged(name, folder, whole):
     """A run without one sound checkpoint is refused, and is left as it is."""
     shutil.copytree(whole, folder)
-    for path in saving.checkpoints_in(folder):
+    for path in resume.checkpoints_in(folder):
         flip(path)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
     ended = fork(command(name, folder))
@@ -163,11 +163,11 @@ FAULTS = [Fault("mutated checkpoints", 2, mutations),
 
 
 def read_without_comparing():
-    saving.check_seal = lambda path: None
+    files.check_seal = lambda path: None
 
 
 def leave_what_is_newer():
-    saving.set_newer_aside = lambda folder, path, say: None
+    resume.set_newer_aside = lambda folder, path, say: None
 
 
 GUARDS = [Guard("no-sha256", "mutated checkpoints", read_without_comparing),

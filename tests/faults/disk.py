@@ -10,7 +10,7 @@ import subprocess
 from faults.killed import chosen, command, gone_on, points_of, uninterrupted, watched
 from faults.suite import STAGES, Fault, Guard, Tally, fork, prepared, share_out
 
-from mff_min import runtime, saving
+from mff_run import files, resume, world
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS)
 
@@ -35,7 +35,7 @@ def failed(ended, folder, reason, checkpoint):
     for path in folder.glob("*.tmp.*"):
         yield f"{path.name} is left"
     # A newer one may have followed: that a run goes on from it, no more than an interval back, is tried next.
-    if checkpoint and not saving.checkpoints_in(folder):
+    if checkpoint and not resume.checkpoints_in(folder):
         yield "its checkpoint is gone"
     log = folder / "log.jsonl"
     if log.exists() and log.read_bytes()[-1:] not in (b"", b"\n"):
@@ -105,7 +105,7 @@ def on_small_disk(name, folder, whole):
         run = folder / "run"
         ended = fork(command(name, run, "--save-every", 1))
         problems = list(failed(ended, run, os.strerror(errno.ENOSPC), b""))
-        if not list(saving.checkpoints_in(run)):
+        if not list(resume.checkpoints_in(run)):
             problems.append("no checkpoint is left")
         if "GB are free" not in ended.said:
             problems.append("nothing was said of it at the start")
@@ -165,9 +165,9 @@ FAULTS = [Fault("a write, fsync or rename that fails", 4, refused_calls),
 
 def append_carelessly():
     def append(path, values):
-        with getattr(saving, "open", open)(path, "a") as file:
-            file.write(runtime.json.dumps(values) + "\n")
-    saving.append_line = append
+        with getattr(files, "open", open)(path, "a") as file:
+            file.write(world.json.dumps(values) + "\n")
+    files.append_line = append
 
 
 GUARDS = [Guard("half-lines-stay", "a write, fsync or rename that fails", append_carelessly)]

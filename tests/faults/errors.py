@@ -14,7 +14,9 @@ from faults.signals import gone, started_by
 from faults.suite import STAGES, Fault, Guard, Tally, fork, share_out, stage
 
 import train_pretrain
-from mff_min import data, mim, runtime
+from mff_data import views
+from mff_min import mim, stream
+from mff_run import process
 
 STEPS = ("--steps", 12, "--picture-every", 4)                           # more batches than workers prefetch
 LIMIT = 20.0                                                            # s: a run that takes longer hangs
@@ -30,11 +32,11 @@ class Unforeseen(Exception):
 # Where: (the rank that fails, the function that does, the error).
 PLACES = {
     "the forward pass": (1, (mim.MaskedAutoencoder, "forward"), RuntimeError("CUDA error: planted")),
-    "the loader's main thread": (1, (data.Stream, "sample"), AssertionError("planted")),
+    "the loader's main thread": (1, (stream.Stream, "sample"), AssertionError("planted")),
     "a picture": (0, (train_pretrain, "draw_reconstructions"), SystemExit("planted")),
     "an evaluation": (0, (train_pretrain, "evaluate"), Unforeseen("planted", "no reason")),
-    "a loader process": (1, (data.Views, "item"), KeyError("planted")),
-    "a loader process, unsent": (1, (data.Views, "item"), type("Nowhere", (Exception,), {})("planted")),
+    "a loader process": (1, (views.Views, "item"), KeyError("planted")),
+    "a loader process, unsent": (1, (views.Views, "item"), type("Nowhere", (Exception,), {})("planted")),
 }
 
 
@@ -44,7 +46,7 @@ def plant(place, folder, rank, alone):
     call = getattr(owner, name)
 
     def fail(*arguments, **options):
-        if "process" not in place or torch.utils.data.get_worker_info() and arguments[2] % 7 == 6:
+        if "process" not in place or torch.utils.views.get_worker_info() and arguments[2] % 7 == 6:
             raise error
         return call(*arguments, **options)
 
@@ -136,12 +138,12 @@ FAULTS = [
 
 def leave_children_alone():
     """A run ends without a look at the processes that it has started."""
-    runtime.end_children = lambda: None
+    process.end_children = lambda: None
 
 
 def measure_no_shared_memory():
     """Nobody looks how large /dev/shm is before the workers fill it."""
-    data.check_shared_memory = lambda views, stream, workers: None
+    views.check_shared_memory = lambda views, stream, workers: None
 
 
 GUARDS = [

@@ -22,16 +22,17 @@ import train_finetune
 import train_pretrain
 import train_probe
 from kernels import TORCH
-from mff_min import data
+from mff_data.shapes import SHAPES
+from mff_data.sources import ImageArray, Subset
+from mff_data.views import Views
+from mff_min import stream
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.config import parse
-from mff_min.data import Views
-from mff_min.pretrained import build_encoder, build_vit, load_classifier, read_pretrained
 from mff_min.probe import pool_tokens
-from mff_min.runtime import BadSamples, World
-from mff_min.shapes import SHAPES
-from mff_min.sources import ImageArray, Subset
 from mff_min.vit import MODELS
+from mff_run.log import BadSamples
+from mff_run.world import World
+from mff_weights.pretrained import build_encoder, build_vit, load_classifier, read_pretrained
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SIZE, MOST, CLASSES = (16, 16), 17, len(SHAPES)
@@ -144,8 +145,7 @@ def held_out_loss(folder, quick):
     mean, std = torch.tensor(cfg.mean), torch.tensor(cfg.std)
 
     def to_device(batch):
-        prepared_images = model.ops.prepare(batch["image"], mean, std)
-        return prepared_images, batch["noise"], prepared_images
+        return model.ops.prepare(batch["image"], mean, std), batch["noise"], batch["image"]
 
     losses = []
     for i in range(MOST):
@@ -275,7 +275,7 @@ def count_padding():
     def padded(count, batch_size, world):
         share = [(0, i % count) for i in range(world.rank, -(-count // world.size) * world.size, world.size)]
         return [share[first:first + batch_size] for first in range(0, len(share), batch_size)]
-    for module in (data, train_finetune, train_probe):
+    for module in (stream, train_finetune, train_probe):
         module.each_once = padded
 
 

@@ -19,14 +19,17 @@ from faults.evaluation import on_two_ranks, ready
 from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
-import pack
-from mff_min import augment, data, decode
-from mff_min.config import UserError, parse
-from mff_min.data import Stream, Views, make_loader
-from mff_min.decode import MAX_BYTES, MAX_PIXELS, open_image
-from mff_min.packed import Packed
-from mff_min.runtime import BadSamples, start_world
-from mff_min.sources import ImageFolder
+from mff_data import crops, decode, views
+from mff_data.decode import MAX_BYTES, MAX_PIXELS, open_image
+from mff_data.packed import Packed
+from mff_data.sources import ImageFolder
+from mff_data.views import Views, make_loader
+from mff_min.config import parse
+from mff_min.errors import UserError
+from mff_min.stream import Stream
+from mff_run.log import BadSamples
+from mff_run.world import start_world
+from tools import pack
 
 SECOND = 1.0                                                            # of a processor, for one file
 MEGABYTE = 2 ** 20
@@ -321,7 +324,7 @@ def unusual_pixels(folder, quick):
     tally, furthest = Tally(), 0.0
     for name, file, want in unusual_images():
         try:
-            got = np.asarray(augment.to_mode(open_image(io.BytesIO(file)), 3)).astype(float)    # (64, 64, 3)
+            got = np.asarray(crops.to_mode(open_image(io.BytesIO(file)), 3)).astype(float)    # (64, 64, 3)
         except ValueError as error:
             tally.note("" if want is None else f"{name}: {error}")
             continue
@@ -497,11 +500,11 @@ FAULTS = [
 
 
 def catch_oserror_alone():
-    data.DECODE_ERRORS = (OSError,)
+    views.DECODE_ERRORS = (OSError,)
 
 
 def convert_to_rgb():
-    augment.to_mode = lambda image, in_chans: image.convert("RGB")
+    crops.to_mode = lambda image, in_chans: image.convert("RGB")
 
 
 GUARDS = [

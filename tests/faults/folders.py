@@ -13,7 +13,7 @@ from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, stage
 from PIL import Image
 
 import train_pretrain
-from mff_min import runtime, saving
+from mff_run import files, resume
 
 
 def contents(folder):
@@ -51,7 +51,7 @@ def second_runs(folder, quick):
             same = first.process.is_alive() and (place / "config.json").read_bytes() == settings
             tally.note("" if same else f"{name}: the first run was disturbed")
             first.end(0)                                                # kill -9: its workers live on a bit
-            step = saving.find_checkpoint(place, "auto", print)["step"]
+            step = resume.find_checkpoint(place, "auto", print)["step"]
             again = ["--steps", step + 1, "--resume", "auto", "--allow-change", "steps"]
             ended = fork(stage(name, place, *again))
             tally.note(fine(ended, 0, f"steps {step} to {step + 1}"))
@@ -141,11 +141,11 @@ FAULTS = [Fault("a second run in a folder", 11, second_runs),
 
 
 def lock_nothing():
-    saving.lock = lambda folder, say: open(os.devnull)
+    files.lock = lambda folder, say: open(os.devnull)
 
 
 def take_any_settings():
-    runtime.check_same_settings = lambda cfg, saved, data=(): None
+    resume.check_same_settings = lambda cfg, saved, data=(): None
 
 
 def take_any_images():

@@ -14,8 +14,9 @@ from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out, st
 from PIL import Image
 from run_folders import log_of, same_bits, state_of
 
-from mff_min import data, runtime, saving
-from mff_min.config import UserError
+from mff_data import views
+from mff_min.errors import UserError
+from mff_run import files, log, resume
 
 STEPS, SAVE_EVERY = 4, 2
 SAVED = ("last.pt", "previous.pt", "log.jsonl", "encoder.pt", "classifier.pt")  # of others a third is tried
@@ -29,7 +30,7 @@ def half_files(folder):
     for path in sorted(folder.glob("*")):
         try:
             if path.suffix == ".pt":
-                saving.read_checkpoint(path)
+                files.read_checkpoint(path)
             elif path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.suffix == ".png":
@@ -44,7 +45,7 @@ def half_files(folder):
 def results_of(name, folder):
     """All that a finished run must have the same as another: its state, its log, what it exports."""
     state = {key: value for key, value in state_of(folder).items() if key != "config"}
-    export = {"export": saving.read_checkpoint(folder / EXPORTS[name])["model"]} if EXPORTS[name] else {}
+    export = {"export": files.read_checkpoint(folder / EXPORTS[name])["model"]} if EXPORTS[name] else {}
     return state | export | {"log": log_of(folder)}
 
 
@@ -65,7 +66,7 @@ def differences(name, folder, whole):
 
 def furthest(folder):
     """The last step that a run has logged."""
-    return max((line["step"] for line in runtime.read_log(folder / "log.jsonl")), default=0)
+    return max((line["step"] for line in log.read_log(folder / "log.jsonl")), default=0)
 
 
 def begun_at(ended):
@@ -120,7 +121,7 @@ class Points:
         def watch(what, name_of):
             call = getattr(os, what)
             setattr(os, what, lambda *given: self.meet(what, name_of(*given), lambda: call(*given)))
-        saving.open = opened
+        files.open = opened
         watch("fsync", lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
         watch("replace", lambda path, target: os.path.basename(target))
         watch("unlink", os.path.basename)
@@ -304,43 +305,43 @@ def save_to_the_final_name():
     def write(path, fill, previous=None):
         if previous and path.exists():
             os.replace(path, path.with_name(previous))
-        with getattr(saving, "open", open)(path, "wb") as file:
+        with getattr(files, "open", open)(path, "wb") as file:
             fill(file)
-    saving.write_atomically = write
+    files.write_atomically = write
 
 
 def delete_before_save():
-    save = saving.save_checkpoint
+    save = resume.save_checkpoint
 
     def delete_first(folder, state):
-        for path in saving.checkpoints_in(folder):
+        for path in resume.checkpoints_in(folder):
             path.unlink()
         save(folder, state)
-    saving.save_checkpoint = delete_first
+    resume.save_checkpoint = delete_first
 
 
 def noise_from_the_global_generator():
-    get = data.Views.__getitem__
+    get = views.Views.__getitem__
 
     def draw(views, key):
         item = get(views, key)
         return item | dict(noise=torch.rand(item["noise"].shape))
-    data.Views.__getitem__ = draw
+    views.Views.__getitem__ = draw
 
 
 def leave_the_log_as_it_is():
-    begin = runtime.Log.__init__
+    begin = log.Log.__init__
 
     def without_cutting(log, folder, world, step):
         text = (folder / "log.jsonl").read_text() if step else None
         begin(log, folder, world, step)
         if text:
             log.path.write_text(text)
-    runtime.Log.__init__ = without_cutting
+    log.Log.__init__ = without_cutting
 
 
 def forget_the_folder():
-    saving.sync_folder = lambda folder: None
+    files.sync_folder = lambda folder: None
 
 
 GUARDS = [Guard("save-to-the-final-name", "kill -9 at every point of a save", save_to_the_final_name),

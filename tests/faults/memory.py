@@ -7,9 +7,10 @@ import numpy as np
 from faults.suite import Fault, Guard, Tally
 from PIL import Image
 
-from mff_min import data
-from mff_min.data import Stream, Views, make_loader
-from mff_min.sources import ImageFolder
+from mff_data import views
+from mff_data.sources import ImageFolder
+from mff_data.views import Views, make_loader
+from mff_min.stream import Stream
 
 BATCH, SIDE, NOISE, WARM_UP = 2, 32, 1024, 200
 
@@ -62,12 +63,12 @@ FAULTS = [Fault("2,000 batches of a loader", 12, loader_memory)]
 
 def keep_what_was_shown():
     """A cache that nobody empties, as sources have that keep what they decoded."""
-    kept, view = [], data.Views.view
+    kept, view = [], views.Views.view
 
     def keeping(self, image, epoch, index):
         kept.append(view(self, image, epoch, index))
         return kept[-1] | {"image": kept[-1]["image"].clone()}
-    data.Views.view = keeping
+    views.Views.view = keeping
 
 
 GUARDS = [Guard("nothing-kept-of-a-batch", "2,000 batches of a loader", keep_what_was_shown)]

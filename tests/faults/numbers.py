@@ -14,12 +14,12 @@ from faults.ranks import ended, two_ranks
 from faults.suite import STAGES, Fault, Guard, Tally, fork, share_out, stage
 from run_folders import log_of, same_bits, state_of
 
-from mff_min import finite, runtime
-from mff_min.data import Stream
 from mff_min.mim import MaskedAutoencoder
 from mff_min.probe import LinearProbe
-from mff_min.sharded import local
+from mff_min.stream import Stream
 from mff_min.vit import VisionTransformer
+from mff_run import finite, world
+from mff_run.sharded import local
 
 BAD, SAVED = 5, 3                                                       # steps; the next that is saved is 6
 FLAGS = ("--steps", 8, "--log-every", 99, "--save-every", SAVED, "--resume", "auto")
@@ -189,7 +189,7 @@ def take_every_step():
 
 def keep_to_itself():
     """A rank whose loss is not finite does not tell the others."""
-    runtime.World.lowest = lambda world, tensor: tensor
+    world.World.lowest = lambda world, tensor: tensor
 
 
 def take_all_for_overflows():

@@ -17,8 +17,10 @@ from faults.suite import STAGES, Child, Fault, Tally, fork, stage
 from run_folders import log_of, same_bits, state_of
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mff_min import data, progress, runtime
-from mff_min.config import UserError
+from mff_data import views
+from mff_min import errors
+from mff_min.errors import UserError
+from mff_run import progress, world
 
 TIMEOUT = 4                                                             # --timeout of these runs, in seconds
 STEPS = 6
@@ -137,7 +139,7 @@ def raise_on_a_rank(folder, quick):
     kinds = [("bad data on rank 1", 1, bad_data, 2, "error: data is bad"),
              ("bad data on rank 0", 0, bad_data, 2, "error: data is bad"),
              ("a bug on rank 1", 1, raising(KeyError("a bug")), 1, "KeyError: 'a bug'"),
-             ("too many bad samples on rank 1", 1, raising(runtime.Fault("20 images in a row")), 3,
+             ("too many bad samples on rank 1", 1, raising(errors.Fault("20 images in a row")), 3,
               "error: 20 images in a row"),
              ("a full disk on rank 0", 0, raising(OSError(28, "No space left", "/full")), 3,
               "error: /full: No space left"),
@@ -167,7 +169,7 @@ def wait_for_rank_0(folder, quick):
 
     def act(rank):
         if rank == 0:
-            runtime.saving.save_checkpoint = slow(runtime.saving.save_checkpoint)
+            world.saving.save_checkpoint = slow(world.saving.save_checkpoint)
             STAGES["pretrain"].draw_reconstructions = slow(STAGES["pretrain"].draw_reconstructions)
     tally = Tally()
     with two_ranks("pretrain", folder / "run", "--timeout", 2, "--steps", 1, act=act) as children:
@@ -220,17 +222,17 @@ def start_again(folder, quick):
 
 def lose_a_loader(folder, quick):
     """A loader's process is killed, or takes for ever: the run ends in time and says so."""
-    tally, read = Tally(), data.Views.read
+    tally, read = Tally(), views.Views.read
     kinds = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "asleep": lambda: time.sleep(99)}
     for text in kinds:
         def fail(views, epoch, index, text=text):
-            if epoch == 0 and torch.utils.data.get_worker_info() and index == 7:
+            if epoch == 0 and torch.utils.views.get_worker_info() and index == 7:
                 kinds[text]()
             return read(views, epoch, index)
         work = stage("pretrain", folder / text, "--workers", 1, "--timeout", 2, "--steps", 8)
 
         def hurt(work=work, fail=fail):
-            data.Views.read = fail
+            views.Views.read = fail
             work()
         ran = fork(hurt, limit=25)
         words = "error: DataLoader " + ("worker" if text == "killed" else "timed out after 2")

@@ -11,7 +11,7 @@ from faults.killed import begun_at, command, differences, furthest
 from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
 
-from mff_min import progress, runtime
+from mff_run import progress, world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -110,7 +110,7 @@ def gone(pids, limit):
 
 
 def saved_step(folder):
-    return runtime.saving.read_checkpoint(folder / "last.pt")["step"]
+    return world.saving.read_checkpoint(folder / "last.pt")["step"]
 
 
 def lose_the_launcher(folder, quick):
@@ -178,12 +178,12 @@ def stop_torchrun(folder, quick):
 
 def keep_the_signal():
     """A rank no longer asks the others what they were told."""
-    runtime.World.highest = lambda world, value: value
+    world.World.highest = lambda world, value: value
 
 
 def watch_nobody():
     """A rank no longer notices that its launcher is gone."""
-    runtime.watch_launcher = lambda: None
+    world.watch_launcher = lambda: None
 
 
 FAULTS = [

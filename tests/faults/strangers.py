@@ -22,14 +22,15 @@ from faults.files import MEGABYTE, is_clean, memory
 from faults.suite import Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
-import convert
-import features
-from mff_min import packed, saving, torchfile
-from mff_min.checkpoint import read_weights
-from mff_min.config import UserError, parse
-from mff_min.runtime import run
-from mff_min.safetensors import write_safetensors
-from mff_min.sources import open_data, subset
+from mff_data import packed
+from mff_data.sources import open_data, subset
+from mff_min.config import parse
+from mff_min.errors import UserError
+from mff_run import files, torchfile
+from mff_run.process import run
+from mff_weights.checkpoint import read_weights
+from mff_weights.safetensors import write_safetensors
+from tools import convert, features
 
 MOST_MEMORY = 50 * MEGABYTE
 
@@ -81,8 +82,8 @@ def readers(path, to):
         "--init-from": stage("pretrain", to / "b", "--init-from", path, "--steps", 1),
         "probe --checkpoint": stage("probe", to / "c", "--checkpoint", path, "--steps", 1),
         "finetune --evaluate": stage("finetune", to / "d", "--checkpoint", path, "--evaluate"),
-        "convert.py": script(convert, path, to / "e.pt"),
-        "features.py": script(features, path, "shapes:20", to / "f.npy", "--cache-dir", ready() / "cache"),
+        "tools.convert": script(convert, path, to / "e.pt"),
+        "tools.features": script(features, path, "shapes:20", to / "f.npy", "--cache-dir", ready() / "cache"),
     }
 
 
@@ -150,7 +151,7 @@ def planted_code(folder, quick):
         load(path)
         marker.rmdir()                                                  # it was made
         for reader, work in readers(path, folder / "out").items():
-            if not quick or reader in ("--resume", "convert.py"):
+            if not quick or reader in ("--resume", "tools.convert"):
                 note(f"{name} by {reader}", refused(fork(work), name))
     (folder / "run").mkdir()
     (folder / "run" / "last.pt").write_bytes(planted(marker)["zip.pt"][0])
@@ -159,7 +160,7 @@ def planted_code(folder, quick):
     # torch.distributed.checkpoint unpickles .metadata whatever it is told.
     (folder / "distributed").mkdir()
     (folder / "distributed" / ".metadata").write_bytes(pickle.dumps(Call(os.mkdir, str(marker))))
-    end = fork(readers(folder / "distributed", folder / "out")["convert.py"])
+    end = fork(readers(folder / "distributed", folder / "out")["tools.convert"])
     note("a distributed checkpoint", refused(end, "may run code"))
     for what, wrong in planted_in_data(folder, marker):
         note(what, wrong)
@@ -197,7 +198,7 @@ def how_it_is_loaded():
     torch.load = spy
     try:
         for path in ("pretrain/last.pt", "finetune/classifier.pt"):
-            saving.read_checkpoint(ready() / path)
+            files.read_checkpoint(ready() / path)
     finally:
         torch.load = load
     return "" if told == [True, True] else f"torch.load was told {told}"
@@ -290,7 +291,7 @@ def something_else(folder, quick):
         path = folder / f"{name}.pt"
         path.write_bytes(content)
         for reader, work in readers(path, folder / "out").items():
-            if reader in ("--resume", "convert.py"):
+            if reader in ("--resume", "tools.convert"):
                 wrong = refused(fork(work), path.name, message)
                 tally.note(wrong and f"{name} by {reader}: {wrong}")
     return tally.outcome()
@@ -322,7 +323,7 @@ def names_that_forge(folder, quick):
         path = folder / f"{number}.pt"
         torch.save(content, path)
         for reader, work in readers(path, folder / f"out{number}").items():
-            if not quick or reader in ("--resume", "convert.py", "finetune --evaluate"):
+            if not quick or reader in ("--resume", "tools.convert", "finetune --evaluate"):
                 end = fork(work)
                 wrong = "" if end.code == 0 and is_clean(end.said) else refused(end)
                 forges = "\nerror: all is well" in end.said
@@ -423,7 +424,7 @@ FAULTS = [
 
 def load_what_is_there():
     """torch.load as it was for years."""
-    rewrite(saving, "read_checkpoint", ("look_through(path)", "pass"),
+    rewrite(files, "read_checkpoint", ("look_through(path)", "pass"),
             ("weights_only=True", "weights_only=False"))
 
 

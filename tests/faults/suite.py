@@ -23,8 +23,8 @@ import train_finetune
 import train_pretrain
 import train_probe
 from mff_min.config import parse
-from mff_min.runtime import run
 from mff_min.vit import MODELS
+from mff_run.process import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FORK = multiprocessing.get_context("fork")

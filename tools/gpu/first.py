@@ -54,7 +54,7 @@ def module(*words):
 
 
 def bench(out, *words):
-    return [*PYTHON, "bench.py", *words, "--output-dir", str(out)]
+    return module("tools.bench", *words, "--output-dir", str(out))
 
 
 def tests(*words):

@@ -18,13 +18,14 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mff_bench.contenders import CASES, STAGES
-from mff_bench.measure import result_path
-from mff_min.config import UserError
-from mff_min.flops import datasheet_tflops, product_tflops, step_flops
-from mff_min.runtime import autocast, describe_environment, pick_dtype, run, start_world
-from mff_min.saving import make_folder, write_json
+from mff_min.errors import UserError
 from mff_min.vit import Block
+from mff_run.files import make_folder, write_json
+from mff_run.flops import datasheet_tflops, product_tflops, step_flops
+from mff_run.process import run
+from mff_run.world import autocast, describe_environment, pick_dtype, start_world
+from tools.bench.contenders import CASES, STAGES
+from tools.bench.measure import result_path
 
 MODES = ("eager", "compiled", "blocks")
 DEAREST = 30                                                            # kernels of a row

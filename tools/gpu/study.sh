@@ -5,11 +5,11 @@
 #
 #   DATA      Imagenette: a folder with train/ and val/, or a .zip that holds them
 #   OUT       the folder to bring home: study_imagenette_gpu.json, which goes on from the one in results/;
-#             study.txt, what study.py printed; units.txt, what each unit printed
+#             study.txt, what tools.study printed; units.txt, what each unit printed
 #   SECONDS   at most so long in all (590)
-#   FLAGS     more flags of study.py; they win over those given here
+#   FLAGS     more flags of tools.study; they win over those given here
 #
-# It ends with the exit code of study.py, which is 0 also when only a part of the study fitted into the time.
+# It ends with the exit code of tools.study, which is 0 also when only a part of the study fitted into the time.
 set -euo pipefail
 data=${1:?expected a folder or a .zip of Imagenette} out=${2:?expected a folder for the results}
 limit=${3:-590}
@@ -28,7 +28,7 @@ if [ "${data%.zip}" != "$data" ]; then
     data=$work/images
 fi
 cores=$(env -u OMP_NUM_THREADS nproc)                                # nproc would answer with that variable
-$python pack.py "$data" "$work/imagenette" --short-side 0 --workers "$cores"
+$python -m tools.pack "$data" "$work/imagenette" --short-side 0 --workers "$cores"
 
 # A worker holds about three batches of 512 crops of 112 pixels, 20 MB each, in shared memory.
 shared=$(($(df --output=avail -B1M /dev/shm | tail -n 1) / 60))
@@ -45,9 +45,9 @@ fi
 minutes=$((left / 60)).$(printf %02d $((left % 60 * 100 / 60)))
 echo "at $SECONDS of $limit s: $minutes minutes for the study; loader processes: $workers"
 code=0
-timeout -k 5 $((limit - SECONDS - 5)) $python study.py --preset gpu --device cuda --data "$work/imagenette" \
+timeout -k 5 $((limit - SECONDS - 5)) $python -m tools.study --preset gpu --device cuda --data "$work/imagenette" \
     --methods MAE,MFF_MAE --minutes "$minutes" --workers "$workers" --output-dir "$out" \
     --study-dir "$work/units" "$@" 2>&1 | tee "$out/study.txt" || code=$?
 find "$work/units" -name output.txt -exec tail -v -n +1 {} + > "$out/units.txt"
-echo "at $SECONDS of $limit s: study.py ended with code $code; $(ls "$out" | tr '\n' ' ')"
+echo "at $SECONDS of $limit s: tools.study ended with code $code; $(ls "$out" | tr '\n' ' ')"
 exit "$code"

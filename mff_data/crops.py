@@ -1,0 +1,252 @@
+"""Crops, flips and channel conversion of one image.
+
+Every crop takes (image, size, rng), with size (height, width) and rng an Rng of the sample. An image is
+Pillow's or an array (H, W, C) of uint8, which is read and never changed; a crop is a new array of that size.
+Random parts are resized by PyTorch, whole images by Pillow: docs/data.md, "Where the pixels are made".
+Normalisation is not here: uint8 travels to the device and `ops.prepare` normalises there.
+
+Shapes: C H W, H' W' the sides of a crop.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mff_data.decode import MAX_PIXELS
+from mff_min.augment import MODES
+
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+BITS_PER_SAMPLE = 258                                                   # a tag of TIFF
+EVALUATION_MARGIN = 256 / 224
+
+
+def random_resized(image, size, rng):
+    """A random part of the image, resized, and flipped half of the time.
+
+    MAE, A.1; the crop is Inception's (arXiv 1409.4842).
+    """
+    return flip(resized_part(image, random_resized_box(*sides(image), rng), size), rng)
+
+
+def inception(image, size, rng):
+    """random_resized of parts from 8 % of the area on, as for training with labels (arXiv 1409.4842)."""
+    return flip(resized_part(image, random_resized_box(*sides(image), rng, scale=(0.08, 1.0)), size), rng)
+
+
+def single_draw(image, size, rng):
+    """A random part of the image, resized, and flipped half of the time: MAE's crop for linear probing."""
+    return flip(resized_part(image, single_draw_box(*sides(image), rng), size), rng)
+
+
+def simple(image, size, rng):
+    """The shorter side resized to the crop, padded by reflection, cropped at random and flipped.
+
+    PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
+    75 % mask is little enough.
+    """
+    return flip(simple_part(image, size, rng), rng)
+
+
+def simple_part(image, size, rng, padding=4):
+    """simple's crop before it is flipped."""
+    image = to_array(resize_to_cover(image, size, BILINEAR))            # (H, W, C)
+    top = rng.integer(0, image.shape[0] + 2 * padding - size[0] + 1) - padding
+    left = rng.integer(0, image.shape[1] + 2 * padding - size[1] + 1) - padding
+    return reflected(image, top, left, size)
+
+
+def center(image, size, rng=None, margin=1.0):
+    """The middle of the image at the scale at which `margin` times the crop just fits; nothing random."""
+    height, width = size
+    image = to_array(resize_to_cover(image, cut_from(size, margin), BICUBIC))
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return np.array(image[top:top + height, left:left + width])
+
+
+def cut_from(size, margin):
+    """(height, width) of what center cuts a crop of this size out of."""
+    return round(size[0] * margin), round(size[1] * margin)
+
+
+def evaluation(image, size, rng=None):
+    """The crop that accuracies are measured on: shorter side to 256 for a crop of 224, then the middle."""
+    return center(image, size, margin=EVALUATION_MARGIN)
+
+
+CROPS = {"random_resized": random_resized, "inception": inception, "single_draw": single_draw,
+         "simple": simple, "center": center, "evaluation": evaluation}
+
+
+def random_resized_box(height, width, rng, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+    """(top, left, height, width) of a random part: area uniform in scale, log aspect uniform in ratio.
+
+    Where ten tries find no part that fits, it is the largest centred one whose aspect is in ratio, as in
+    torchvision.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))      # width / height
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integer(0, height - h + 1), rng.integer(0, width - w + 1), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def single_draw_box(height, width, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """(top, left, height, width) of a random part: a draw that is cut to what fits (BYOL, arXiv 2006.07733).
+
+    random_resized_box tries again where a draw does not fit.
+    """
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))      # width / height
+    w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    return rng.integer(0, height - h + 1), rng.integer(0, width - w + 1), h, w
+
+
+def sides(image):
+    """(height, width) of an image, which of a file that is not decoded yet are its header's."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def to_array(image):
+    """The pixels of an image: (H, W, C) of uint8."""
+    return np.atleast_3d(np.asarray(image))
+
+
+def to_pillow(pixels):
+    """The Pillow image with these pixels, an array (H, W, C)."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def resized_part(image, box, size):
+    """The part of an image in box (top, left, height, width), antialiased bicubic: an array (H', W', C).
+
+    By PyTorch, whose resize of uint8 rounds more coarsely than Pillow's: docs/parity.md, "Pixels". A file
+    that can be decoded at a fraction of its size leaves a box that begins between pixels, and is Pillow's.
+    """
+    scale = decode_smaller(image, box, size)
+    if scale > 1:
+        top, left, height, width = (value / scale for value in box)
+        box = left, top, min(left + width, image.width), min(top + height, image.height)
+        return np.array(to_array(image.resize(size[::-1], BICUBIC, box=box)))
+    part = np.array(cut(image, box))                                    # (height, width, C)
+    x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)                # (1, C, height, width)
+    x = F.interpolate(x, size, mode="bicubic", antialias=True)          # (1, C, H', W')
+    return x[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def decode_smaller(image, box, size):
+    """Have a JPEG that is not decoded yet come at 1/2, 1/4 or 1/8 of its size; returns the divisor, or 1.
+
+    At least two pixels are left for each pixel of the crop on both axes, so that what the decoder's own
+    averaging changes stays small: docs/parity.md, "Pixels".
+    """
+    fits = min(box[2] // size[0], box[3] // size[1]) // 2
+    scale = next((scale for scale in (8, 4, 2) if scale <= fits), 1)
+    if scale == 1 or getattr(image, "format", None) != "JPEG":
+        return 1
+    drafted = image.draft(None, (image.width // scale, image.height // scale))
+    return scale if drafted else 1                                      # None: it is decoded already
+
+
+def cut(image, box):
+    """The pixels of an image in box (top, left, height, width): (height, width, C), of an array a view."""
+    top, left, height, width = box
+    if isinstance(image, np.ndarray):
+        return image[top:top + height, left:left + width]
+    return to_array(image.crop((left, top, left + width, top + height)))
+
+
+def reflected(image, top, left, size):
+    """size pixels of an array (H, W, C) from (top, left) on; past its edges stands its reflection."""
+    (height, width), (H, W) = size, image.shape[:2]
+    up, down = inside(top, height, H)
+    first, last = inside(left, width, W)
+    out = np.empty((height, width, image.shape[2]), np.uint8)           # (height, width, C)
+    out[up:down, first:last] = image[top + up:top + down, left + first:left + last]
+    for i in (*range(up), *range(down, height)):                        # few: rows are copied one by one
+        out[i, first:last] = image[reflection(top + i, H), left + first:left + last]
+    if last - first < width:
+        rows = reflection(np.arange(top, top + height), H)              # (height,)
+        for j in (*range(first), *range(last, width)):
+            out[:, j] = image[:, reflection(left + j, W)][rows]
+    return out
+
+
+def inside(start, count, size):
+    """The range of the pixels start, start + 1, ... that lie in a line of this size, counted from start."""
+    first = min(max(-start, 0), count)
+    return first, max(min(size - start, count), first)
+
+
+def reflection(at, size):
+    """Where what is seen at this place, or these, of a reflected line of this size stands in the line."""
+    period = max(2 * (size - 1), 1)
+    at = abs(at) % period
+    return np.minimum(at, period - at)
+
+
+def resize_to_cover(image, size, resample):
+    """The image scaled by Pillow, aspect kept, to the smallest size that covers (height, width).
+
+    An image of that size is returned as it is. Raises ValueError where that is more than MAX_PIXELS.
+    """
+    (height, width), (H, W) = size, sides(image)
+    factor = max(height / H, width / W)
+    new = max(height, round(H * factor)), max(width, round(W * factor))
+    if new == (H, W):
+        return image
+    if new[0] * new[1] > MAX_PIXELS:                                    # a line of pixels, say
+        raise ValueError(f"{W} x {H} pixels would become {new[1]} x {new[0]}, more than {MAX_PIXELS}")
+    image = to_pillow(image) if isinstance(image, np.ndarray) else image
+    return image.resize(new[::-1], resample)
+
+
+def flip(pixels, rng):
+    """An array (H, W, C), mirrored left to right half of the time."""
+    if rng.uniform() >= 0.5:
+        return pixels
+    x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)              # (1, C, H, W): fast to flip
+    return x.flip(-1)[0].permute(1, 2, 0).numpy()
+
+
+def to_mode(image, in_chans):
+    """The image with in_chans channels of 8 bits, by fixed rules; undecoded where it has them already.
+
+    Values of 12 and 16 bits and floats of 0 to 1 are scaled to 8 bits, where Pillow's own convert would
+    saturate; palettes and CMYK become colour; alpha is dropped, not blended; grey is repeated; of an
+    animation the first frame counts; EXIF orientation is ignored, as it is by the published pipelines, but
+    Pillow turns a TIFF by it. Raises ValueError for 32-bit integers and other floats: their range is unknown.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape[2] == in_chans:
+            return image
+        image = to_pillow(image)
+    most = most_of(image)
+    if most:
+        values = np.asarray(image).astype(np.float32)                   # (H, W)
+        if not (values.min() >= 0 and values.max() <= most):            # NaN is not either
+            raise ValueError(f"pixels of {values.min():g} to {values.max():g}: expected 0 to {most}")
+        values *= 255 / most                                            # in place: it may be large
+        values += 0.5
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBa"):                        # Pillow needs RGBA in between
+        image = image.convert("RGBA")
+    return image if image.mode == MODES[in_chans] else image.convert(MODES[in_chans])
+
+
+def most_of(image):
+    """The value that is white in an image of more than 8 bits, else 0. ValueError where it is unknown."""
+    if image.mode == "F":
+        return 1
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):        # those hold 16 bits in it
+        raise ValueError("integers of 32 bits have no known range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return 4095 if getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,) else 65535
+    return 0

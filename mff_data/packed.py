@@ -1,0 +1,311 @@
+"""Packed images: a split of an image folder as one file that is memory-mapped, written by tools.pack.
+
+    16 bytes    mff_min pack 001: what this is, and its version
+    records     one behind the other: the pixels (H, W, 3) of an image, or its JPEG file
+    index       an .npz: header (JSON), and of n images offsets (n + 1,), height, width, label, crc, bytes and
+                path (n,), which stand in the order of the folder
+    48 bytes    the index's length, eight of them, and its SHA-256; then the first 8 bytes again
+
+When it is opened, the first and last bytes, the length of the file and the SHA-256 of the index are checked:
+a pack that was cut short is refused there. A record's CRC-32 is checked when a process first reads it, and
+one that was altered counts as an image that cannot be read; `tools.pack --verify` checks them all.
+
+A pack grows in NAME.partial, beside a NAME.journal that says of each block of images, once it is on the disk,
+what its records are. So packing goes on after a crash, and the file takes its name when it is whole.
+
+Shapes: n images, H W.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import zipfile
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mff_data.crops import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
+from mff_data.decode import open_image
+from mff_min.config import check_reachable
+from mff_min.errors import UserError, printable
+
+NAME, VERSION = b"mff_min pack ", 1
+START = NAME + b"%03d" % VERSION
+END = 8 + 32 + 8                                                        # bytes behind the index
+FILTERS = {"bicubic": BICUBIC, "bilinear": BILINEAR}
+
+
+class Packed:
+    """A source of packed images; is_split says whether the pack is of the split that was asked for.
+
+    Raises UserError where the file is no pack, or another version's, or is truncated or altered.
+    """
+
+    def __init__(self, path, split):
+        self.path = Path(path)
+        self.header, self.index = read_index(self.path)
+        self.classes, self.short_side = self.header["classes"], self.header["short_side"]
+        self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
+        self.is_split = self.header["split"] == split
+        # Which records were read before: by this process, or by the workers that it forks, who share this.
+        self.checked = torch.zeros(len(self), dtype=torch.bool).share_memory_().numpy()
+
+    def __len__(self):
+        return len(self.index["label"])
+
+    def open(self, i):
+        record = self.record(i)
+        if self.header["jpeg"]:
+            return open_image(io.BytesIO(record), formats=("JPEG",))
+        return np.frombuffer(record, np.uint8).reshape(self.index["height"][i], self.index["width"][i], 3)
+
+    def record(self, i):
+        """The bytes of image i, where they lie. ValueError where there are none, or they were altered."""
+        start, stop = self.index["offsets"][i:i + 2].tolist()
+        if start == stop:
+            raise ValueError(f"could not be read when it was packed: {self.header['bad'][str(i)]}")
+        record = memoryview(self.bytes)[start:stop]
+        if not self.checked[i]:
+            if zlib.crc32(record) != self.index["crc"][i]:
+                raise ValueError("its bytes in the pack have been altered: their checksum differs")
+            self.checked[i] = True
+        return record
+
+    @cached_property
+    def bytes(self):
+        """The file, mapped on first use: workers, however they are started, map it and share its memory."""
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "bytes"}
+
+    def label(self, i):
+        return int(self.index["label"][i])
+
+    def name(self, i):
+        return os.path.join(self.path, os.fsdecode(self.index["path"][i]))
+
+    def spellings(self, i):
+        path = os.fsdecode(self.index["path"][i])
+        return {path, os.path.basename(path)}
+
+
+def open_packed(spec, split):
+    """The pack that --data names, for a split: a file, or a folder of tools.pack; None where it is none.
+
+    As with folders of images, where there is no val.pack there is train.pack.
+    """
+    path = Path(spec)
+    check_reachable("data", path)
+    if path.is_dir():
+        found = {name for name in ("train", "val") if (path / f"{name}.pack").is_file()}
+        begun = found or any(path.glob("*.pack.partial"))
+        if begun and "train" not in found:                              # it is written last
+            raise UserError(f"{path} holds a pack that was not finished: give tools.pack the same line again")
+        return Packed(path / f"{split if split in found else 'train'}.pack", split) if found else None
+    return Packed(path, split) if path.is_file() and path.suffix == ".pack" else None
+
+
+def read_index(path):
+    """(header, index) of a pack, both dicts; what can be checked without reading its records is checked."""
+    damaged = UserError(f"{path} is damaged or was cut short: delete it, and pack the images again")
+    with open(path, "rb") as file:
+        start = file.read(len(START))
+        if not start.startswith(NAME):
+            raise UserError(f"{path} is no pack: expected a file that tools.pack wrote")
+        if start != START:
+            raise UserError(f"{path} is a pack of version {printable(start[len(NAME):].decode('latin-1'))}: "
+                            f"expected {VERSION:03d}; delete it, and pack the images again")
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(size - END, 0))
+        end = file.read()
+        length = int.from_bytes(end[:8], "little")
+        if len(end) != END or end[40:] != START[:8] or length > size - END - len(START):
+            raise damaged
+        file.seek(size - END - length)
+        content = file.read(length)
+    if hashlib.sha256(content).digest() != end[8:40]:
+        raise damaged
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            packs = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            index = {} if packs else dict(arrays)                       # it may inflate to anything
+        header = json.loads(index.pop("header").tobytes())
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, MemoryError, RecursionError):
+        raise damaged from None
+    if not is_sound(header, index, size - END - length):
+        raise damaged
+    return header, index
+
+
+def is_sound(header, index, stop):
+    """Whether Journal.finish could have written this header and index, of records that end at stop.
+
+    A checksum tells what was altered by chance, and a stranger's is right too.
+    """
+    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str, jpeg=int)
+    lengths = dict.fromkeys(("height", "width", "label", "crc", "bytes", "path"), 0) | {"offsets": 1}
+    is_dict = isinstance(header, dict)
+    if not is_dict or any(type(header.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    if index.keys() != lengths.keys() or not all(isinstance(name, str) for name in header["classes"]):
+        return False
+    for name, array in index.items():
+        if array.dtype.kind not in ("S" if name == "path" else "iu") or array.ndim != 1:
+            return False
+        if len(array) != len(index["label"]) + lengths[name]:
+            return False
+    offsets = index["offsets"]
+    return bool(offsets[0] == len(START) and offsets[-1] == stop and (offsets[1:] >= offsets[:-1]).all())
+
+
+# ---------------------------------------------------------------- writing
+
+
+def files_of(source):
+    """[(path, bytes)] of a folder's images: what a pack remembers of it, to see whether it has changed."""
+    names = (source.name(i) for i in range(len(source)))
+    sizes = (os.stat(name).st_size if os.path.exists(name) else 0 for name in names)    # a link may be broken
+    return [[os.fsdecode(path), size] for path, size in zip(source.paths, sizes, strict=True)]
+
+
+def encode(source, i, short_side, resample, jpeg):
+    """(record, height, width) of an image of a folder.
+
+    The shorter side is resized to short_side, or is kept where that is 0; jpeg is 0 for pixels, or the
+    quality of a JPEG. A file that is a JPEG and is not resized stays what it is, byte for byte.
+    """
+    image = source.open(i)
+    if jpeg and not short_side and image.format == "JPEG":
+        return Path(source.name(i)).read_bytes(), image.height, image.width
+    image = to_mode(image, 3)
+    if short_side:
+        image = resize_to_cover(image, (short_side, short_side), FILTERS[resample])
+    if not jpeg:
+        return to_array(image).tobytes(), image.height, image.width
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=jpeg)
+    return file.getvalue(), image.height, image.width
+
+
+class Journal:
+    """What stands on the disk of a pack that grows: entries, [length, height, width, crc, reason] of images.
+
+    Its first line holds what is packed, and how: plan, a dict with settings and files. Raises UserError where
+    the pack was begun with other settings, or the folder has changed since.
+    """
+
+    def __init__(self, pack, plan):
+        self.pack, self.plan, self.entries = Path(pack), plan, []
+        self.partial, self.path = Path(f"{pack}.partial"), journal_of(pack)
+        lines = read_whole_lines(self.path) if self.partial.exists() else []
+        if len(lines) > 1:
+            check_same(self.pack, lines[0], plan)
+            self.entries = [entry for block in lines[1:] for entry in block]
+            os.truncate(self.path, sum(map(len, map(as_line, lines))))  # without a line that a crash tore
+        else:                                                           # nothing is packed yet
+            self.partial.write_bytes(START)
+            self.path.write_bytes(b"")
+            self.append(plan)
+        if os.path.getsize(self.partial) < self.length:
+            raise UserError(f"{self.partial} is shorter than {self.path} says: delete both to pack anew")
+        os.truncate(self.partial, self.length)                          # without a block that a crash tore
+
+    @property
+    def length(self):
+        return len(START) + sum(entry[0] for entry in self.entries)
+
+    def append(self, value):
+        with open(self.path, "ab") as file:
+            file.write(as_line(value))
+            flush(file)
+
+    def add(self, block):
+        """Write a block of (record, height, width, reason), and then that it is written."""
+        with open(self.partial, "ab") as file:
+            file.writelines(record for record, *_ in block)
+            flush(file)
+        entries = [[len(record), height, width, zlib.crc32(record), reason]
+                   for record, height, width, reason in block]
+        self.append(entries)
+        self.entries += entries
+
+    def discard_empty(self):
+        """Delete the files of a pack of which no image is written yet."""
+        if not self.entries:
+            self.partial.unlink()
+            self.path.unlink()
+
+    def finish(self, labels, classes, split):
+        """Write the index, and give the file its name."""
+        length, height, width, crc, reason = zip(*self.entries, strict=True)
+        path, size = zip(*self.plan["files"], strict=True)
+        header = dict(self.plan["settings"], split=split, classes=classes,
+                      bad={i: text for i, text in enumerate(reason) if text})
+        index = dict(header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+                     offsets=np.cumsum([len(START), *length]), height=np.array(height),
+                     width=np.array(width), label=np.asarray(labels), crc=np.array(crc, np.uint32),
+                     bytes=np.array(size), path=np.array([os.fsencode(name) for name in path]))
+        file = io.BytesIO()
+        np.savez(file, **index)
+        content = file.getvalue()
+        with open(self.partial, "ab") as file:
+            file.write(content)
+            file.write(len(content).to_bytes(8, "little") + hashlib.sha256(content).digest() + START[:8])
+            flush(file)
+        os.replace(self.partial, self.pack)
+        self.path.unlink()
+
+
+def journal_of(pack):
+    """Where the journal of a pack lies while it grows."""
+    return Path(f"{pack}.journal")
+
+
+def as_line(value):
+    """A value as a line of JSON, in bytes."""
+    return json.dumps(value).encode() + b"\n"
+
+
+def flush(file):
+    """Have what was written to a file on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_whole_lines(path):
+    """The values in a file of JSON lines, without the last line where it has no end."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def check_same(pack, before, now):
+    """Raise UserError unless a pack's settings and files, before, are those that are asked for now."""
+    for name, value in now["settings"].items():
+        if before["settings"][name] != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{pack} is of {flag} {before['settings'][name]}, not {value}: expected the same "
+                            f"flags, or another folder to write to")
+    was, now = dict(before["files"]), dict(now["files"])
+    changed = sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path))
+    if changed:
+        first = changed[0]
+        what = "is new" if first not in was else "is gone" if first not in now else (
+            f"has {now[first]} bytes and had {was[first]}")
+        raise UserError(f"the folder has changed since {pack} was begun: {len(changed)} of {len(was)} files, "
+                        f"first {printable(first)}, which {what}; pack it into another folder")
+
+
+def plan_of(pack):
+    """What Journal's first line held: a finished pack's settings and files."""
+    header, index = read_index(pack)
+    settings = {name: header[name] for name in ("short_side", "resample", "jpeg")}
+    files = zip(map(os.fsdecode, index["path"]), index["bytes"].tolist(), strict=True)
+    return dict(settings=settings, files=list(files))

@@ -1,0 +1,221 @@
+"""Files that outlive a fault: written whole or not at all, sealed, found again, kept from other runs.
+
+A file is written under a temporary name, flushed to the disk and renamed, so that a reader never meets half
+of it, whatever is killed when. A file of tensors is the zip archive that torch.save writes, with the SHA-256
+of its other bytes as its comment: PyTorch reads it as ever, and here an altered bit is noticed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mff_min.errors import UserError, listed, printable
+from mff_run.torchfile import look_through
+
+SEAL = b"sha256:"                                                       # then 64 digits: the zip's comment
+LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
+
+# ---------------------------------------------------------------- writing
+
+
+def write_atomically(path, write, previous=None):
+    """Let write(file) fill a new file, which takes the place of path when it is whole and on the disk.
+
+    What stood there takes the name previous, if that is given. An OSError names the path.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Nothing that is there moves before the new file is on the disk.
+        if previous and path.exists():
+            os.replace(path, path.with_name(previous))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)                                  # writing and fsync name none
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Wait until the names in a folder are on the disk too: fsync of a file says nothing of its name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:                                 # a file system that cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(flag, path):
+    """Make the folder that a flag names, where there is none. UserError where no file can be put into it.
+
+    A file is made and removed again: permissions alone do not tell whether a folder can be written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
+def write_json(path, value):
+    """Write plain values as JSON, atomically."""
+    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def append_line(path, values):
+    """Append plain values to a file of JSON lines, the whole line or nothing of it."""
+    line = json.dumps(values).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line):]
+        except OSError as error:
+            file.truncate(end)
+            error.filename = str(path)
+            raise
+
+
+class Summed:
+    """A file to write to, with the SHA-256 of what was written, and the error, which PyTorch hides."""
+
+    def __init__(self, file):
+        self.file, self.sum, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        self.sum.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def write_tensors(path, content, previous=None):
+    """Write content, tensors and plain values nested in dicts, as PyTorch does, atomically and sealed."""
+    def write(file):
+        summed = Summed(file)
+        try:
+            torch.save(content, summed)
+        except RuntimeError:
+            if summed.error:
+                raise summed.error from None
+            raise
+        file.seek(-2, os.SEEK_CUR)                                      # the length of the comment, 0 so far
+        file.write(LENGTH + SEAL + summed.sum.hexdigest().encode())
+    write_atomically(path, write, previous)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def seal_of(path):
+    """The seal at the end of a file of tensors, with its length before it, or b"" where it was not sealed.
+
+    Where the end has been altered it is still told that there was a seal.
+    """
+    with open(path, "rb") as file:
+        if file.read(8) == b"version ":                                 # git-lfs's pointer has a SHA-256 too
+            return b""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 2 ** 16, 0))
+        end = file.read()
+    record = end.rfind(b"PK\5\6")                                       # the archive's last
+    comment = end[record + 20:] if record >= 0 else b""                 # its length, and itself
+    sealed = LENGTH + SEAL in end or comment.startswith(LENGTH) or comment[2:].startswith(SEAL)
+    return end[-len(LENGTH + SEAL) - 64:] if sealed else b""
+
+
+def check_seal(path):
+    """Raise UserError where a file of tensors is sealed and was altered since."""
+    seal = seal_of(path)
+    if not seal:
+        return
+    found, left = hashlib.sha256(), os.path.getsize(path) - len(seal)
+    with open(path, "rb") as file:
+        while left > 0:
+            block = file.read(min(left, 2 ** 20))
+            found.update(block)
+            left -= len(block)
+    found.update(bytes(2))                                              # the length of the comment was 0
+    if seal != LENGTH + SEAL + found.hexdigest().encode():
+        raise UserError(f"checkpoint {path} is damaged: its SHA-256 is not the one that it was written with")
+
+
+def read_checkpoint(path, needs=()):
+    """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
+    try:
+        check_seal(path)
+        look_through(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except UserError:
+        raise
+    except Exception as error:                                          # a damaged file raises many kinds
+        lines = str(error).splitlines() or [type(error).__name__]
+        # What PyTorch says of the flag is how to have the file's code run.
+        reason = "it holds more than weights" if "weights_only" in str(error) else printable(lines[0][:200])
+        raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
+    missing = [key for key in needs if key not in state]
+    if missing:
+        raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is not the state of a run")
+    for key in {"model", "config"}.intersection(needs):
+        if not isinstance(state[key], dict):
+            raise UserError(f"checkpoint {path} has a {key} that is no dict: it is not the state of a run")
+        names = [name for name in state[key] if not str(name).isprintable()]
+        if names:                                                       # they would reach the terminal
+            raise UserError(f"checkpoint {path} has control characters in names: {listed(map(str, names))}")
+    return state
+
+
+# ---------------------------------------------------------------- one run a folder
+
+
+def lock(folder, say):
+    """The open file by which this process keeps a folder to itself, until it is closed or the process ends.
+
+    Raises UserError, which says who has it, where it is taken. The lock is POSIX's, which children of fork do
+    not have: workers that outlive a killed run for a moment do not keep its folder.
+    """
+    file = open(Path(folder) / "run.lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):                          # POSIX allows either
+        with file:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+        raise UserError(f"{folder} is in use by {owner}: stop that, or name another folder to write "
+                        f"to") from None
+    except OSError as error:
+        say(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        return file
+    file.truncate(0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+    file.flush()
+    return file

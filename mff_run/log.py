@@ -1,0 +1,89 @@
+"""What a run writes down: log.jsonl, and bad_samples.jsonl."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from mff_min.errors import Fault
+from mff_run import files
+
+
+class Log:
+    """log.jsonl, one JSON object a line, written by rank 0. A resumed run drops the lines after its step.
+
+    evaluated says whether the evaluation at that step is among the others.
+    """
+
+    def __init__(self, folder, world, step):
+        self.path, self.is_main = Path(folder) / "log.jsonl", world.is_main
+        lines = read_log(self.path) if step > 0 else []
+        # "done" marks the last line of a finished run: one that goes on writes it anew.
+        kept = [line for line in lines if line["step"] <= step and "done" not in line]
+        self.evaluated = any(line["step"] == step and "acc1" in line for line in kept)
+        if self.is_main:
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            files.write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def write(self, **values):
+        """Append one line; values are plain numbers, lists or text and hold at least step."""
+        if self.is_main:
+            files.append_line(self.path, values)
+
+
+def read_log(path, say=lambda text: None):
+    """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none.
+
+    say(text) is told the number of a line that is skipped.
+    """
+    if not Path(path).exists():
+        return []
+    lines = []
+    for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        line = None
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            say(f"warning: line {number} of {path} is torn and is left out")
+    return lines
+
+
+class BadSamples:
+    """The files that could not be read: counted, warned about, and each named once in bad_samples.jsonl.
+
+    The file names the first MOST_NAMED of them.
+    """
+
+    MOST_NAMED = 10_000
+
+    def __init__(self, folder, world, num_samples, max_bad):
+        self.path, self.world = Path(folder) / "bad_samples.jsonl", world
+        self.num_samples, self.max_bad = num_samples, max_bad
+        self.seen = {line["name"] for line in read_log(self.path)}      # named before this run was resumed
+        self.new = {}
+
+    def add(self, entries):
+        """Note a batch's (name, reason) pairs."""
+        self.new.update((name, reason) for name, reason in entries if name not in self.seen)
+
+    def report(self, say=print):
+        """Agree among ranks on what is new, write it down and say so.
+
+        Raises Fault when more than max_bad of the samples are bad.
+        """
+        new = {name: reason for found in self.world.gather(self.new) for name, reason in found.items()}
+        self.new, first, left = {}, not self.seen, max(self.MOST_NAMED - len(self.seen), 0)
+        self.seen.update(new)
+        if not new:
+            return
+        if self.world.is_main:
+            for name, reason in sorted(new.items())[:left]:
+                files.append_line(self.path, dict(name=name, reason=reason))
+            name = min(new)
+            example = f", {json.dumps(name)} for one ({new[name]}); {self.path} names them" * first
+            say(f"warning: {len(self.seen)} of {self.num_samples} images cannot be read and are replaced "
+                f"by others{example}")
+        if len(self.seen) > self.max_bad * self.num_samples:
+            raise Fault(f"{len(self.seen)} of {self.num_samples} images cannot be read, more than --max-bad "
+                        f"{self.max_bad} allows; {self.path} names them")

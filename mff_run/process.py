@@ -1,0 +1,136 @@
+"""How a stage ends: signals, bad input, faults, and the exit code of each."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+
+import torch
+
+from mff_min.errors import Fault, UserError, shared_memory
+from mff_run.ranks import Lost
+
+
+class Stopped(Exception):
+    """Signal n asked a run to stop, and its state is saved. The stage ends with exit code 128 + n."""
+
+    def __init__(self, number, step, stop, folder):
+        super().__init__(f"signal {number} at step {step} of {stop}, which is saved in {folder}: "
+                         f"--resume auto goes on from there")
+        self.number = number
+
+
+# ---------------------------------------------------------------- the way in and out
+
+class StopSignals:
+    """Between start and release, SIGTERM, SIGINT and SIGUSR1 are only noted, for the loop to end its step.
+
+    Before and after there is nothing to save: they end the process at once, as a second SIGINT always does.
+    """
+
+    def __init__(self):
+        self.number, self.old = 0, {}                                   # the first signal received; 0 is none
+
+    def note(self, number, frame):
+        if number == signal.SIGINT and self.number:
+            raise KeyboardInterrupt
+        if not self.number:
+            os.write(2, b"\nstopping as soon as the state is saved; Ctrl-C again stops at once\n")
+        self.number = self.number or number
+
+    def start(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.old[number] = signal.signal(number, self.note)
+
+    def release(self):
+        while self.old:
+            signal.signal(*self.old.popitem())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
+
+
+def run(main, cfg):
+    """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n.
+
+    Any other error ends in Python's traceback and code 1. However main ends, so do the processes it started.
+    """
+    resumable = hasattr(cfg, "resume")
+    try:
+        main(cfg)
+    except (UserError, Fault, Lost) as error:
+        leave(error, f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3)
+    except Stopped as error:
+        leave(error, f"stopped: {error}", 128 + error.number)
+    except (RuntimeError, EOFError, OSError) as error:
+        text = advice(error, cfg)
+        if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
+            text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+            text += "; what was saved before is whole" + ", and --resume auto goes on from there" * resumable
+        if not text:
+            raise
+        leave(error, f"error: {text}", 3)
+    except KeyboardInterrupt as error:
+        hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
+        text = f"stopped: interrupted{hint}"
+        leave(error, text, 130)
+    finally:
+        end_children()
+
+
+def own_words(error):
+    """The text of an error, without the traceback that one of a worker process comes with."""
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        return text.splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
+    return text
+
+
+def leave(error, text, code):
+    """Print why to stderr, unless another rank has done so of this error, and end the process.
+
+    error is None where nothing was raised.
+    """
+    sys.stdout.flush()
+    if not getattr(error, "told", False):
+        print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
+    raise SystemExit(code)
+
+
+def end_children():
+    """Kill what this process has started: Python's exit waits for that, and workers ignore SIGTERM."""
+    if children := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # PyTorch's raises at a killed worker
+        for child in children:
+            child.kill()
+
+
+def advice(error, cfg):
+    """What to try where PyTorch ran out of memory or lost a loader's process; "" for any other error."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, EOFError | ConnectionError):
+        reason = "DataLoader worker ended without a word"
+    if reason.startswith("DataLoader"):
+        text = reason.rstrip(". ")
+        if "Bus error" in text and hasattr(cfg, "batch_size"):          # perhaps of memory that is not there
+            return f"{text}; {shared_memory(f'a batch takes {cfg.batch_size} images')}"
+        return f"{text}; fewer --workers may help, or --workers 0, which shows a loader's own error"
+    on_cpu = "DefaultCPUAllocator" in reason
+    if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+        return ""
+    text, half = f"out of {'' if on_cpu else 'GPU '}memory", getattr(cfg, "batch_size", 0) // 2
+    if not half or not hasattr(cfg, "global_batch"):
+        return f"{text}: {reason}"
+    together = half * int(os.environ.get("WORLD_SIZE", 1))
+    text += (f" at --batch-size {cfg.batch_size}: try --batch-size {half} with --global-batch "
+             f"{cfg.global_batch} as it is: {cfg.global_batch // together} micro-batches a step instead of "
+             f"{cfg.global_batch // (2 * together)}")
+    if not getattr(cfg, "grad_checkpointing", True):
+        text += ", or --grad-checkpointing"
+    field, = (field for field in dataclasses.fields(cfg) if field.name == "batch_size")
+    return text + ("; that changes the result, so it takes --allow-change batch_size to resume"
+                   if field.metadata["changes_result"] else "")

@@ -1,0 +1,179 @@
+"""Who a process is among those of its run: rank, device, collectives; and what it runs on."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torch.distributed as dist
+
+import kernels
+from mff_min.errors import UserError
+from mff_run.ranks import Ranks, watch_launcher
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------- processes and devices
+
+@dataclasses.dataclass
+class World:
+    """Who this process is among those that torchrun started; alone, it is rank 0 of 1.
+
+    step is what messages about a lost rank name. total, gather, meet and local_main_first wait for as long as
+    another rank may save, draw or evaluate, the others for --timeout.
+    """
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    step: int | None = None
+    patient: object = None                                              # a process group, of several ranks
+    held: list = dataclasses.field(default_factory=list, compare=False)     # files that are closed at the end
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        """Print a line, on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def mean(self, values):
+        """The mean of each of these floats over all ranks."""
+        values = torch.tensor(values, dtype=torch.float64)              # on the CPU: goes through gloo
+        if self.size > 1:
+            dist.all_reduce(values)
+        return (values / self.size).tolist()
+
+    def total(self, counts):
+        """The sum of each of these ints over all ranks."""
+        counts = torch.tensor(counts, dtype=torch.int64)
+        if self.size > 1:
+            dist.all_reduce(counts, group=self.patient)
+        return counts.tolist()
+
+    def share(self, tensors):
+        """Give every rank the values that rank 0 has in these tensors."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def highest(self, value):
+        """The highest of all ranks' ints."""
+        if self.size == 1:
+            return value
+        value = torch.tensor(value)                                     # on the CPU: no wait for the GPU
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def lowest(self, tensor):
+        """The lowest of all ranks' values, element by element, on their device: nothing waits for it."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor
+
+    def gather(self, value):
+        """The list of all ranks' values, which may be any plain object."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def meet(self):
+        """Wait until all ranks are here."""
+        self.total([0])
+
+    def local_main_first(self, work):
+        """work() on one process of each host, then on the others, which find its files there."""
+        if self.local_rank == 0:
+            result = work()
+        self.meet()
+        return result if self.local_rank == 0 else work()
+
+
+@contextlib.contextmanager
+def start_world(device, deterministic=False, timeout=600.0):
+    """The World of this process. device is "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+
+    On a CPU the same work gives the same bits; on a GPU it does so with deterministic. timeout is that of
+    ranks.Ranks. A process of torchrun's ends when torchrun does.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        watch_launcher()
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # else PyTorch refuses matrix products
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no GPU here; expected auto or "
+                        f"cpu")
+    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    count = torch.cuda.device_count()
+    if kind not in ("cpu", "cuda") or index and not (index.isdecimal() and int(index) < count):
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N with N below {count}")
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    world = World(rank, size, local_rank, device)
+    try:
+        with contextlib.nullcontext() if size == 1 else Ranks(world, timeout) as ranks:
+            world.patient = ranks and ranks.patient
+            yield world
+    finally:
+        for file in world.held:
+            file.close()
+
+
+def pick_dtype(name, device):
+    """The autocast type that --dtype asks for: "auto" is bfloat16 on GPUs that have it, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[name]
+
+
+def pick_ops(name, device):
+    """The Ops that --ops asks for. Raises UserError where they cannot run."""
+    try:
+        return kernels.load(name, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in dtype."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---------------------------------------------------------------- the run folder
+
+def describe_environment(world):
+    """Versions, device and source state, as plain values: what it takes to know what ran."""
+    return dict(argv=sys.argv, time=time.strftime("%Y-%m-%d %H:%M:%S"), commit=source_commit(),
+                python=platform.python_version(), torch=torch.__version__, numpy=numpy.__version__,
+                pillow=PIL.__version__, platform=platform.platform(),
+                device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+                world_size=world.size, cpus=os.cpu_count(), threads=torch.get_num_threads())
+
+
+def source_commit():
+    """The git commit that this source is at, or "unknown" outside a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:                                           # no git on this machine
+        return "unknown"
+    return git.stdout.strip() or "unknown"

@@ -1,0 +1,197 @@
+"""Pack a folder of images into one memory-mapped file a split, so that no image is decoded again and again.
+
+    python -m tools.pack IMAGENET PACK                              the shorter side at 256 pixels
+    python -m tools.pack IMAGENET PACK --short-side 224 --resample bilinear   what --crop simple shows at 224
+    python -m tools.pack IMAGENET PACK --jpeg 95                    a fifth of the disk, slower to read
+    python -m tools.pack IMAGENET PACK --verify                     read a pack again: every checksum
+
+Then --data PACK is read as IMAGENET was: the same images in the same order, with the same labels and names.
+It may be stopped at any time: the same line goes on, to the same bytes. Given once more, it says whether the
+folder has changed since. docs/data.md, "Packing", says what is stored.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mff_data.decode import DECODE_ERRORS, reason_of
+from mff_data.packed import Journal, Packed, check_same, encode, files_of, journal_of, open_packed, plan_of
+from mff_data.sources import ImageFolder
+from mff_data.views import begin_worker
+from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
+from mff_min.errors import Fault, UserError, amount, printable
+from mff_run.files import lock
+from mff_run.process import leave, run
+from mff_run.progress import Progress
+from mff_run.world import World
+
+BLOCK = 256                                                             # images that are flushed together
+HERE = World(0, 1, 0, torch.device("cpu"))                              # progress lines ask who prints them
+KEPT = "what is packed is kept, and the same line goes on from there"
+
+
+@dataclass(frozen=True)
+class Config:
+    # these change the result
+    source: str = opt(REQUIRED, "the folder of images: train/<class>/* and val/<class>/*, or images alone")
+    output: str = opt(REQUIRED, "the folder for train.pack and val.pack")
+    short_side: int = opt(256, "pixels of the shorter side; 0: keep every image as it is", least=0)
+    resample: str = opt("bicubic", "how Pillow resizes", choices=["bicubic", "bilinear"])
+    jpeg: int = opt(0, "store JPEG files of this quality, 1 to 100, instead of pixels", least=0)
+
+    # these change only how it is reached
+    workers: int = knob(0, "processes that decode and resize", least=0)
+    max_bad: float = knob(0.01, "share of the images that may be unreadable in a finished pack", least=0)
+    verify: bool = knob(False, "read a finished pack and check every record; write nothing")
+
+
+class Records(Dataset):
+    """(record, height, width, reason) of a folder's images; of one that cannot be read the reason alone."""
+
+    def __init__(self, source, settings):
+        self.source, self.settings = source, settings
+
+    def __getitem__(self, i):
+        name = self.source.name(i)
+        try:
+            return *encode(self.source, i, **self.settings), ""
+        except DECODE_ERRORS as error:
+            broken_link = os.path.islink(name) and not os.path.exists(name)
+            if isinstance(error, OSError) and error.errno and not broken_link:
+                # The system's error, not the image's: a disk that went away must not end as a pack of holes.
+                raise Fault(f"{printable(name)}: {error.strerror}; {KEPT}") from None
+            return b"", 0, 0, reason_of(error)
+
+
+def main(cfg):
+    """Pack both splits, or verify them; returns the paths of their files."""
+    check_ranges(cfg)
+    if cfg.jpeg > 100:
+        raise UserError(f"--jpeg {cfg.jpeg}: expected a quality of 1 to 100, or 0 for pixels")
+    if cfg.verify:
+        return verify(cfg.output)
+    try:
+        return pack(cfg)
+    except OSError as error:
+        raise Fault(f"{error}; {KEPT}") from None
+    except KeyboardInterrupt:
+        leave(None, "stopped: interrupted; the same line goes on from there", 130)
+
+
+def pack(cfg):
+    output = Path(cfg.output)
+    settings = dict(short_side=cfg.short_side, resample=cfg.resample, jpeg=cfg.jpeg)
+    sources = {split: ImageFolder(cfg.source, split) for split in ("val", "train")}     # train.pack is last
+    if not sources["val"].is_split:
+        del sources["val"]
+        if (output / "val.pack").exists():
+            raise UserError(f"{output} has a val.pack, and {cfg.source} has no val/ any more: expected "
+                            f"another folder to write to")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        held = lock(output, say)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from None
+    with held:
+        return pack_splits(cfg, settings, sources, output)
+
+
+def pack_splits(cfg, settings, sources, output):
+    """Write the pack of each source, where it is not there; the folder is ours alone."""
+    paths, journals = {split: output / f"{split}.pack" for split in sources}, {}
+    for split, path in paths.items():
+        plan = dict(settings=settings, files=files_of(sources[split]))
+        if path.exists():
+            check_same(path, plan_of(path), plan)
+            journal_of(path).unlink(missing_ok=True)                    # killed when it was done
+            say(f"{path} is there already")
+        else:
+            journals[split] = Journal(path, plan)
+    announce(sources, journals, settings, output)
+
+    for split, journal in journals.items():
+        source = sources[split]
+        write_records(source, journal, cfg.workers, settings)
+        unread = sum(bool(reason) for *_, reason in journal.entries)
+        if unread > cfg.max_bad * len(source):
+            raise Fault(f"{unread} of {len(source)} images cannot be read, more than --max-bad {cfg.max_bad} "
+                        f"allows; {journal.path} names the reason of each, and a larger --max-bad goes on")
+        journal.finish(source.labels["class"], source.classes, split if source.is_split else "")
+        say(f"{paths[split]}: {len(source)} images of {len(source.classes)} classes, "
+            f"{amount(paths[split].stat().st_size)}; {unread} cannot be read")
+    return list(paths.values())
+
+
+def say(text):
+    """Print a line."""
+    print(text, flush=True)
+
+
+def announce(sources, journals, settings, output):
+    """Say how large the packs will be. Raises UserError where the disk is too small for what is missing."""
+    needed = 0
+    for split, journal in journals.items():
+        records, count = Records(sources[split], settings), len(sources[split])
+        some = range(0, count, -(-count // 256))                        # spread over the classes
+        total = sum(len(records[i][0]) for i in some) / len(some) * count
+        done = len(journal.entries)
+        say(f"{split}: {count} images, about {amount(total)}; {done} are packed already")
+        needed += total * (count - done) / count
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        for journal in journals.values():
+            journal.discard_empty()
+        raise UserError(f"{output} needs about {amount(needed)} more, and {amount(free)} are free: expected "
+                        f"a smaller --short-side, --jpeg 95, or another disk")
+
+
+def write_records(source, journal, workers, settings):
+    """Write the records that are missing, block by block."""
+    first, count = len(journal.entries), len(source)
+    loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
+                        num_workers=workers, collate_fn=unchanged, generator=torch.Generator(),
+                        worker_init_fn=begin_worker, prefetch_factor=64 if workers else None)
+    progress = Progress(count, first, HERE, every=5.0, text=journal.pack.name)
+    block = []
+    for i, record in enumerate(loader, first + 1):
+        block.append(record)
+        if len(block) == BLOCK or i == count:
+            journal.add(block)
+            block = []
+            progress.tick(i)
+
+
+def unchanged(record):
+    """What a worker hands over, as it is: bytes stay bytes."""
+    return record
+
+
+def verify(spec):
+    """Read every record of a folder's packs. UserError with how many are altered, and the first of them."""
+    train = open_packed(spec, "train")
+    if not train:
+        raise UserError(f"{spec} holds no pack: expected a folder that tools.pack wrote")
+    paths = sorted(train.path.parent.glob("*.pack"))
+    for path in paths:
+        source, altered = Packed(path, ""), []
+        progress = Progress(len(source), 0, HERE, every=5.0, text=path.name)
+        for i in range(len(source)):
+            try:
+                source.record(i)
+            except ValueError as error:
+                if str(i) not in source.header["bad"]:
+                    altered.append(f"{printable(source.name(i))}: {error}")
+            progress.tick(i + 1)
+        if altered:
+            raise UserError(f"{len(altered)} of {len(source)} images are altered, first {altered[0]}")
+        unread = len(source.header["bad"])
+        say(f"{path}: {len(source)} images, every checksum is right; {unread} could not be read when packed")
+    return paths
+
+
+if __name__ == "__main__":
+    run(main, parse(Config))

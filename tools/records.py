@@ -1,0 +1,161 @@
+"""What a run has left, read again for figures: its flags, its log, its metrics and its pictures.
+
+A record is the same of a run whose folder is gone, in one small file: metrics.json with the log's lines. A
+record of encoders is what examine.py found in those of several runs.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mff_min.config import check_reachable
+from mff_min.errors import UserError
+from mff_min.mim import parse_out_indices
+from mff_min.vit import MODELS
+from mff_run.files import write_json
+from mff_run.log import read_log
+from mff_run.picture import tiles_of
+from tools.examine import Features, Findings
+from tools.measures import frequencies
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is read of a run before anything is drawn."""
+    name: str
+    path: Path                                                          # of its folder, or of its record
+    config: dict
+    log: list                                                           # a dict each logged training step
+    metrics: dict                                                       # empty where it has not ended
+    findings: Findings | None = None                                    # alone in a record of encoders
+
+    def seen(self, line):
+        """Images seen up to a line of the log."""
+        return line["step"] * self.config["global_batch"]
+
+    def curve(self, key):
+        """(images seen, value) of the log's lines that hold numbers by this name."""
+        return [(self.seen(line), line[key]) for line in self.log if isinstance(line.get(key), int | float)]
+
+    def fusion_weights(self):
+        """(depth of the model, fused blocks, [(images seen, their weights)]). Raises UserError."""
+        model = self.config["model"]
+        if model not in MODELS:
+            raise UserError(f"{self.path} is of a model {model}: expected one of {', '.join(MODELS)}")
+        depth = MODELS[model]["depth"]
+        try:
+            blocks = parse_out_indices(self.config.get("out_indices", "spread"), depth)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        found = [(self.seen(line), line["fusion_weights"]) for line in self.log if "fusion_weights" in line]
+        if any(len(weights) != len(blocks) for _, weights in found):
+            raise UserError(f"{self.path}: its log has other levels than the {len(blocks)} of its "
+                            f"--out-indices")
+        return depth, blocks, found
+
+    def pictures(self):
+        """{step: file} of the pictures that the run has drawn."""
+        found = {path.stem.removeprefix("reconstruction-"): path for path
+                 in sorted(self.path.glob("reconstruction-*.png"))}
+        return {int(step): path for step, path in found.items() if step.isdecimal()}
+
+    def has_encoder(self):
+        """Whether the folder holds what train_pretrain.py trained."""
+        files = (self.path / name for name in ("last.pt", "encoder.pt"))
+        return "mask_ratio" in self.config and any(path.is_file() for path in files)
+
+
+def open_run(path, name, say):
+    """The Run in a folder, or in a record of one. Raises UserError where there is none.
+
+    say(text) is told of lines of the log that cannot be read.
+    """
+    path = Path(path)
+    check_reachable("run", path)
+    if path.is_file():
+        metrics = read_json(path)
+        if "encoders" in metrics:
+            return Run(name, path, {}, [], {}, findings_in(metrics, path))
+        log, config = metrics.get("log", []), metrics.get("config")
+    elif (path / "config.json").is_file():
+        metrics = read_json(path / "metrics.json") if (path / "metrics.json").exists() else {}
+        log, config = read_log(path / "log.jsonl", say), read_json(path / "config.json")
+    else:
+        raise UserError(f"{path} is no folder of a run: it holds no config.json")
+    if not isinstance(log, list) or not all(isinstance(line, dict) for line in log):
+        raise UserError(f"{path} is of no run: its log is no list of objects")
+    if not isinstance(config or {}, dict):
+        raise UserError(f"{path} is of no run: its config is no object")
+    for key in ("model", "global_batch"):
+        if key not in (config or {}):
+            raise UserError(f"{path} is of no run: its config has no {key}")
+    lines = [line for line in log if "step" in line and "lr" in line]
+    return Run(name, path, config, lines, metrics)
+
+
+def findings_in(record, path):
+    """The Findings that a record of encoders holds. Raises UserError where they are not whole."""
+    try:
+        encoders = [Features(**each) for each in record["encoders"]]
+        if not encoders:
+            raise ValueError("no encoder")
+        depths = {each.name: len(each.distances) for each in encoders}
+        for each in encoders:
+            check_numbers([each.patch_size, *each.grid], (3,))
+            check_numbers(each.distances, (depths[each.name], len(each.distances[0])))
+            blocks = [f"block {i}" for i in range(depths[each.name])]
+            for tap in {"normed", *blocks, *each.amplitudes}:
+                check_numbers(each.amplitudes[tap], (len(frequencies(each.grid)),))
+        for pair in record["cka"]:
+            check_numbers(pair["values"], (depths[pair["up"]], depths[pair["across"]]))
+        return Findings(record["data"], record["images"], record["batch_size"], encoders, record["cka"])
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError(f"{path} is no whole record of encoders") from None
+
+
+def check_numbers(values, shape):
+    """Raise ValueError unless nested lists hold finite numbers, as many as shape says."""
+    found = np.array(values, dtype=float)
+    if found.shape != shape or not np.isfinite(found).all():
+        raise ValueError(f"numbers of shape {found.shape}: expected finite ones of {shape}")
+
+
+def record_of_run(run):
+    """What is kept of a run, as plain values."""
+    return run.metrics | dict(config=run.config, log=run.log)
+
+
+def record_of_encoders(findings, environment):
+    """What is kept of encoders, as plain values: of their environment all but argv, which has paths in it."""
+    return asdict(findings) | dict(environment={name: value for name, value in environment.items()
+                                                if name != "argv"})
+
+
+def write_record(path, record):
+    """Write a record. Raises UserError where it cannot."""
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises UserError where it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}: expected an object")
+    return found
+
+
+def read_sheet(path, sides):
+    """The images in a picture of a run, [row][column], of the (H, W) pixels given. Raises UserError."""
+    try:
+        return tiles_of(Image.open(path).convert("RGB"), sides)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
