@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sources import ROOT
 
 import train_pretrain
 import train_probe
