@@ -29,7 +29,7 @@ from mff_weights.checkpoint import load_weights, read_weights
 from mff_min.config import (
     check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
 from mff_min.errors import UserError
-from mff_data.views import DeviceViews, Views, advice_if_late, collate, crop_on_device, make_loader
+from mff_data.views import Views, advice_if_late, collate, make_loader
 from mff_min.stream import Stream
 from mff_run.finite import FiniteSteps
 from mff_run.flops import peak_img_per_s, step_flops
@@ -63,7 +63,6 @@ class Config:
     std: tuple[float, ...] = opt(IMAGENET_STD, "standard deviation of each channel", type=numbers)
     crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center",
                     choices=["random_resized", "simple", "center"])
-    device_crop: bool = opt(False, "the crops of a pack are made on the device, within rounding the same")
     mask_ratio: float = opt(0.75, "share of the patches that is masked")
     out_indices: str = opt("spread", "fused blocks: spread (0,2,4,6,8,11 of twelve), last (MAE), all, a list")
     detach_shallow: bool = opt(False, "no gradient to shallow blocks through the fusion (MFF, A.8)")
@@ -173,18 +172,16 @@ def pretrain(cfg, world, signals):
     check_same_data(cfg, state, seen)
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
-    kind = DeviceViews if cfg.device_crop else Views
-    views = kind(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
+    views = Views(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
 
     def to_device(batch):
         """What the model takes: normalised images, the noise that masks them, and their pixels in uint8."""
-        pixels, flip = crop_on_device(batch, cfg.img_size, device, model.ops)
+        pixels = batch["image"].to(device, non_blocking=True)
         noise = batch["noise"].to(device, non_blocking=True)
-        images = model.ops.prepare(pixels, mean, std, flip=flip)
-        return images, noise, pixels if flip is None else None          # else they are not mirrored yet
+        return model.ops.prepare(pixels, mean, std), noise, pixels
 
     # ------------------------------------------------------------ optimizer
     if state:
@@ -234,7 +231,7 @@ def pretrain(cfg, world, signals):
         draw(0)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), dtype, world),
-                  advice_if_late(train_set, cfg.workers, cfg.device_crop))
+                  advice_if_late(train_set, cfg.workers))
     signals.start()
     for step in range(start, schedule.stop):
         world.step = step + 1
