@@ -24,34 +24,31 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
-from mff_weights.checkpoint import load_weights, read_weights
-from mff_min.config import (
-    check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
-from mff_min.errors import UserError
-from mff_data.views import Views, advice_if_late, collate, make_loader
-from mff_min.stream import Stream
-from mff_run.finite import FiniteSteps
-from mff_run.flops import peak_img_per_s, step_flops
-from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
-from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
-from mff_run.picture import reconstruction_sheet
-from mff_run.progress import Meter
-from mff_run.log import BadSamples, Log
-from mff_run.process import StopSignals, Stopped, run
-from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
-from mff_run.world import autocast, describe_environment, pick_dtype, start_world
-from mff_run.files import write_atomically, write_json, write_tensors
-from mff_run.sharded import check_sharding, exchange, full, own_part, shard, whole
 from mff_data.sources import fingerprint, open_data
+from mff_data.views import Views, advice_if_late, collate, make_loader
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
+from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
+                            side_or_sides)
+from mff_min.errors import UserError
+from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
+from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.stream import Stream
 from mff_min.targets import PixelTarget, low_pass_radius_at
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run import process
+from mff_run.files import write_atomically, write_tensors
+from mff_run.flops import step_flops
+from mff_run.picture import reconstruction_sheet
+from mff_run.run import Run, RunFlags
+from mff_run.sharded import check_sharding, shard, whole
+from mff_run.world import autocast, pick_dtype
+from mff_weights.checkpoint import load_weights, read_weights
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunFlags):
     # these change the result
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
@@ -86,25 +83,13 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # these change only how it is reached
+    # these change only how it is reached, as do those of RunFlags
     output_dir: str = knob("runs/pretrain", "the run's folder")
-    resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
-    allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
     batch_size: int = knob(64, "images of one micro-batch in one process", above=0)
-    workers: int = knob(0, "loader processes for each training process", least=0)
-    max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
-    deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
-    compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
     fsdp: bool = knob(False, "parameters and optimizer state spread over the processes (fully_shard)")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
-    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
-    log_every: int = knob(20, "steps between lines of the log", above=0)
-    save_every: int = knob(500, "steps between checkpoints", above=0)
     picture_every: int = knob(0, "steps between pictures; 0: ten over the run", least=0)
     picture_images: int = knob(8, "images in a picture", above=0)
-    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
 
 
 def check(cfg, world):
@@ -152,29 +137,27 @@ def load_initial_weights(model, path, say):
 
 def main(cfg):
     """Pre-train as cfg says; returns the final metrics: step, loss, and on rank 0 what evaluate returns."""
-    with start_world(cfg.device, cfg.deterministic, cfg.timeout) as world, StopSignals() as signals:
-        check(cfg, world)
-        return pretrain(cfg, world, signals)
+    with Run(cfg) as run:
+        check(cfg, run.world)
+        return pretrain(cfg, run)
 
 
-def pretrain(cfg, world, signals):
-    began, say, device = time.monotonic(), world.say, world.device
+def pretrain(cfg, run):
+    began, say, device = time.monotonic(), run.say, run.device
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     model = build_model(cfg, device)
-    state = resumed_state(cfg, world)
-    start = state["step"] if state else 0
+    state = run.resume(cfg)
 
     # ------------------------------------------------------------ data
-    train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
-    val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
-    seen = fingerprint(train_set)
-    check_same_data(cfg, state, seen)
-    schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
+    train_set = run.world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
+    val_set = run.world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
+    run.check_data(fingerprint(train_set))
+    schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * run.world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
     views = Views(train_set, cfg.crop, cfg.img_size, cfg.in_chans, model.encoder.num_patches, cfg.seed)
-    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
-                    world.rank, world.size)
+    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, run.start, schedule.stop,
+                    run.world.rank, run.world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
 
     def to_device(batch):
@@ -184,121 +167,74 @@ def pretrain(cfg, world, signals):
         return model.ops.prepare(pixels, mean, std), noise, pixels
 
     # ------------------------------------------------------------ optimizer
-    if state:
-        load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
-    elif cfg.init_from:
+    if cfg.init_from and not state:
         load_initial_weights(model, cfg.init_from, say)
+    run.restore_model(model)
     if cfg.fsdp:                                                        # takes the parameters' place
-        trained = shard(model, world, schedule.accumulation > 1, cfg.compile)
+        trained = shard(model, run.world, schedule.accumulation > 1, cfg.compile)
     else:
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+        several = run.world.size > 1
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
         if cfg.compile:
             trained = torch.compile(trained, dynamic=False)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state:
-        load_optimizer(optimizer, own_part(state["optimizer"], optimizer))
-        if state["scaler"]:                                             # empty unless it was float16
-            scaler.load_state_dict(state["scaler"])
-
-    folder = open_folder(cfg, world, state)
-    warn_of_space(folder, world, model, copies=3)                       # its weights and AdamW's moments
-    log, bad_samples = Log(folder, world, start), BadSamples(folder, world, len(train_set), cfg.max_bad)
-    picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
-
-    resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
-                   "--clip-grad, a lower --lr or --dtype float32 may help")
-    finite = FiniteSteps(optimizer, world, folder, stream, train_set, resume_hint, scaler.is_enabled(),
-                         state and state.get("skips"))
-    loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
-
-    def save(step, loss):
-        """Write last.pt: all that the run needs to go on from this step."""
-        finite.check()
-        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
-                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), skips=finite.skips)
+    run.restore_optimizer(optimizer, scaler)
+    run.begin(schedule, stream, train_set, model, optimizer, scaler, num_images=len(train_set),
+              flops=step_flops(model), dtype=dtype, advice=advice_if_late(train_set, cfg.workers))
 
     def draw(step):
         """Write a picture of what the model predicts for a few held-out images."""
-        drawn = whole(model, lambda: build_model(cfg, device), world)
-        if world.is_main:
-            draw_reconstructions(cfg, drawn, val_set, to_device, folder, step)
-        world.meet()                                                    # a picture may outlast --timeout
+        with run.paused():
+            drawn = whole(model, lambda: build_model(cfg, device), run.world)
+            if run.world.is_main:
+                draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
+            run.world.meet()                                            # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop
-    announce(cfg, schedule, model, start, say)
-    if start == 0:
+    announce(cfg, schedule, model, run.start, say)
+    if run.start == 0:
         draw(0)
+    picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
-    meter = Meter(schedule, start, world, peak_img_per_s(step_flops(model), dtype, world),
-                  advice_if_late(train_set, cfg.workers))
-    signals.start()
-    for step in range(start, schedule.stop):
-        world.step = step + 1
+    for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
 
         loss = torch.zeros((), device=device)
-        for micro in range(schedule.accumulation):
-            batch = meter.next(batches)
-            bad_samples.add(batch["bad"])
-            more = micro + 1 < schedule.accumulation
-            with exchange(trained, more):
+        for batch in run.micro_batches(batches):
+            with run.accumulate(trained):                               # ranks add up gradients once per step
                 with autocast(device, dtype):
                     micro_loss = trained(*to_device(batch)) / schedule.accumulation
-                scaler.scale(micro_loss).backward()                     # ranks add up gradients once a step
+                scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-            stop_signal = world.highest(signals.number)
-            if stop_signal and more:                                    # a step may take minutes: dropped
-                save(step, loss_value)
-                raise Stopped(stop_signal, step, schedule.stop, folder)
 
-        done = step + 1
-        ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
         scaler.unscale_(optimizer)
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        grad_norm = full(torch.nn.utils.get_total_norm(grads))
-        if cfg.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
-        finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
+        grad_norm = clip_grad_norm(model, cfg.clip_grad)
+        run.guard(loss, lr, grad_norm)                                  # NaN, Inf: no step changes a weight
+        optimizer.step()
         scaler.update()
         optimizer.zero_grad()
 
-        saves = done % cfg.save_every == 0 or ends or stop_signal
-        if logs or saves:
-            finite.check()                                              # waits for the GPU: not every step
-            loss_value = world.mean([loss.item()])[0]
-            bad_samples.report(meter.say)
-        if logs:
-            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
-                      grad_norm=grad_norm.item(), **finite.counted(), **meter.read(done, loss_value, lr),
-                      fusion_weights=full(model.fusion_weights()).tolist())
-        if saves:
-            save(done, loss_value)
-        if stop_signal and not ends:
-            raise Stopped(stop_signal, done, schedule.stop, folder)
-        if done % picture_every == 0 or ends:
-            with meter.paused():
-                draw(done)
-    signals.release()
+        run.end_step(loss, lr, grad_norm, fusion_weights=model.fusion_weights)
+        if run.is_due(picture_every):
+            draw(step + 1)
 
     # ------------------------------------------------------------ evaluation
-    metrics = dict(step=schedule.stop, loss=loss_value, seconds=time.monotonic() - began)
-    final = whole(model, lambda: build_model(cfg, device), world)
-    if world.is_main:
+    metrics = dict(step=schedule.stop, loss=run.loss, seconds=time.monotonic() - began)
+    final = whole(model, lambda: build_model(cfg, device), run.world)
+    if run.world.is_main:
         weights = {name: value.cpu() for name, value in final.encoder.state_dict().items()}
-        export = {"model": weights, "config": asdict(cfg)}
-        write_tensors(folder / "encoder.pt", export)
+        write_tensors(run.folder / "encoder.pt", {"model": weights, "config": asdict(cfg)})
         most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
         metrics |= evaluate(cfg, final, val_set, to_device, dtype, most)
-        log.write(done=True, **metrics)
-        write_json(folder / "metrics.json", metrics | dict(environment=describe_environment(world)))
         kind = "held-out" if val_set.is_split else "training"
-        meter.say(f"done: loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
-                  f"predicting the mean of each masked patch gives {metrics['val_loss_of_means']:.4f}\n"
-                  f"  {folder}/reconstruction.png   what the model sees behind the mask\n"
-                  f"  {folder}/encoder.pt           the encoder, with timm's parameter names\n"
-                  f"  {folder}/log.jsonl            loss, learning rate and fusion weights over the run")
+        run.finish(metrics, f"loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
+                            f"predicting the mean of each masked patch gives "
+                            f"{metrics['val_loss_of_means']:.4f}\n"
+                            f"  {run.folder}/reconstruction.png   what the model sees behind the mask\n"
+                            f"  {run.folder}/encoder.pt           the encoder, with timm's parameter names\n"
+                            f"  {run.folder}/log.jsonl            loss, learning rate and fusion weights")
     return metrics
 
 
@@ -358,4 +294,4 @@ def draw_reconstructions(cfg, model, source, to_device, folder, step):
 
 
 if __name__ == "__main__":
-    run(main, parse(Config))
+    process.run(main, parse(Config))

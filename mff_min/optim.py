@@ -92,9 +92,11 @@ class Schedule:
     def epoch(self, step):
         return step * self.global_batch / self.num_samples
 
-    def passes(self, done, every):
-        """Whether step `done` is the first to reach a multiple of so many epochs: an evaluation is due."""
+    def evaluation_due(self, done, every):
+        """Whether step `done` is the first to reach a multiple of so many epochs."""
         return self.epoch(done) // every > self.epoch(done - 1) // every
+
+    passes = evaluation_due
 
     def plan(self, start):
         """What a run from step `start` is about to do, as text."""
@@ -148,6 +150,16 @@ def load_optimizer(optimizer, saved):
         raise UserError(f"the resumed optimizer does not fit: {error}") from None
     for group, own in zip(optimizer.param_groups, kept, strict=True):
         group |= own
+
+
+def clip_grad_norm(model, max_norm):
+    """The norm of the model's gradient, a tensor; a longer gradient is cut to max_norm, unless that is 0."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if hasattr(norm, "full_tensor"):                                    # parameters are sharded
+        norm = norm.full_tensor()
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
 
 
 def set_lr(optimizer, lr):

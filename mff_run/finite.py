@@ -17,9 +17,9 @@ MOST_SKIPS = 50                                                         # in a r
 
 
 class FiniteSteps:
-    """An optimizer's steps, none of which is taken once a loss or a gradient was not finite on any rank.
+    """A guard of an optimizer, whose steps change nothing once a loss or gradient was not finite on any rank.
 
-    The device decides, by the optimizer's found_inf: so step waits for nothing, and the weights stay those
+    The device decides, by the optimizer's found_inf: so nothing waits for it, and the weights stay those
     before the first such step until check, at the next step that is logged or saved, ends the run. With half,
     a gradient alone that is not finite is an overflow of float16: as GradScaler has it that step is skipped,
     and counted. The last of MOST_SKIPS in a row ends the run too.
@@ -37,8 +37,8 @@ class FiniteSteps:
         self.seen = torch.zeros(3, device=world.device)                 # its loss here, gradient norm, lr
 
     @torch.no_grad()
-    def step(self, step, lr, loss, grad_norm):
-        """Take the optimizer's step, unless it or one before is bad. loss is this rank's, a tensor."""
+    def guard(self, step, lr, loss, grad_norm):
+        """Let the optimizer's next step change nothing if it or one before is bad. loss is this rank's."""
         values = torch.stack([loss, grad_norm, torch.full_like(loss, lr)])          # (3,)
         bad = values[:2].isfinite().logical_not()                       # (2,)
         skip = bad[1] & self.half
@@ -52,6 +52,9 @@ class FiniteSteps:
         new = first < self.first
         self.first, self.bad, self.seen = first, bad.where(new, self.bad), values.where(new, self.seen)
         self.optimizer.found_inf = (skip | (first != NEVER)).float()    # as fused AdamW takes it
+
+    def step(self, *seen):
+        self.guard(*seen)
         self.optimizer.step()
 
     @property

@@ -116,12 +116,15 @@ def test_a_graph_of_symbolic_sizes_is_caught(text):
 # ---------------------------------------------------------------- flags and commands
 
 def config_fields(text):
-    """{name: annotation} of the Config of a script, empty where it has none."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
+    """{name: annotation} of the Config of a script, with those of RunFlags; empty where it has none."""
+    classes = {node.name: node for part in (text, FILES["mff_run/run.py"]) for node in ast.parse(part).body
+               if isinstance(node, ast.ClassDef)}
+    found = {}
+    for node in (classes.get("Config"), classes.get("RunFlags")):
+        if node and (node.name == "Config" or found and "RunFlags" in map(ast.unparse, classes["Config"].bases)):
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            return {field.target.id: ast.unparse(field.annotation) for field in fields}
-    return {}
+            found = {field.target.id: ast.unparse(field.annotation) for field in fields} | found
+    return found
 
 
 def unread_flags(path, text):

@@ -139,7 +139,7 @@ def exercise():
     TORCH.resized_crop(pixels, box, (9, 11), flip)
     TORCH.resized_crop(images, box, (9, 11))
     world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.AdamW([mean], fused=True)
-    FiniteSteps(optimizer, world, None, None, None, "", half=True).step(1, 0.1, noise[0, 0], noise[0, 1])
+    FiniteSteps(optimizer, world, None, None, None, "", half=True).guard(1, 0.1, noise[0, 0], noise[0, 1])
     filtered = target.filter(TORCH.prepare(pixels, mean, std))
     reference.low_pass_products(images, 5.25)
     model(images, noise, pixels)

@@ -22,6 +22,7 @@ from mff_min.config import parse
 from mff_min.errors import Fault, UserError
 from mff_min.optim import Schedule
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run import run as run_module
 from mff_run.files import write_atomically
 from mff_run.flops import step_flops
 from mff_run.log import read_log
@@ -157,7 +158,7 @@ def test_a_wait_that_creeps_into_the_loop_is_caught(waits, monkeypatch):
 def test_mfu_is_logged_where_a_peak_is_known(pretrain, tmp_path, capsys, monkeypatch):
     pretrain("--steps", "2", to="unknown")
     assert "MFU" not in capsys.readouterr().out
-    monkeypatch.setattr(train_pretrain, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
+    monkeypatch.setattr(run_module, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
     pretrain("--steps", "2", to="known")
     said = capsys.readouterr().out
     for line in read_log(tmp_path / "unknown" / "log.jsonl"):

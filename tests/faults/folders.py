@@ -12,8 +12,7 @@ from faults.killed import command, differences, uninterrupted
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, stage
 from PIL import Image
 
-import train_pretrain
-from mff_run import files, resume
+from mff_run import files, resume, run
 
 
 def contents(folder):
@@ -149,7 +148,7 @@ def take_any_settings():
 
 
 def take_any_images():
-    train_pretrain.check_same_data = lambda cfg, state, seen: None
+    run.check_same_data = lambda cfg, state, seen: None
 
 
 GUARDS = [Guard("no-folder-lock", "a second run in a folder", lock_nothing),

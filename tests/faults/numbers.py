@@ -18,7 +18,7 @@ from mff_min.mim import MaskedAutoencoder
 from mff_min.probe import LinearProbe
 from mff_min.stream import Stream
 from mff_min.vit import VisionTransformer
-from mff_run import finite, world
+from mff_run import finite, run, world
 from mff_run.sharded import local
 
 BAD, SAVED = 5, 3                                                       # steps; the next that is saved is 6
@@ -54,14 +54,14 @@ def poison(name, kind, steps=(BAD,)):
 
 def keep_weights(path, last=None):
     """In this process the weights are in a file after each step, or up to the one before `last`."""
-    take = finite.FiniteSteps.step
+    end_step = run.Run.end_step
 
-    def step(steps, number, *given):
-        take(steps, number, *given)
-        if last is None or number < last:
-            groups = steps.optimizer.param_groups
+    def keep_and_end(run, *given, **more):
+        if last is None or run.step + 1 < last:
+            groups = run.optimizer.param_groups
             torch.save([local(param.detach()).clone() for group in groups for param in group["params"]], path)
-    finite.FiniteSteps.step = step
+        end_step(run, *given, **more)
+    run.Run.end_step = keep_and_end
 
 
 def sound_run(name, folder, *more):
@@ -183,7 +183,7 @@ def overflow_float16(folder, quick):
 
 def take_every_step():
     """Steps are taken whatever the numbers are, and nobody looks."""
-    finite.FiniteSteps.step = lambda steps, *given: steps.optimizer.step()
+    finite.FiniteSteps.guard = lambda *given: None
     finite.FiniteSteps.check = lambda steps: None
 
 
@@ -194,8 +194,8 @@ def keep_to_itself():
 
 def take_all_for_overflows():
     """A loss that is not finite passes for an overflow of float16."""
-    take = finite.FiniteSteps.step
-    finite.FiniteSteps.step = lambda steps, step, lr, loss, norm: take(
+    guard = finite.FiniteSteps.guard
+    finite.FiniteSteps.guard = lambda steps, step, lr, loss, norm: guard(
         steps, step, lr, torch.zeros_like(loss) if steps.half else loss, norm)
 
 

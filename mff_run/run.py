@@ -1,0 +1,227 @@
+"""What surrounds a training loop: folder, resume, log, bad samples, signals, the NaN guard, progress, saving.
+
+A Run is no trainer. It never calls the model, the loss, the optimizer or the schedule. A stage does:
+
+    with Run(cfg) as run:
+        run.resume(cfg)                                                 # what there is to go on from
+        ...                                                             # data, model, optimizer
+        run.begin(schedule, stream, train_set, model, optimizer, ...)
+        for step in run.steps():
+            for batch in run.micro_batches(batches):
+                with run.accumulate(trained):                           # ranks add up gradients once per step
+                    ...
+                    micro_loss.backward()
+            run.guard(loss, lr, grad_norm)                              # NaN, Inf: no step changes a weight
+            optimizer.step()
+            run.end_step(loss, lr, grad_norm)                           # logs, saves, stops where that is due
+        run.finish(metrics, text)
+"""
+
+import contextlib
+import math
+from dataclasses import asdict, dataclass
+
+from mff_min.config import knob
+from mff_min.optim import load_optimizer
+from mff_run.files import write_json
+from mff_run.finite import FiniteSteps
+from mff_run.flops import peak_img_per_s
+from mff_run.log import BadSamples, Log
+from mff_run.process import Stopped, StopSignals
+from mff_run.progress import Meter
+from mff_run.resume import (
+    check_same_data,
+    load_state,
+    open_folder,
+    resumed_state,
+    save_run,
+    warn_of_space,
+)
+from mff_run.sharded import exchange, full, own_part
+from mff_run.world import describe_environment, start_world
+
+HINT = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with --clip-grad, "
+        "a lower --lr or --dtype float32 may help")
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The flags of every stage that change only how its result is reached."""
+    output_dir: str = knob("runs/run", "the run's folder")
+    resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
+    allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
+    workers: int = knob(0, "loader processes for each training process", least=0)
+    max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
+    deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
+    compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
+    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
+    log_every: int = knob(20, "steps between lines of the log", above=0)
+    save_every: int = knob(500, "steps between checkpoints", above=0)
+    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+
+
+class Run:
+    """One run of a stage on this process, from its flags; a context.
+
+    world is who this process is; state what the run goes on from, or None; start the step that it goes on
+    from; folder the run's, after begin.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.state, self.start, self.loss = cfg, None, 0, math.nan
+        self.data, self.meter, self.stop_signal, self.step, self.more = None, None, 0, None, False
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            cfg = self.cfg
+            self.world = stack.enter_context(start_world(cfg.device, cfg.deterministic, cfg.timeout))
+            self.signals = stack.enter_context(StopSignals())
+            self.device, self.say = self.world.device, self.world.say
+            self.leave = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self.leave.__exit__(*error)
+
+    # ------------------------------------------------------------ before the loop
+
+    def resume(self, cfg):
+        """The state that the run goes on from, the same on all ranks, or None; the folder is now ours.
+
+        cfg is the configuration, with what the checkpoint has told. Raises UserError, as resumed_state does.
+        """
+        self.cfg, self.state = cfg, resumed_state(cfg, self.world)
+        if self.state:
+            self.start, self.loss = self.state["step"], self.state["loss"]
+        return self.state
+
+    def check_data(self, fingerprint):
+        """Raise UserError where a resumed run would go on with images of another fingerprint."""
+        self.data = fingerprint
+        check_same_data(self.cfg, self.state, fingerprint)
+
+    def restore_model(self, model):
+        """Load the parameters that the run goes on from, if it does. UserError where they do not fit."""
+        if self.state:
+            load_state(model, self.state["model"], f"the checkpoint in {self.cfg.output_dir}")
+
+    def restore_optimizer(self, optimizer, scaler=None):
+        """Load what the run goes on from, if it does; of sharded parameters this rank's part."""
+        if self.state:
+            load_optimizer(optimizer, own_part(self.state["optimizer"], optimizer))
+            if scaler and self.state["scaler"]:                         # empty unless it was float16
+                scaler.load_state_dict(self.state["scaler"])
+
+    def begin(self, schedule, stream, source, model, optimizer, scaler=None, *, num_images, flops, dtype,
+              advice, hint=HINT, copies=3, **kept):
+        """Open the run's folder, and what is written there. Raises UserError where it cannot be written.
+
+        source has the names of the samples that stream orders. num_images is the number of images of which
+        --max-bad is a share. flops is of one image, in dtype: the log's mfu is made of it. advice is printed
+        where data is late, hint where a loss is not finite. A checkpoint is `copies` times as large as the
+        model. kept are functions that return what else it holds, by name.
+        """
+        world, cfg = self.world, self.cfg
+        self.schedule, self.model, self.optimizer, self.scaler = schedule, model, optimizer, scaler
+        self.flops, self.dtype, self.advice, self.hint, self.kept = flops, dtype, advice, hint, kept
+        self.folder = open_folder(cfg, world, self.state)
+        warn_of_space(self.folder, world, model, copies)
+        self.log = Log(self.folder, world, self.start)
+        self.bad_samples = BadSamples(self.folder, world, num_images, cfg.max_bad)
+        half, skips = bool(scaler and scaler.is_enabled()), (self.state or {}).get("skips")
+        self.finite = FiniteSteps(optimizer, world, self.folder, stream, source, hint, half, skips)
+        self.state = None                                               # frees gigabytes
+
+    # ------------------------------------------------------------ the loop
+
+    def steps(self):
+        """The numbers of the steps that are left, from 0. In between, a signal is only noted."""
+        peak = peak_img_per_s(self.flops, self.dtype, self.world)
+        self.meter = Meter(self.schedule, self.start, self.world, peak, self.advice)
+        self.signals.start()
+        for step in range(self.start, self.schedule.stop):
+            self.step, self.world.step = step, step + 1
+            yield step
+        self.signals.release()
+
+    def micro_batches(self, batches):
+        """This step's micro-batches. A signal between two of them ends the run: a step may take minutes."""
+        for micro in range(self.schedule.accumulation):
+            batch = self.meter.next(batches)
+            self.bad_samples.add(batch["bad"])
+            self.more = micro + 1 < self.schedule.accumulation
+            yield batch
+            self.stop_signal = self.world.highest(self.signals.number)
+            if self.stop_signal and self.more:
+                self.save(self.step)
+                raise Stopped(self.stop_signal, self.step, self.schedule.stop, self.folder)
+
+    def accumulate(self, trained):
+        """A context for a micro-batch's passes: ranks add up gradients with the step's last one alone."""
+        return exchange(trained, self.more)
+
+    def guard(self, loss, lr, grad_norm):
+        """Once a loss or gradient was not finite on any rank, let the optimizer's steps change nothing."""
+        self.finite.guard(self.step + 1, lr, loss, grad_norm)
+
+    def end_step(self, loss, lr, grad_norm, save=False, **shown):
+        """Log, save and stop where that is due after an optimizer step; save: it is due in any case.
+
+        loss is this rank's, a tensor; shown are functions that return tensors for the log, by name. Only
+        steps that are logged or saved wait for the device.
+        """
+        done, cfg = self.step + 1, self.cfg
+        ends, logs = done == self.schedule.stop, done % cfg.log_every == 0 or done == 1
+        saves = done % cfg.save_every == 0 or ends or save or self.stop_signal
+        if logs or saves:
+            self.finite.check()
+            self.loss = self.world.mean([loss.item()])[0]
+            self.bad_samples.report(self.meter.say)
+        if logs:
+            more = {name: full(value()).tolist() for name, value in shown.items()}
+            self.log.write(step=done, epoch=self.schedule.epoch(done), loss=self.loss, lr=lr,
+                           grad_norm=grad_norm.item(), **self.finite.counted(),
+                           **self.meter.read(done, self.loss, lr), **more)
+        if saves:
+            self.save(done)
+        if self.stop_signal and not ends:
+            raise Stopped(self.stop_signal, done, self.schedule.stop, self.folder)
+
+    def save(self, step):
+        """Write last.pt: all that the run needs to go on from this step."""
+        self.finite.check()
+        more = {name: value() for name, value in self.kept.items()}
+        save_run(self.folder, self.world, self.model, step, self.hint, loss=self.loss,
+                 config=asdict(self.cfg), data=self.data, optimizer=self.optimizer.state_dict(),
+                 scaler=self.scaler.state_dict() if self.scaler else {}, skips=self.finite.skips, **more)
+
+    def is_due(self, every):
+        """Whether this step ends the run, or its number is a multiple of `every`."""
+        done = self.step + 1
+        return done % every == 0 or done == self.schedule.stop
+
+    # ------------------------------------------------------------ evaluations
+
+    def evaluation_missed(self, epochs):
+        """Whether the run was stopped after a save, before the evaluation that was due with it."""
+        return (0 < self.start < self.schedule.stop and self.schedule.evaluation_due(self.start, epochs)
+                and not self.log.evaluated)
+
+    def paused(self):
+        """A context whose time counts neither as training nor as waiting for data."""
+        return self.meter.paused() if self.meter else contextlib.nullcontext()
+
+    def note(self, done, metrics, text):
+        """Log and print what was measured after so many steps."""
+        self.log.write(step=done, epoch=self.schedule.epoch(done), **metrics)
+        (self.meter or self.world).say(f"epoch {self.schedule.epoch(done):.1f}: {text}")
+
+    def finish(self, metrics, text):
+        """Log and print what the run ended with, and write metrics.json."""
+        self.log.write(done=True, **metrics)
+        if self.world.is_main:
+            about = dict(config=asdict(self.cfg), environment=describe_environment(self.world))
+            write_json(self.folder / "metrics.json", metrics | about)
+        self.meter.say(f"done: {text}")
