@@ -29,35 +29,33 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mff_min.augment import MODES, draw_mix, erase, mix_arguments, mix_images, soft_targets
-from mff_min.config import (
-    check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
-from mff_min.errors import UserError
-from mff_data.views import Views, advice_if_late, make_loader
-from mff_min.stream import Stream, each_once
-from mff_run.finite import FiniteSteps
-from mff_run.flops import classifier_flops, peak_img_per_s
-from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
-from mff_weights.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
-from mff_min.probe import accuracy, count_all, shown
-from mff_min.augment import fill_color, rand_augment
-from mff_min.rng import MIX, Rng
-from tools.robustness import RobustnessSet, open_robustness, summarise, table
-from mff_run.progress import Meter
-from mff_run.log import BadSamples, Log
-from mff_run.process import StopSignals, Stopped, run
-from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
-from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops, start_world
-from mff_run.files import write_json, write_tensors
-from mff_run.sharded import exchange
 from mff_data.sources import check_classes, check_labels, fingerprint, open_data, subset
+from mff_data.views import Views, advice_if_late, make_loader
+from mff_min.augment import (MODES, draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
+                             soft_targets)
+from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
+                            side_or_sides)
+from mff_min.errors import UserError
+from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.probe import accuracy, count_all, shown
+from mff_min.rng import MIX, Rng
+from mff_min.stream import Stream, each_once
 from mff_min.vit import MODELS
+from mff_run import process
+from mff_run.files import write_json, write_tensors
+from mff_run.flops import classifier_flops
+from mff_run.log import BadSamples
+from mff_run.resume import open_folder
+from mff_run.run import Run, RunFlags
+from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops
+from mff_weights.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
+from tools.robustness import RobustnessSet, open_robustness, summarise, table
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunFlags):
     # these change the result
     checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
@@ -98,25 +96,13 @@ class Config:
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # these change only how it is reached
+    # these change only how it is reached, as do those of RunFlags
     evaluate: bool = knob(False, "train nothing: the accuracy of the checkpoint on --data's val")
     robustness: str = knob("", "train nothing: imagenet-a:DIR, or -r, -sketch, -c: accuracy on such images")
     baseline: str = knob("", "folder of a finished run that the result is compared with at the end")
     output_dir: str = knob("", "the run's folder; not given: runs/finetune, or runs/measured")
-    resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
-    allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
-    workers: int = knob(0, "loader processes for each training process", least=0)
-    max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
-    deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
-    compile: bool = knob(False, "torch.compile the model")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
-    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
-    log_every: int = knob(20, "steps between lines of the log", above=0)
-    save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
-    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
 
 
 def check(cfg, world_size):
@@ -149,20 +135,19 @@ def main(cfg):
     """Fine-tune, or only measure, as cfg says; returns the metrics, acc1 and acc5 among them."""
     measures = cfg.evaluate or cfg.robustness
     cfg = replace(cfg, output_dir=cfg.output_dir or ("runs/measured" if measures else "runs/finetune"))
-    with start_world(cfg.device, cfg.deterministic, cfg.timeout) as world, StopSignals() as signals:
-        check(cfg, world.size)
-        return measure(cfg, world) if measures else finetune(cfg, world, signals)
+    with Run(cfg) as run:
+        check(cfg, run.world.size)
+        return measure(cfg, run.world) if measures else finetune(cfg, run)
 
 
-def finetune(cfg, world, signals):
-    say, device, dtype = world.say, world.device, pick_dtype(cfg.dtype, world.device)
+def finetune(cfg, run):
+    say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
     cfg = replace(cfg, **settings_of(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
                                      cfg.mean, cfg.std))
     check_channels(cfg.in_chans, cfg.mean, cfg.std)
     baseline = read_baseline(cfg.baseline)
-    state = resumed_state(cfg, world)
-    start = state["step"] if state else 0
+    state = run.resume(cfg)
 
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
@@ -173,11 +158,10 @@ def finetune(cfg, world, signals):
         check_classes(classes, state["classes"], want=f"the run in {cfg.output_dir}")
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
-    seen = fingerprint(train_set)
-    check_same_data(cfg, state, seen)
+    run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(100, 5))
-    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
+    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, run.start, schedule.stop,
                     world.rank, world.size, cfg.repeats)
     augment = None
     if cfg.rand_augment:
@@ -211,128 +195,83 @@ def finetune(cfg, world, signals):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
-    if state:
-        load_state(model, state["model"], f"the checkpoint in {cfg.output_dir}")
-        load_optimizer(optimizer, state["optimizer"])
-        if state["scaler"]:                                             # empty unless it was float16
-            scaler.load_state_dict(state["scaler"])
-        if average and "average" in state:
+    run.restore_model(model)
+    run.restore_optimizer(optimizer, scaler)
+    kept = {"classes": lambda: classes}
+    if average:
+        kept["average"] = average.state_dict
+        if state and "average" in state:
             average.load_state_dict(state["average"])
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
         trained = torch.compile(trained, dynamic=False)
-    folder = open_folder(cfg, world, state)
-    warn_of_space(folder, world, model, copies=4 if cfg.ema else 3)     # its weights, their average, moments
-    log = Log(folder, world, start)
-    bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
-    resume_hint = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with "
-                   "--clip-grad, a lower --lr or --dtype float32 may help")
-    finite = FiniteSteps(optimizer, world, folder, stream, train_set, resume_hint, scaler.is_enabled(),
-                         state and state.get("skips"))
-
-    def save(step, loss):
-        """Write last.pt: all that the run needs to go on from this step."""
-        finite.check()
-        more = {"average": average.state_dict()} if average else {}
-        save_run(folder, world, model, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
-                 classes=classes, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 skips=finite.skips, **more)
+    state = None                                                        # frees gigabytes
+    run.open(len(train_set) + len(val_set))
+    run.begin(schedule, stream, train_set, model, optimizer, scaler, dtype=dtype,
+              flops=classifier_flops(model, model.head, False), advice=advice_if_late(train_set, cfg.workers),
+              copies=4 if cfg.ema else 3, **kept)
 
     def evaluate():
         """Accuracy on all validation images, and of the averaged weights as ema_acc1 and so on."""
-        found = accuracy(*count_on(val_set, "evaluation", model, cfg, world, ops, dtype, bad_samples))
+        found = accuracy(*count_on(val_set, "evaluation", model, cfg, world, ops, dtype, run.bad_samples))
         if average:
-            counts = count_on(val_set, "evaluation", average.module, cfg, world, ops, dtype, bad_samples)
+            counts = count_on(val_set, "evaluation", average.module, cfg, world, ops, dtype, run.bad_samples)
             found |= {f"ema_{name}": value for name, value in accuracy(*counts).items()}
         return found
 
     def note_accuracy(done):
-        """Log the accuracy after this many steps."""
-        with meter.paused():
+        """Measure the accuracy after this many steps, and log it."""
+        with run.paused():
             metrics = evaluate()
-        log.write(step=done, epoch=schedule.epoch(done), **metrics)
-        meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+        run.note(done, metrics, shown(metrics))
 
     # ------------------------------------------------------------ loop
     say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from "
         f"{'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of {cfg.data}, "
-        f"{len(classes)} classes\n{schedule.plan(start)}")
-    loss_value, state = state["loss"] if state else math.nan, None      # frees gigabytes
+        f"{len(classes)} classes\n{schedule.plan(run.start)}")
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
-    flops = classifier_flops(model, model.head, False)
-    meter = Meter(schedule, start, world, peak_img_per_s(flops, dtype, world),
-                  advice_if_late(train_set, cfg.workers))
-    if 0 < start < schedule.stop and schedule.passes(start, cfg.eval_every) and not log.evaluated:
-        note_accuracy(start)                                            # the run was stopped before it could
-    signals.start()
-    for step in range(start, schedule.stop):
-        world.step = step + 1
+    if run.evaluation_missed(cfg.eval_every):
+        note_accuracy(run.start)
+    for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
 
         loss = torch.zeros((), device=device)
-        for micro in range(schedule.accumulation):
-            batch = meter.next(batches)
-            bad_samples.add(batch["bad"])
+        for micro, batch in enumerate(run.micro_batches(batches)):
             place = world.rank * schedule.accumulation + micro          # the same on any number of ranks
             mix = draw_mix(Rng(cfg.seed, MIX, step, place), *cfg.img_size, cfg.mixup, cfg.cutmix)
             labels = batch["label"].to(device, non_blocking=True)
             targets = soft_targets(labels, len(classes), cfg.smoothing, mix.lam)
-            more = micro + 1 < schedule.accumulation
-            with exchange(trained, more):
+            with run.accumulate(trained):                               # ranks add up gradients once per step
                 with autocast(device, dtype):
                     logits = trained(*to_device(batch, mix))
                 micro_loss = F.cross_entropy(logits.float(), targets) / schedule.accumulation
-                scaler.scale(micro_loss).backward()                     # ranks add up gradients once a step
+                scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 
-            stop_signal = world.highest(signals.number)
-            if stop_signal and more:                                    # a step may take minutes: dropped
-                save(step, loss_value)
-                raise Stopped(stop_signal, step, schedule.stop, folder)
-
-        done = step + 1
-        ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = schedule.passes(done, cfg.eval_every)
         scaler.unscale_(optimizer)
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(grads)
-        if cfg.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.clip_grad, grad_norm)
-        finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
+        grad_norm = clip_grad_norm(model, cfg.clip_grad)
+        run.guard(loss, lr, grad_norm)                                  # NaN, Inf: no step changes a weight
+        optimizer.step()
         scaler.update()
         optimizer.zero_grad()
         if average:
             average.update_parameters(model)
 
-        saves = done % cfg.save_every == 0 or ends or passed or stop_signal
-        if logs or saves:
-            finite.check()                                              # waits for the GPU: not every step
-            loss_value = world.mean([loss.item()])[0]
-            bad_samples.report(meter.say)
-        if logs:
-            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
-                      grad_norm=grad_norm.item(), **finite.counted(), **meter.read(done, loss_value, lr))
-        if saves:
-            save(done, loss_value)
-        if stop_signal and not ends:
-            raise Stopped(stop_signal, done, schedule.stop, folder)
-        if passed and not ends:
-            note_accuracy(done)
-    signals.release()
+        evaluates = schedule.evaluation_due(step + 1, cfg.eval_every)
+        run.end_step(loss, lr, grad_norm, save=evaluates)
+        if evaluates and step + 1 < schedule.stop:
+            note_accuracy(step + 1)
 
     # ------------------------------------------------------------ evaluation
-    metrics = dict(step=schedule.stop, loss=loss_value, **evaluate())
-    log.write(done=True, **metrics)
-    meter.say(f"done: {shown(metrics)}")
+    metrics = dict(step=schedule.stop, loss=run.loss, **evaluate())
     if world.is_main:
-        export(folder / "classifier.pt", model, cfg, classes)
+        export(run.folder / "classifier.pt", model, cfg, classes)
         if average:
-            export(folder / "classifier_ema.pt", average.module, cfg, classes)
-        about = dict(config=asdict(cfg), environment=describe_environment(world))
-        write_json(folder / "metrics.json", metrics | about)
+            export(run.folder / "classifier_ema.pt", average.module, cfg, classes)
+    run.finish(metrics, shown(metrics))
     if baseline:
-        meter.say(compared(metrics, baseline, cfg.baseline))
+        say(compared(metrics, baseline, cfg.baseline))
     return metrics
 
 
@@ -445,4 +384,4 @@ def measure(cfg, world):
 
 
 if __name__ == "__main__":
-    run(main, parse(Config))
+    process.run(main, parse(Config))

@@ -180,8 +180,9 @@ def pretrain(cfg, run):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run.restore_optimizer(optimizer, scaler)
-    run.begin(schedule, stream, train_set, model, optimizer, scaler, num_images=len(train_set),
-              flops=step_flops(model), dtype=dtype, advice=advice_if_late(train_set, cfg.workers))
+    run.open(len(train_set))
+    run.begin(schedule, stream, train_set, model, optimizer, scaler, flops=step_flops(model), dtype=dtype,
+              advice=advice_if_late(train_set, cfg.workers))
 
     def draw(step):
         """Write a picture of what the model predicts for a few held-out images."""

@@ -17,46 +17,40 @@ depends on --batch-size, and from rank 0's running statistics comes the evaluati
 Shapes: B images of a micro-batch, n images of a split, D width.
 """
 
-import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mff_min.augment import MODES
-from mff_min.config import (
-    check_batches, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides)
-from mff_min.errors import UserError
-from mff_data.views import Views, advice_if_late, make_loader
-from mff_min.stream import Stream, each_once
-from mff_min.probe import check_measured
-from mff_run.finite import FiniteSteps
-from mff_run.flops import classifier_flops, peak_img_per_s
-from tools.layers import (
-    chart_of_layers, features_of_layers, margin, margin_line, parse_layers, table_of_layers)
-from mff_min.optim import LARS, cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
-from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
-from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
-                           pixel_features, pool_tokens, shown)
-from mff_min.rng import ORDER, permutation
-from mff_run.progress import Meter, Progress
-from mff_min.errors import Fault
-from mff_run.log import BadSamples, Log
-from mff_run.process import StopSignals, Stopped, run
-from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
-from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops, start_world
-from mff_run.files import write_atomically, write_json
-from mff_run.sharded import exchange
 from mff_data.sources import check_labels, fingerprint, open_data
+from mff_data.views import Views, advice_if_late, make_loader
+from mff_min.augment import MODES
+from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
+                            side_or_sides)
+from mff_min.errors import Fault, UserError
+from mff_min.optim import LARS, clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
+from mff_min.probe import (LinearProbe, accuracy, check_measured, count_all, count_hits, knn_scores,
+                           logistic_scores, pixel_features, pool_tokens, shown)
+from mff_min.rng import ORDER, permutation
+from mff_min.stream import Stream, each_once
 from mff_min.vit import MODELS
+from mff_run import process
+from mff_run.files import write_atomically
+from mff_run.flops import classifier_flops
+from mff_run.progress import Progress
+from mff_run.run import Run, RunFlags
+from mff_run.world import autocast, pick_dtype, pick_ops
+from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
+from tools.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
+                          table_of_layers)
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunFlags):
     # these change the result
     checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
     model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
@@ -91,21 +85,9 @@ class Config:
     dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # these change only how it is reached
+    # these change only how it is reached, as do those of RunFlags
     output_dir: str = knob("runs/probe", "the run's folder")
-    resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
-    allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
-    workers: int = knob(0, "loader processes for each training process", least=0)
-    max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
-    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
-    deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
-    compile: bool = knob(False, "torch.compile the encoder")
-    timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
-    log_every: int = knob(20, "steps between lines of the log", above=0)
-    save_every: int = knob(500, "steps between checkpoints", above=0)
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
-    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
 
 
 def check(cfg, world_size):
@@ -128,13 +110,13 @@ def check(cfg, world_size):
 
 def main(cfg):
     """Probe as cfg says; returns the metrics, acc1 and acc5 among them, or those of every layer."""
-    with start_world(cfg.device, cfg.deterministic, cfg.timeout) as world, StopSignals() as signals:
-        check(cfg, world.size)
-        return probe(cfg, world, signals)
+    with Run(cfg) as run:
+        check(cfg, run.world.size)
+        return probe(cfg, run)
 
 
-def probe(cfg, world, signals):
-    say, device, dtype = world.say, world.device, pick_dtype(cfg.dtype, world.device)
+def probe(cfg, run):
+    say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
     cfg = replace(cfg, **settings_of(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
                                      cfg.mean, cfg.std))
@@ -142,25 +124,22 @@ def probe(cfg, world, signals):
     encoder = build_encoder(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).to(device)
     layers = parse_layers(cfg.layers, len(encoder.blocks))
     ops = pick_ops(cfg.ops, device)
-    state = resumed_state(cfg, world)
-    start = state["step"] if state else 0
+    run.resume(cfg)
 
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
     check_labels(cfg.data, train_set, val_set)
-    seen = fingerprint(train_set)
-    check_same_data(cfg, state, seen)
+    run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(90, 10))
-    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, start, schedule.stop,
+    stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, run.start, schedule.stop,
                     world.rank, world.size)
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
     forward = encoder.forward_features
     if cfg.compile:
         forward = torch.compile(forward, dynamic=False)
-    folder = open_folder(cfg, world, state)
-    bad_samples = BadSamples(folder, world, len(train_set) + len(val_set), cfg.max_bad)
+    run.open(len(train_set) + len(val_set))
 
     def load(source, crop, batches):
         """A loader of views of a source, in batches of (epoch, index)."""
@@ -182,26 +161,20 @@ def probe(cfg, world, signals):
         found, labels, progress = [], [], Progress(len(keys), 0, world, text=f"features of {text}")
         batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
         for i, batch in enumerate(load(source, crop, batches)):
-            bad_samples.add(batch["bad"])
+            run.bad_samples.add(batch["bad"])
             with torch.no_grad(), autocast(device, dtype):
                 found.append({name: features.cpu() for name, features in measure(prepare(batch)).items()})
             for features in found[-1].values():
                 check_measured(features, "the features")
             labels.append(batch["label"].masked_fill(batch["replaced"], -1))
             progress.tick(min((i + 1) * cfg.batch_size, len(keys)))
-        bad_samples.report(say)
+        run.bad_samples.report(say)
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(labels)
 
     def collect_pooled(source, crop, keys, text):
         """(features (n, D) as the probe gets them, labels (n,), -1 if unreadable), on the CPU."""
         found, labels = collect(source, crop, keys, lambda images: {"pooled": extract(images)}, text)
         return found["pooled"], labels
-
-    def record(metrics):
-        """Write metrics.json: what was measured, with the flags and on what machine."""
-        if world.is_main:
-            about = dict(config=asdict(cfg), environment=describe_environment(world))
-            write_json(folder / "metrics.json", metrics | about)
 
     say(f"{pretrained.path}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, frozen; "
         f"feature: {'class token' if cfg.pool == 'token' else 'mean of the patch tokens'}; {len(train_set)} "
@@ -215,106 +188,72 @@ def probe(cfg, world, signals):
             metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
             if cfg.layer_baselines:
                 picture = chart_of_layers(metrics["rows"])
-                write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
+                write_atomically(run.folder / "layers.png", lambda file: picture.save(file, format="PNG"))
         elif cfg.knn:
             metrics = classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say)
         else:
             metrics = probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say)
-        record(metrics)
+        run.record(metrics)
         return metrics
 
     # ------------------------------------------------------------ optimizer
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     head = LinearProbe(encoder.embed_dim, len(train_set.classes)).to(device)
     optimizer = LARS(param_groups(head, cfg.weight_decay))
-    if state:
-        load_state(head, state["model"], f"the checkpoint in {cfg.output_dir}")
-        load_optimizer(optimizer, state["optimizer"])
+    run.restore_model(head)
+    run.restore_optimizer(optimizer)
     # Ranks keep their own running statistics, and evaluation uses those of rank 0.
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
-    warn_of_space(folder, world, head, copies=2)                        # its weights and LARS's momentum
-    log = Log(folder, world, start)
-    resume_hint = "a lower --blr may help"
-    finite = FiniteSteps(optimizer, world, folder, stream, train_set, resume_hint)
-
-    def save(step, loss):
-        """Write last.pt: all that the run needs to go on from this step."""
-        finite.check()
-        save_run(folder, world, head, step, resume_hint, loss=loss, config=asdict(cfg), data=seen,
-                 optimizer=optimizer.state_dict())
+    run.begin(schedule, stream, train_set, head, optimizer, dtype=dtype, copies=2,
+              flops=classifier_flops(encoder, head.head, True), advice=advice_if_late(train_set, cfg.workers),
+              hint="a lower --blr may help")
 
     def evaluate():
         """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""
         world.share(head.buffers())
         head.eval()
         batches = load(val_set, "evaluation", each_once(len(val_set), cfg.batch_size, world))
-        counts = count_all(lambda batch: head(extract(prepare(batch))), batches, bad_samples)
+        counts = count_all(lambda batch: head(extract(prepare(batch))), batches, run.bad_samples)
         head.train()
-        bad_samples.report(say)
+        run.bad_samples.report(say)
         return accuracy(*world.total(counts))
 
     def note_accuracy(done):
-        """Log the accuracy after this many steps."""
-        with meter.paused():
+        """Measure the accuracy after this many steps, and log it."""
+        with run.paused():
             metrics = evaluate()
-        log.write(step=done, epoch=schedule.epoch(done), **metrics)
-        meter.say(f"epoch {schedule.epoch(done):.1f}: {shown(metrics)}")
+        run.note(done, metrics, shown(metrics))
 
     # ------------------------------------------------------------ loop
-    say(schedule.plan(start))
+    say(schedule.plan(run.start))
     batches = iter(load(train_set, "single_draw", stream))
-    loss_value = state["loss"] if state else math.nan
-    flops = classifier_flops(encoder, head.head, True)
-    meter = Meter(schedule, start, world, peak_img_per_s(flops, dtype, world),
-                  advice_if_late(train_set, cfg.workers))
-    if 0 < start < schedule.stop and schedule.passes(start, cfg.eval_every) and not log.evaluated:
-        note_accuracy(start)                                            # the run was stopped before it could
-    signals.start()
-    for step in range(start, schedule.stop):
-        world.step = step + 1
+    if run.evaluation_missed(cfg.eval_every):
+        note_accuracy(run.start)
+    for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
 
         loss = torch.zeros((), device=device)
-        for micro in range(schedule.accumulation):
-            batch = meter.next(batches)
-            bad_samples.add(batch["bad"])
+        for batch in run.micro_batches(batches):
             features, labels = extract(prepare(batch)), batch["label"].to(device, non_blocking=True)
-            more = micro + 1 < schedule.accumulation
-            with exchange(trained, more):
+            with run.accumulate(trained):                               # ranks add up gradients once per step
                 micro_loss = F.cross_entropy(trained(features), labels) / schedule.accumulation
-                micro_loss.backward()                                   # ranks add up gradients once a step
+                micro_loss.backward()
             loss += micro_loss.detach()
 
-        done = step + 1
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in head.parameters()])
-        finite.step(done, lr, loss, grad_norm)                          # the optimizer's, where all is finite
+        grad_norm = clip_grad_norm(head, 0.0)                           # LARS scales its steps by itself
+        run.guard(loss, lr, grad_norm)                                  # NaN, Inf: no step changes a weight
+        optimizer.step()
         optimizer.zero_grad()
 
-        ends, logs = done == schedule.stop, done % cfg.log_every == 0 or done == 1
-        passed = schedule.passes(done, cfg.eval_every)
-        stop_signal = world.highest(signals.number)
-        saves = done % cfg.save_every == 0 or ends or passed or stop_signal
-        if logs or saves:
-            finite.check()                                              # waits for the GPU: not every step
-            loss_value = world.mean([loss.item()])[0]
-            bad_samples.report(meter.say)
-        if logs:
-            log.write(step=done, epoch=schedule.epoch(done), loss=loss_value, lr=lr,
-                      **meter.read(done, loss_value, lr))
-        if saves:
-            save(done, loss_value)
-        if stop_signal and not ends:
-            raise Stopped(stop_signal, done, schedule.stop, folder)
-        if passed and not ends:
-            note_accuracy(done)
-    signals.release()
+        evaluates = schedule.evaluation_due(step + 1, cfg.eval_every)
+        run.end_step(loss, lr, grad_norm, save=evaluates)
+        if evaluates and step + 1 < schedule.stop:
+            note_accuracy(step + 1)
 
     # ------------------------------------------------------------ evaluation
-    metrics = dict(step=schedule.stop, loss=loss_value, **evaluate())
-    log.write(done=True, **metrics)
-    meter.say(f"done: {shown(metrics)}")
-    record(metrics)
+    metrics = dict(step=schedule.stop, loss=run.loss, **evaluate())
+    run.finish(metrics, shown(metrics))
     return metrics
 
 
@@ -429,4 +368,4 @@ def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device
 
 
 if __name__ == "__main__":
-    run(main, parse(Config))
+    process.run(main, parse(Config))

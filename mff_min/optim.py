@@ -96,8 +96,6 @@ class Schedule:
         """Whether step `done` is the first to reach a multiple of so many epochs."""
         return self.epoch(done) // every > self.epoch(done - 1) // every
 
-    passes = evaluation_due
-
     def plan(self, start):
         """What a run from step `start` is about to do, as text."""
         text = (f"steps {start} to {self.stop} of {self.global_batch} images in {self.accumulation} "

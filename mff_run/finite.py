@@ -53,10 +53,6 @@ class FiniteSteps:
         self.first, self.bad, self.seen = first, bad.where(new, self.bad), values.where(new, self.seen)
         self.optimizer.found_inf = (skip | (first != NEVER)).float()    # as fused AdamW takes it
 
-    def step(self, *seen):
-        self.guard(*seen)
-        self.optimizer.step()
-
     @property
     def skips(self):
         """[all, those in a row up to now] of the steps that float16 skipped, else None; reads the device."""

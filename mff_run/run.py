@@ -114,22 +114,25 @@ class Run:
             if scaler and self.state["scaler"]:                         # empty unless it was float16
                 scaler.load_state_dict(self.state["scaler"])
 
-    def begin(self, schedule, stream, source, model, optimizer, scaler=None, *, num_images, flops, dtype,
-              advice, hint=HINT, copies=3, **kept):
-        """Open the run's folder, and what is written there. Raises UserError where it cannot be written.
+    def open(self, num_images):
+        """Make the run's folder ready. --max-bad is a share of so many images. Raises UserError."""
+        self.folder = open_folder(self.cfg, self.world, self.state)
+        self.bad_samples = BadSamples(self.folder, self.world, num_images, self.cfg.max_bad)
 
-        source has the names of the samples that stream orders. num_images is the number of images of which
-        --max-bad is a share. flops is of one image, in dtype: the log's mfu is made of it. advice is printed
-        where data is late, hint where a loss is not finite. A checkpoint is `copies` times as large as the
-        model. kept are functions that return what else it holds, by name.
+    def begin(self, schedule, stream, source, model, optimizer, scaler=None, *, flops, dtype, advice,
+              hint=HINT, copies=3, **kept):
+        """Prepare the loop; the folder is open.
+
+        source has the names of the samples that stream orders. flops, of one image in dtype, is what the
+        log's mfu is made of. advice is printed where data is late, hint where a loss is not finite. A
+        checkpoint is `copies` times as large as the model. kept are functions, by name, that return what else
+        a checkpoint holds.
         """
-        world, cfg = self.world, self.cfg
+        world = self.world
         self.schedule, self.model, self.optimizer, self.scaler = schedule, model, optimizer, scaler
         self.flops, self.dtype, self.advice, self.hint, self.kept = flops, dtype, advice, hint, kept
-        self.folder = open_folder(cfg, world, self.state)
         warn_of_space(self.folder, world, model, copies)
         self.log = Log(self.folder, world, self.start)
-        self.bad_samples = BadSamples(self.folder, world, num_images, cfg.max_bad)
         half, skips = bool(scaler and scaler.is_enabled()), (self.state or {}).get("skips")
         self.finite = FiniteSteps(optimizer, world, self.folder, stream, source, hint, half, skips)
         self.state = None                                               # frees gigabytes
@@ -218,10 +221,14 @@ class Run:
         self.log.write(step=done, epoch=self.schedule.epoch(done), **metrics)
         (self.meter or self.world).say(f"epoch {self.schedule.epoch(done):.1f}: {text}")
 
-    def finish(self, metrics, text):
-        """Log and print what the run ended with, and write metrics.json."""
-        self.log.write(done=True, **metrics)
+    def record(self, metrics):
+        """Write metrics.json: what was measured, with the flags and the environment."""
         if self.world.is_main:
             about = dict(config=asdict(self.cfg), environment=describe_environment(self.world))
             write_json(self.folder / "metrics.json", metrics | about)
+
+    def finish(self, metrics, text):
+        """Log, print and record what the run ended with."""
+        self.log.write(done=True, **metrics)
         self.meter.say(f"done: {text}")
+        self.record(metrics)

@@ -119,11 +119,10 @@ def config_fields(text):
     """{name: annotation} of the Config of a script, with those of RunFlags; empty where it has none."""
     classes = {node.name: node for part in (text, FILES["mff_run/run.py"]) for node in ast.parse(part).body
                if isinstance(node, ast.ClassDef)}
-    found = {}
-    for node in (classes.get("Config"), classes.get("RunFlags")):
-        if node and (node.name == "Config" or found and "RunFlags" in map(ast.unparse, classes["Config"].bases)):
-            fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-            found = {field.target.id: ast.unparse(field.annotation) for field in fields} | found
+    config, found = classes.get("Config"), {}
+    for node in [config, *(classes.get(ast.unparse(base)) for base in config.bases)] if config else ():
+        fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+        found = {field.target.id: ast.unparse(field.annotation) for field in fields} | found
     return found
 
 
