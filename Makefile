@@ -24,7 +24,7 @@ record-demo:
 # Which layers of a small encoder tell what: the demo's model, trained for longer, and a probe of six of its blocks.
 probe: $(VENV)/demo-installed
 	$(BIN)/torchrun train_pretrain.py $(SMALL) --steps 800 --output-dir runs/probed --resume auto
-	$(BIN)/torchrun train_probe.py --checkpoint runs/probed --layers 0,2,4,6,8,11 --layer-images 4000 --pool avg \
+	$(BIN)/python -m tools.probe_layers --checkpoint runs/probed --layers 0,2,4,6,8,11 --images 4000 --pool avg \
 	    --output-dir runs/probed-layers
 
 record-probe:
@@ -41,8 +41,9 @@ finetune: $(VENV)/demo-installed
 	test -f runs/demo/encoder.pt || $(MAKE) demo
 	$(BIN)/torchrun train_finetune.py --checkpoint runs/demo $(TUNE) --lr 5e-4 --layer-decay 1 --random-init \
 	    --output-dir runs/finetune-random
-	$(BIN)/torchrun train_finetune.py --checkpoint runs/demo $(TUNE) --lr 4e-3 --baseline runs/finetune-random \
-	    --output-dir runs/finetune
+	$(BIN)/torchrun train_finetune.py --checkpoint runs/demo $(TUNE) --lr 4e-3 --output-dir runs/finetune
+	PYTHONPATH=tests $(BIN)/python -c 'from generated import finetuned; \
+	    print(finetuned("runs/finetune/metrics.json", "runs/finetune-random/metrics.json"))'
 
 record-finetune:
 	mkdir -p results

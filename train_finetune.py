@@ -8,8 +8,8 @@ The defaults are the recipe of the paper's appendix. The same script does what f
 
     transfer (table 5)          --data cifar100:DIR, cars:DIR; recipes/ has the published settings
     low-shot                    --subset 1percent.txt
-    accuracy of a checkpoint    --checkpoint runs/finetune --evaluate
-    robustness                  --checkpoint runs/finetune --robustness imagenet-a:DIR
+
+Accuracy and robustness of a finished classifier: python -m tools.evaluate.
 
 Published for vit_b after 800 epochs of ImageNet: MAE 83.3, PixMIM 83.5, MFF_MAE 83.6. Mixup mixes the images
 of one micro-batch, as published, so the result depends on --batch-size, but not on the number of processes.
@@ -17,12 +17,8 @@ of one micro-batch, as published, so the result depends on --batch-size, but not
 Shapes: B images of a micro-batch.
 """
 
-import contextlib
 import functools
-import json
-import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +27,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mff_data.sources import check_classes, check_labels, fingerprint, open_data, subset
 from mff_data.views import Views, advice_if_late, make_loader
-from mff_min.augment import (MODES, draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
+from mff_min.augment import (draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
                              soft_targets)
-from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
-                            side_or_sides)
+from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.probe import accuracy, count_all, shown
 from mff_min.rng import MIX, Rng
 from mff_min.stream import Stream, each_once
-from mff_min.vit import MODELS
 from mff_run import process
-from mff_run.files import write_json, write_tensors
+from mff_run.files import write_tensors
 from mff_run.flops import classifier_flops
-from mff_run.log import BadSamples
-from mff_run.resume import open_folder
 from mff_run.run import Run, RunFlags
-from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops
-from mff_weights.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained, settings_of
-from tools.robustness import RobustnessSet, open_robustness, summarise, table
+from mff_run.world import autocast, pick_dtype, pick_ops
+from mff_weights.pretrained import build_like, load_for_tuning, read_pretrained, settings_of
 
 # ---------------------------------------------------------------- config
 
@@ -59,14 +50,11 @@ class Config(RunFlags):
     # these change the result
     checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
-    model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")
     subset: str = opt("", "a file that names the training images to use, one a line (low-shot)")
     img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)
-    patch_size: int | None = opt(None, "side of a patch in pixels; not given: the checkpoint's", above=0)
-    in_chans: int | None = opt(None, "channels; not given: the checkpoint's", choices=list(MODES))
     mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     global_pool: str = opt("avg", "avg: mean of the patch tokens, fc_norm; token: class token, final norm",
@@ -97,10 +85,7 @@ class Config(RunFlags):
                      choices=["auto", "float32", "bfloat16", "float16"])
 
     # these change only how it is reached, as do those of RunFlags
-    evaluate: bool = knob(False, "train nothing: the accuracy of the checkpoint on --data's val")
-    robustness: str = knob("", "train nothing: imagenet-a:DIR, or -r, -sketch, -c: accuracy on such images")
-    baseline: str = knob("", "folder of a finished run that the result is compared with at the end")
-    output_dir: str = knob("", "the run's folder; not given: runs/finetune, or runs/measured")
+    output_dir: str = knob("runs/finetune", "the run's folder")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
 
@@ -114,14 +99,6 @@ def check(cfg, world_size):
                        ("rand_augment", 10.0)):
         if getattr(cfg, name) > most:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name):g}: expected {most:g} or less")
-    if cfg.evaluate and cfg.robustness:
-        raise UserError("--evaluate and --robustness are two measurements: expected one of them")
-    if cfg.evaluate or cfg.robustness:
-        ignored = [name for name in ("random_init", "subset", "resume", "baseline") if getattr(cfg, name)]
-        if ignored:
-            raise UserError(f"--{ignored[0].replace('_', '-')} is for training: expected neither --evaluate "
-                            f"nor --robustness")
-        return
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
     if cfg.batch_size % 2 and (cfg.mixup or cfg.cutmix):
         raise UserError(f"--batch-size {cfg.batch_size} is odd: mixup and cutmix mix pairs of a micro-batch, "
@@ -132,21 +109,16 @@ def check(cfg, world_size):
 
 
 def main(cfg):
-    """Fine-tune, or only measure, as cfg says; returns the metrics, acc1 and acc5 among them."""
-    measures = cfg.evaluate or cfg.robustness
-    cfg = replace(cfg, output_dir=cfg.output_dir or ("runs/measured" if measures else "runs/finetune"))
+    """Fine-tune as cfg says; returns the metrics, acc1 and acc5 among them."""
     with Run(cfg) as run:
         check(cfg, run.world.size)
-        return measure(cfg, run.world) if measures else finetune(cfg, run)
+        return finetune(cfg, run)
 
 
 def finetune(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
-                                     cfg.mean, cfg.std))
-    check_channels(cfg.in_chans, cfg.mean, cfg.std)
-    baseline = read_baseline(cfg.baseline)
+    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
     state = run.resume(cfg)
 
     # ------------------------------------------------------------ data
@@ -170,16 +142,15 @@ def finetune(cfg, run):
 
     # ------------------------------------------------------------ model
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
-    model = build_vit(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, num_classes=len(classes),
-                      global_pool=cfg.global_pool, drop_path=cfg.drop_path,
-                      grad_checkpointing=cfg.grad_checkpointing)
+    model = build_like(pretrained, cfg.img_size, num_classes=len(classes), global_pool=cfg.global_pool,
+                       drop_path=cfg.drop_path, grad_checkpointing=cfg.grad_checkpointing)
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)            # MAE's: starts from equal logits
     if not cfg.random_init:
         load_for_tuning(model, pretrained)
     model.to(device)
     depth = len(model.blocks)
     ops = pick_ops(cfg.ops, device)
-    views = Views(train_set, cfg.crop, cfg.img_size, cfg.in_chans, 2 * depth, cfg.seed, augment, cfg.reprob)
+    views = Views(train_set, cfg.crop, cfg.img_size, model.in_chans, 2 * depth, cfg.seed, augment, cfg.reprob)
 
     def to_device(batch, mix):
         """Erased and mixed images (B, C, H, W), and the noise for drop path (B, depth, 2)."""
@@ -226,9 +197,9 @@ def finetune(cfg, run):
         run.note(done, metrics, shown(metrics))
 
     # ------------------------------------------------------------ loop
-    say(f"{cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters from "
-        f"{'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of {cfg.data}, "
-        f"{len(classes)} classes\n{schedule.plan(run.start)}")
+    say(f"{pretrained.config['model']}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters "
+        f"from {'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of "
+        f"{cfg.data}, {len(classes)} classes\n{schedule.plan(run.start)}")
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     if run.evaluation_missed(cfg.eval_every):
         note_accuracy(run.start)
@@ -270,8 +241,6 @@ def finetune(cfg, run):
         if average:
             export(run.folder / "classifier_ema.pt", average.module, cfg, classes)
     run.finish(metrics, shown(metrics))
-    if baseline:
-        say(compared(metrics, baseline, cfg.baseline))
     return metrics
 
 
@@ -280,30 +249,6 @@ def export(path, model, cfg, classes):
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     content = {"model": weights, "config": asdict(cfg), "classes": classes}
     write_tensors(path, content)
-
-
-COMPARED = ("acc1", "acc1_error")
-
-
-def read_baseline(folder):
-    """What the finished run in folder reached, or None where no folder is given. Raises UserError."""
-    if not folder:
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        metrics = json.loads((Path(folder) / "metrics.json").read_text())
-        if isinstance(metrics, dict) and all(isinstance(metrics.get(name), float) for name in COMPARED):
-            return metrics
-    raise UserError(f"--baseline {folder}: expected the folder of a finished run, with numbers for "
-                    f"{' and '.join(COMPARED)} in metrics.json")
-
-
-def compared(metrics, other, folder):
-    """This run's acc1 beside that of another one, as text."""
-    difference = metrics["acc1"] - other["acc1"]
-    error = math.hypot(metrics["acc1_error"], other["acc1_error"])
-    ratio = f", {difference / error:.1f} standard errors" if error else ""
-    return (f"acc1 {metrics['acc1']:.2f} % here, {other['acc1']:.2f} % in {folder}: {difference:+.2f} +- "
-            f"{error:.2f}{ratio}")
 
 
 # ---------------------------------------------------------------- measuring
@@ -322,65 +267,12 @@ def count_on(source, crop, model, cfg, world, ops, dtype, bad_samples, columns=s
         with autocast(device, dtype):
             return model(images)[:, columns].float()
 
-    views = Views(source, crop, cfg.img_size, cfg.in_chans, 0, cfg.seed)
+    views = Views(source, crop, cfg.img_size, model.in_chans, 0, seed=0)      # it draws only replacements
     keys = each_once(len(source), cfg.batch_size, world)
     batches = make_loader(views, keys, cfg.workers, device.type == "cuda", cfg.timeout)
     counts = count_all(score, batches, bad_samples)
     bad_samples.report(world.say)
     return world.total(counts)
-
-
-def measure(cfg, world):
-    """The accuracy of a classifier as it is, on --data's validation images or on a robustness set."""
-    device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
-    pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
-                                     cfg.mean, cfg.std))
-    check_channels(cfg.in_chans, cfg.mean, cfg.std)
-    if "head.weight" not in pretrained.encoder:
-        raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what this stage writes, "
-                        f"or timm's names with head.weight among them")
-    num_classes = len(pretrained.encoder["head.weight"])
-    cfg = replace(cfg, global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
-    model = build_vit(cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans, num_classes=num_classes,
-                      global_pool=cfg.global_pool)
-    load_classifier(model, pretrained)
-    model.to(device)
-    ops = pick_ops(cfg.ops, device)
-
-    source, classes = None, pretrained.classes
-    if cfg.evaluate or not classes:
-        source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say))
-        if not source.is_split:
-            raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*")
-        check_classes(source.classes, classes or source.classes, want=f"checkpoint {pretrained.path}")
-        if not classes:
-            world.say(f"{pretrained.path} does not name its classes: taken for those of {cfg.data}, in order")
-        classes = source.classes
-    if len(classes) != num_classes:
-        raise UserError(f"checkpoint {pretrained.path} has {num_classes} outputs and does not name them, and "
-                        f"--data {cfg.data} has {len(classes)} classes: expected the data it was trained on")
-    sets = (open_robustness(cfg.robustness, classes) if cfg.robustness else
-            [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
-    if (Path(cfg.output_dir) / "last.pt").exists():
-        raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
-                        f"--output-dir")
-    folder = open_folder(cfg, world)
-    bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
-    found = {}
-    for one in sets:
-        found[one.name] = count_on(one.source, one.crop, model, cfg, world, ops, dtype, bad_samples,
-                                   one.columns)
-        world.say(f"{one.name}: {shown(accuracy(*found[one.name]))}")
-    metrics = accuracy(*found["val"]) if cfg.evaluate else {}
-    if cfg.robustness:
-        kind = cfg.robustness.partition(":")[0]
-        metrics = summarise(kind, found)
-        world.say(table(kind, metrics))
-    if world.is_main:
-        about = dict(config=asdict(cfg), environment=describe_environment(world))
-        write_json(folder / "metrics.json", metrics | about)
-    return metrics
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ What is measured, and how, follows from one flag:
     the paper's protocol        (the defaults: 90 epochs of LARS, batch 16384, a new crop in every epoch)
     its approximation, quickly  --cache 4 --cache-lrs 0.05,0.1,0.2
     nearest neighbours          --knn 20
-    every block, both labels    --layers all
+
+Every block, and both labels of the embedded images: python -m tools.probe_layers.
 
 Published for vit_b after 800 epochs of ImageNet: MAE 65.1, PixMIM 67.5, MFF_MAE 67.0. The probe normalises
 each micro-batch of --batch-size images by its own statistics, on each rank alone, as published: so the result
@@ -17,7 +18,6 @@ depends on --batch-size, and from rank 0's running statistics comes the evaluati
 Shapes: B images of a micro-batch, n images of a split, D width.
 """
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,25 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mff_data.sources import check_labels, fingerprint, open_data
 from mff_data.views import Views, advice_if_late, make_loader
-from mff_min.augment import MODES
-from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
-                            side_or_sides)
+from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import Fault, UserError
 from mff_min.optim import LARS, clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
-from mff_min.probe import (LinearProbe, accuracy, check_measured, count_all, count_hits, knn_scores,
-                           logistic_scores, pixel_features, pool_tokens, shown)
-from mff_min.rng import ORDER, permutation
+from mff_min.probe import (LinearProbe, accuracy, collect_features, count_all, count_hits, knn_scores,
+                           pool_tokens, shown)
 from mff_min.stream import Stream, each_once
-from mff_min.vit import MODELS
 from mff_run import process
-from mff_run.files import write_atomically
 from mff_run.flops import classifier_flops
 from mff_run.progress import Progress
 from mff_run.run import Run, RunFlags
 from mff_run.world import autocast, pick_dtype, pick_ops
-from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
-from tools.layers import (chart_of_layers, features_of_layers, margin, margin_line, parse_layers,
-                          table_of_layers)
+from mff_weights.pretrained import build_encoder, read_pretrained, settings_of
 
 # ---------------------------------------------------------------- config
 
@@ -53,13 +46,10 @@ from tools.layers import (chart_of_layers, features_of_layers, margin, margin_li
 class Config(RunFlags):
     # these change the result
     checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
-    model: str | None = opt(None, "size of the encoder; not given: the checkpoint's", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")
     img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)
-    patch_size: int | None = opt(None, "side of a patch in pixels; not given: the checkpoint's", above=0)
-    in_chans: int | None = opt(None, "channels; not given: the checkpoint's", choices=list(MODES))
     mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     pool: str = opt("token", "after the final norm: the class token, or avg, the mean of the patch tokens",
@@ -77,10 +67,6 @@ class Config(RunFlags):
     cache_lrs: tuple[float, ...] | None = opt(None, "base learning rates that --cache tries together",
                                               type=numbers)
     knn: int = opt(0, "classify by this many nearest neighbours instead; 0: do not", least=0)
-    knn_temperature: float = opt(0.07, "their weight is exp(cosine similarity / temperature)", above=0)
-    layers: str = opt("", "probe blocks instead: all, or a list such as 0,5,11")
-    layer_images: int = opt(10_000, "images of each split for --layers, at most", above=1)
-    layer_baselines: bool = opt(True, "with --layers: also random weights and pixels, and a picture")
     seed: int = opt(0, "of the head's weights, the order and the crops", least=0)
     dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
@@ -96,7 +82,7 @@ def check(cfg, world_size):
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
     if not cfg.checkpoint:
         raise UserError("--checkpoint is not given: expected a run folder, an encoder.pt or a state dict")
-    asked = [flag for flag in ("cache", "knn", "layers") if getattr(cfg, flag)]
+    asked = [flag for flag in ("cache", "knn") if getattr(cfg, flag)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two ways to probe: expected one of them")
     if asked and world_size > 1:
@@ -109,7 +95,7 @@ def check(cfg, world_size):
 
 
 def main(cfg):
-    """Probe as cfg says; returns the metrics, acc1 and acc5 among them, or those of every layer."""
+    """Probe as cfg says; returns the metrics, acc1 and acc5 among them."""
     with Run(cfg) as run:
         check(cfg, run.world.size)
         return probe(cfg, run)
@@ -118,11 +104,8 @@ def main(cfg):
 def probe(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans,
-                                     cfg.mean, cfg.std))
-    check_channels(cfg.in_chans, cfg.mean, cfg.std)
-    encoder = build_encoder(pretrained, cfg.model, cfg.img_size, cfg.patch_size, cfg.in_chans).to(device)
-    layers = parse_layers(cfg.layers, len(encoder.blocks))
+    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
+    encoder = build_encoder(pretrained, cfg.img_size).to(device)
     ops = pick_ops(cfg.ops, device)
     run.resume(cfg)
 
@@ -143,7 +126,7 @@ def probe(cfg, run):
 
     def load(source, crop, batches):
         """A loader of views of a source, in batches of (epoch, index)."""
-        views = Views(source, crop, cfg.img_size, cfg.in_chans, 0, cfg.seed)
+        views = Views(source, crop, cfg.img_size, encoder.in_chans, 0, cfg.seed)
         return make_loader(views, batches, cfg.workers, device.type == "cuda", cfg.timeout)
 
     def prepare(batch):
@@ -156,43 +139,23 @@ def probe(cfg, run):
         with autocast(device, dtype):
             return pool_tokens(forward(images), cfg.pool).float()
 
-    def collect(source, crop, keys, measure, text):
-        """({name: features (n, D)} by measure(images), labels (n,), -1 if unreadable), on the CPU."""
-        found, labels, progress = [], [], Progress(len(keys), 0, world, text=f"features of {text}")
-        batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
-        for i, batch in enumerate(load(source, crop, batches)):
-            run.bad_samples.add(batch["bad"])
-            with torch.no_grad(), autocast(device, dtype):
-                found.append({name: features.cpu() for name, features in measure(prepare(batch)).items()})
-            for features in found[-1].values():
-                check_measured(features, "the features")
-            labels.append(batch["label"].masked_fill(batch["replaced"], -1))
-            progress.tick(min((i + 1) * cfg.batch_size, len(keys)))
-        run.bad_samples.report(say)
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(labels)
-
-    def collect_pooled(source, crop, keys, text):
+    def collect(source, crop, keys, text):
         """(features (n, D) as the probe gets them, labels (n,), -1 if unreadable), on the CPU."""
-        found, labels = collect(source, crop, keys, lambda images: {"pooled": extract(images)}, text)
+        batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
+        progress = Progress(len(keys), 0, world, text=f"features of {text}")
+        found, labels = collect_features(lambda batch: {"pooled": extract(prepare(batch))},
+                                         load(source, crop, batches), run.bad_samples, progress)
+        run.bad_samples.report(say)
         return found["pooled"], labels
 
     say(f"{pretrained.path}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters, frozen; "
         f"feature: {'class token' if cfg.pool == 'token' else 'mean of the patch tokens'}; {len(train_set)} "
         f"images of {cfg.data}, {len(train_set.classes)} classes")
-    if cfg.layers or cfg.knn or cfg.cache:
-        if cfg.layers:
-            fusion = build_fusion(pretrained, encoder)
-            encoders = {"trained": (encoder, fusion)}
-            if cfg.layer_baselines:
-                encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
-            metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
-            if cfg.layer_baselines:
-                picture = chart_of_layers(metrics["rows"])
-                write_atomically(run.folder / "layers.png", lambda file: picture.save(file, format="PNG"))
-        elif cfg.knn:
-            metrics = classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say)
+    if cfg.knn or cfg.cache:
+        if cfg.knn:
+            metrics = classify_by_neighbours(cfg, train_set, val_set, collect, device, say)
         else:
-            metrics = probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say)
+            metrics = probe_cached(cfg, schedule, stream, train_set, val_set, collect, device, say)
         run.record(metrics)
         return metrics
 
@@ -260,7 +223,7 @@ def probe(cfg, run):
 # ---------------------------------------------------------------- other ways to probe
 
 
-def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, device, say):
+def probe_cached(cfg, schedule, stream, train_set, val_set, collect, device, say):
     """Metrics of the best of several learning rates, trained together on the features of a few fixed views.
 
     Epoch e sees view e mod VIEWS of every image, in the protocol's order. With as many views as epochs this
@@ -268,11 +231,11 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, devi
     read is left out.
     """
     keys = [[(view, i) for i in range(len(train_set))] for view in range(cfg.cache)]
-    views = [collect_pooled(train_set, "single_draw", keys[view], f"view {view + 1} of {cfg.cache}")
+    views = [collect(train_set, "single_draw", keys[view], f"view {view + 1} of {cfg.cache}")
              for view in range(cfg.cache)]
     features = torch.stack([features for features, _ in views])         # (VIEWS, n, D)
     labels = torch.stack([labels for _, labels in views])               # (VIEWS, n)
-    val, val_labels = collect_pooled(val_set, "evaluation", [(0, i) for i in range(len(val_set))], "val")
+    val, val_labels = collect(val_set, "evaluation", [(0, i) for i in range(len(val_set))], "val")
     if cfg.cache < schedule.epochs:
         say(f"{cfg.cache} views for {schedule.epochs:.3g} epochs: an approximation of the protocol, which "
             f"draws a new view in every epoch")
@@ -314,57 +277,16 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, collect_pooled, devi
     return dict(step=schedule.stop, views=cfg.cache, tried=tried, **best)
 
 
-def classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say):
+def classify_by_neighbours(cfg, train_set, val_set, collect, device, say):
     """Metrics of a weighted nearest-neighbour classifier on features of the evaluation crop."""
     (train, labels), (val, val_labels) = (
-        collect_pooled(source, "evaluation", [(0, i) for i in range(len(source))], text)
+        collect(source, "evaluation", [(0, i) for i in range(len(source))], text)
         for source, text in ((train_set, "train"), (val_set, "val")))
     train, labels = train[labels >= 0].to(device), labels[labels >= 0].to(device)
-    votes = knn_scores(train, labels, len(train_set.classes), val.to(device), cfg.knn, cfg.knn_temperature)
+    votes = knn_scores(train, labels, len(train_set.classes), val.to(device), cfg.knn)
     metrics = accuracy(*count_hits(votes, val_labels.to(device)))
-    say(f"{cfg.knn} neighbours of {len(train)}, temperature {cfg.knn_temperature:g}: {shown(metrics)}")
-    return dict(k=cfg.knn, temperature=cfg.knn_temperature, **metrics)
-
-
-def probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say):
-    """How well each layer tells each label: {"rows": [...], ...}, and a table of it for the terminal.
-
-    The features are unmasked, of the evaluation crop, pooled as --pool says, and the blocks' before the final
-    norm; the probe is logistic regression. Its baselines, unless --no-layer-baselines: the same layers with
-    random weights, and pixels.
-    """
-    def measure(images):
-        found = {("pixels", "pixels"): pixel_features(images)} if cfg.layer_baselines else {}
-        for kind, (encoder, fusion) in encoders.items():
-            for layer, x in features_of_layers(encoder, fusion, layers, images, cfg.pool, ops).items():
-                found[kind, layer] = x
-        return found
-
-    subsets = []
-    for source, text in ((train_set, "train"), (val_set, "val")):
-        # Chosen at random, because class folders come one after the other.
-        chosen = permutation(len(source), cfg.seed, ORDER, 0)[:cfg.layer_images]
-        features, main = collect(source, "evaluation", [(0, int(i)) for i in chosen], measure, text)
-        kept = main >= 0 if source is train_set else main >= -1         # an unreadable one is a wrong answer
-        labels = {name: torch.as_tensor(values[chosen]).long().where(main >= 0, -1)[kept]
-                  for name, values in source.labels.items()}
-        subsets.append(({key: x[kept].to(device) for key, x in features.items()}, labels))
-    (train, train_labels), (val, val_labels) = subsets
-
-    rows, started = [], time.monotonic()
-    for name, labels in train_labels.items():
-        num_classes = int(labels.max()) + 1
-        for kind, layer in train:
-            scores = logistic_scores(train[kind, layer], labels.to(device), num_classes, val[kind, layer])
-            counts = count_hits(scores, val_labels[name].to(device))
-            rows.append(dict(label=name, kind=kind, layer=layer, **accuracy(*counts)))
-        rows.append(dict(label=name, kind="chance", layer="chance", acc1=100 / num_classes, acc1_error=0.0))
-    say(f"{len(rows)} logistic regressions in {time.monotonic() - started:.0f} s on {len(main)} validation "
-        f"images\n{table_of_layers(rows)}")
-    margins = {name: margin(rows, name) for name in train_labels if cfg.layer_baselines}
-    for name, found in margins.items():
-        say(margin_line(name, found))
-    return dict(pool=cfg.pool, train_images=len(labels), rows=rows, margins=margins)
+    say(f"{cfg.knn} neighbours of {len(train)}: {shown(metrics)}")
+    return dict(k=cfg.knn, **metrics)
 
 
 if __name__ == "__main__":

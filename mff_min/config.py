@@ -70,7 +70,7 @@ def check_channels(in_chans, mean, std):
     """Raise UserError unless mean and std have a number for each channel, and no std is 0."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != in_chans:
-            raise UserError(f"--{name} has {len(values)} numbers: expected {in_chans}, as many as --in-chans")
+            raise UserError(f"--{name} has {len(values)} numbers: expected {in_chans}, one per channel")
     if min(std) <= 0:
         raise UserError(f"--std {min(std)}: expected more than 0")
 

@@ -73,6 +73,24 @@ def count_all(score, batches, bad_samples):
     return counts.tolist()
 
 
+@torch.no_grad()
+def collect_features(measure, batches, bad_samples, progress):
+    """({name: features (n, D)} of measure(batch) over a loader's batches, labels (n,)), on the CPU.
+
+    The label of an unreadable image is -1. Raises Fault where a feature is not finite.
+    """
+    found, labels, done = [], [], 0
+    for batch in batches:
+        bad_samples.add(batch["bad"])
+        found.append({name: features.cpu() for name, features in measure(batch).items()})
+        for features in found[-1].values():
+            check_measured(features, "the features")
+        labels.append(batch["label"].masked_fill(batch["replaced"], -1))
+        done += len(labels[-1])
+        progress.tick(done)
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}, torch.cat(labels)
+
+
 def accuracy(images, top1, top5):
     """acc1 and acc5 in percent, each with its binomial standard error, and the number of images."""
     found = dict(val_images=images)
@@ -110,7 +128,7 @@ def logistic_scores(train, labels, num_classes, val, l2=1e-3):
     return F.linear(val, weight, bias).detach()                         # (B, G)
 
 
-def knn_scores(train, labels, num_classes, val, k, temperature):
+def knn_scores(train, labels, num_classes, val, k, temperature=0.07):
     """Votes (B, G) for val (B, D) by its k nearest of train (n, D), each of weight exp(cosine / temperature).
 
     InstDisc, arXiv 1805.01978; k = 20 and temperature 0.07 are DINO's (arXiv 2104.14294).

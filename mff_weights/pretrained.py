@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
+from mff_min.config import check_channels
 from mff_min.errors import UserError
 from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS, VisionTransformer, init_linear, resize_pos_embed
@@ -51,13 +52,17 @@ def config_of(weights):
                        in_chans=size["in_chans"])
 
 
-def settings_of(pretrained, model, img_size, patch_size, in_chans, mean=None, std=None):
-    """These settings as a dict; where one is None, the checkpoint's own, or ImageNet's mean and deviation."""
+def settings_of(pretrained, img_size=None, mean=None, std=None):
+    """These settings as a dict; where one is None, the checkpoint's own, or ImageNet's mean and deviation.
+
+    Raises UserError unless mean and std fit the checkpoint's channels.
+    """
     saved = pretrained.config
-    return dict(model=model or saved["model"], img_size=tuple(img_size or saved["img_size"]),
-                patch_size=patch_size or saved["patch_size"], in_chans=in_chans or saved["in_chans"],
-                mean=tuple(mean or saved.get("mean", IMAGENET_MEAN)),
-                std=tuple(std or saved.get("std", IMAGENET_STD)))
+    found = dict(img_size=tuple(img_size or saved["img_size"]),
+                 mean=tuple(mean or saved.get("mean", IMAGENET_MEAN)),
+                 std=tuple(std or saved.get("std", IMAGENET_STD)))
+    check_channels(saved["in_chans"], found["mean"], found["std"])
+    return found
 
 
 def build_vit(model, img_size, patch_size, in_chans, **options):
@@ -69,13 +74,18 @@ def build_vit(model, img_size, patch_size, in_chans, **options):
         raise UserError(str(error)) from None
 
 
-def build_encoder(pretrained, model=None, img_size=None, patch_size=None, in_chans=None):
-    """The VisionTransformer that settings_of describes with its trained weights, frozen, in eval mode.
+def build_like(pretrained, img_size, **options):
+    """A VisionTransformer with random weights of the checkpoint's model, patch size and channels."""
+    size = pretrained.config
+    return build_vit(size["model"], img_size, size["patch_size"], size["in_chans"], **options)
 
-    Raises UserError where the weights do not fit.
+
+def build_encoder(pretrained, img_size=None):
+    """The checkpoint's VisionTransformer with its trained weights, frozen, in eval mode.
+
+    Raises UserError where the weights do not fit the image size.
     """
-    settings = settings_of(pretrained, model, img_size, patch_size, in_chans)
-    encoder = build_vit(settings["model"], settings["img_size"], settings["patch_size"], settings["in_chans"])
+    encoder = build_like(pretrained, img_size or pretrained.config["img_size"])
     load_state(encoder, pretrained.encoder, f"checkpoint {pretrained.path}")
     return encoder.requires_grad_(False).eval()
 

@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 for name in imagenet-a imagenet-r imagenet-sketch imagenet-c; do
-    torchrun --nproc-per-node="${GPUS:-8}" train_finetune.py \
+    torchrun --nproc-per-node="${GPUS:-8}" -m tools.evaluate \
         --checkpoint "$CHECKPOINT" --robustness "$name:$DATA/$name" --batch-size 256 --workers 12 \
         --output-dir "runs/robustness/$name"
 done

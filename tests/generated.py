@@ -57,17 +57,23 @@ def probe_shapes_cpu(result):
             f"images, every number in results/probe_shapes_cpu.json:\n\n" + "\n".join(lines))
 
 
-def finetune_shapes_cpu(result):
-    """What `make finetune` reached, from the metrics.json of its two runs."""
-    random = json.loads((ROOT / "results" / "finetune_random_cpu.json").read_text())
+def finetuned(*paths):
+    """What `make finetune` reached, from the metrics.json of its two runs, pre-trained and random."""
+    result, random = (json.loads(Path(path).read_text()) for path in paths)
     difference = result["acc1"] - random["acc1"]
     error = math.hypot(result["acc1_error"], random["acc1_error"])
     here, there = (f"{metrics['acc1']:.1f} +- {metrics['acc1_error']:.1f} %" for metrics in (result, random))
     return (f"After {result['step']} steps of {result['config']['global_batch']} images, acc1 on "
             f"{result['val_images']} validation images is {here} from the pre-trained encoder and {there} "
             f"from random weights, {difference / error:.1f} standard errors apart; chance is 10 %. It is one "
-            f"run of each. The flags stand in the Makefile, the figures in "
-            f"results/finetune_shapes_cpu.json and results/finetune_random_cpu.json.")
+            f"run of each.")
+
+
+def finetune_shapes_cpu(result):
+    """What `finetuned` says of the recorded runs."""
+    paths = [f"results/finetune_{name}_cpu.json" for name in ("shapes", "random")]
+    return (f"{finetuned(*(ROOT / path for path in paths))} The flags stand in the Makefile, the figures in "
+            f"{' and '.join(paths)}.")
 
 
 PROMISES = 12                                                           # of docs/reliability.md

@@ -158,7 +158,7 @@ def test_reconstructions_show_chosen_images_at_steps_spread_over_training(tmp_pa
 
 
 def rows_of_layers(layers, best):
-    """What train_probe.py --layers finds, in its form."""
+    """What tools.probe_layers finds, in its form."""
     found = []
     for label in ("shape", "texture"):
         common = dict(label=label, val_images=100, acc1_error=2.0)
@@ -264,7 +264,7 @@ def test_a_run_alone_gives_all_that_it_has_material_for(pretrained, cache, capsy
     found = analyzed(pretrained, *flags, "--output-dir", tmp_path)
     assert list(found) == ["weights", "curves", "reconstructions", "spectrum", "cka", "attention"]
     said = capsys.readouterr().out
-    assert f"layers: without {pretrained}, which lacks metrics.json of train_probe.py --layers" in said
+    assert f"layers: without {pretrained}, which lacks metrics.json of tools.probe_layers" in said
     blocks, last, highest = found["spectrum"]["panels"]
     assert len(blocks["series"]) == 12 and [x for x, _ in blocks["series"][0]["points"]] == [0, 0.5]
     assert [line["name"] for line in last["series"]] == ["last block", "last block, normed",
@@ -504,7 +504,7 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/nolog", "no figure can be drawn of what is there"),
     ("BAD/run BAD/nolog --figures weights", "--figures weights: BAD/nolog lacks fusion_weights in log.jsonl"),
     ("BAD/nolog --figures curves", "--figures curves: BAD/nolog lacks log.jsonl with a line of training"),
-    ("BAD/run --figures curves,layers", "--figures layers: BAD/run lacks metrics.json of train_probe.py"),
+    ("BAD/run --figures curves,layers", "--figures layers: BAD/run lacks metrics.json of tools.probe_layers"),
     ("BAD/run --figures reconstructions", "BAD/run lacks reconstruction-NNNNNN.png"),
     ("BAD/run --figures cka", "--figures cka: BAD/run lacks last.pt or encoder.pt of train_pretrain.py"),
     ("BAD/run --figures weight", "--figures weight: expected some of weights, curves, reconstructions"),

@@ -238,8 +238,7 @@ def test_a_probe_of_any_family_is_that_of_the_run(pretrained, cache, tmp_path, m
     for checkpoint in (str(pretrained), flags.split()[0]):
         stage = STAGE.replace("--output-dir run", f"--output-dir run{len(found)}").split()
         metrics = train_probe.main(parse(train_probe.Config, [
-            *stage, str(cache), "--knn", "5", "--model", "vit_test", "--img-size", "16", "--checkpoint",
-            checkpoint]))
+            *stage, str(cache), "--knn", "5", "--img-size", "16", "--checkpoint", checkpoint]))
         found.append({name: metrics[name] for name in ("acc1", "acc5", "val_images")})
     assert found[0] == found[1]
 

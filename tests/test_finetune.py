@@ -10,6 +10,7 @@ from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
 from waits import waits_in_steps
 
+import tools.evaluate
 import train_finetune
 from kernels import TORCH
 from mff_data.sources import open_data
@@ -37,6 +38,16 @@ def finetune(tmp_path, cache, pretrained):
         folders = ["--output-dir", str(tmp_path / to), "--cache-dir", str(cache)]
         flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags]
         return train_finetune.main(parse(train_finetune.Config, flags))
+    return call
+
+
+@pytest.fixture
+def evaluate(tmp_path, cache):
+    """evaluate(*flags, to="b") measures the classifier in the folder a; returns the metrics."""
+    def call(*flags, to="b"):
+        flags = ["--checkpoint", str(tmp_path / "a"), "--output-dir", str(tmp_path / to), "--cache-dir",
+                 str(cache), *"--data shapes:100 --device cpu --batch-size 8".split(), *flags]
+        return tools.evaluate.main(parse(tools.evaluate.Config, flags))
     return call
 
 
@@ -156,8 +167,8 @@ STILL = ["--lr", "1e-30", "--weight-decay", "0", "--steps", "1"]
 
 def test_random_weights_start_from_the_sizes_and_nothing_else(finetune, tmp_path, capsys):
     finetune(*STILL, to="a")
-    finetune(*STILL, "--random-init", "--baseline", str(tmp_path / "a"), to="b")
-    assert "from random weights" in (output := capsys.readouterr().out) and "standard errors" in output
+    finetune(*STILL, "--random-init", to="b")
+    assert "from random weights" in capsys.readouterr().out
     torch.manual_seed(0)
     fresh = build_vit("vit_test", (16, 16), 4, 3, num_classes=10, global_pool="avg").state_dict()
     tuned, random = (state_of(tmp_path / to)["model"] for to in "ab")
@@ -253,21 +264,21 @@ def test_two_ranks_equal_one_with_accumulation_to_the_bit(pretrained, tmp_path, 
 # ---------------------------------------------------------------- measuring
 
 
-def test_measuring_a_checkpoint_gives_what_its_run_ended_with(finetune, tmp_path, cache, capsys):
+def test_measuring_a_checkpoint_gives_what_its_run_ended_with(finetune, evaluate, tmp_path):
     want = finetune("--steps", "4", to="a")
     for checkpoint in (tmp_path / "a", tmp_path / "a" / "classifier.pt"):
-        got = finetune("--checkpoint", str(checkpoint), "--evaluate", to="measured")
+        got = evaluate("--checkpoint", str(checkpoint), to="measured")
         assert got == {name: want[name] for name in got} and "acc1" in got
     assert not (tmp_path / "measured" / "last.pt").exists()
     bare = torch.load(tmp_path / "a" / "classifier.pt", weights_only=True)["model"]
     torch.save(bare, tmp_path / "bare.pt")                              # as others publish theirs
-    got = finetune("--checkpoint", str(tmp_path / "bare.pt"), "--evaluate", to="measured")
+    got = evaluate("--checkpoint", str(tmp_path / "bare.pt"), to="measured")
     assert got == {name: want[name] for name in got}
 
 
-def test_a_classifier_is_measured_at_another_image_size(finetune, tmp_path):
+def test_a_classifier_is_measured_at_another_image_size(finetune, evaluate, tmp_path):
     finetune("--steps", "1")
-    metrics = finetune("--checkpoint", str(tmp_path / "a"), "--evaluate", "--img-size", "24", to="b")
+    metrics = evaluate("--img-size", "24")
     assert metrics["val_images"] == 20
     saved = read_pretrained(tmp_path / "a")
     model = build_vit("vit_test", (24, 24), 4, 3, num_classes=10, global_pool="avg")
@@ -275,15 +286,15 @@ def test_a_classifier_is_measured_at_another_image_size(finetune, tmp_path):
     assert torch.equal(model.head.weight, saved.encoder["head.weight"])
 
 
-def test_the_evaluation_crop_is_the_middle_224_of_256(finetune, tmp_path, monkeypatch):
+def test_the_evaluation_crop_is_the_middle_224_of_256(finetune, evaluate, monkeypatch):
     crops, views = [], train_finetune.Views
-    monkeypatch.setattr(train_finetune, "Views", lambda *a: crops.append(a[1]) or views(*a))
+    monkeypatch.setattr(train_finetune, "Views", lambda *a, **more: crops.append(a[1]) or views(*a, **more))
     finetune("--steps", "1", "--crop", "simple", "--ema", "0.9")
-    finetune("--checkpoint", str(tmp_path / "a"), "--evaluate", to="b")
+    evaluate()
     assert crops == ["simple", "evaluation", "evaluation", "evaluation"]
 
 
-def test_an_unreadable_validation_image_counts_as_wrong(finetune, tmp_path):
+def test_an_unreadable_validation_image_counts_as_wrong(finetune, evaluate, tmp_path):
     for split, count in (("train", 4), ("val", 4)):
         for i in range(count):
             folder = tmp_path / "data" / split / "ab"[i % 2]
@@ -293,10 +304,9 @@ def test_an_unreadable_validation_image_counts_as_wrong(finetune, tmp_path):
              "--layer-decay", "1", "--rand-augment", "0"]
     assert finetune(*flags)["acc1"] == 100
     (tmp_path / "data" / "val" / "a" / "0.png").write_bytes(b"torn")
-    measure = ["--checkpoint", str(tmp_path / "a"), "--evaluate", "--data", str(tmp_path / "data")]
-    assert finetune(*measure, "--max-bad", "0.5", to="b")["acc1"] == 75
+    assert evaluate("--data", str(tmp_path / "data"), "--max-bad", "0.5")["acc1"] == 75
     with pytest.raises(Fault, match="1 of 4 images cannot be read"):
-        finetune(*measure, to="c")
+        evaluate("--data", str(tmp_path / "data"), to="c")
 
 
 # ---------------------------------------------------------------- other data
@@ -333,7 +343,7 @@ def test_a_subset_trains_on_what_it_names_and_keeps_all_classes(finetune, imagen
     assert finetune(*flags, to="all")["acc1"] == 100
 
 
-def test_robustness_finds_the_logit_of_each_folder(finetune, imagenet, tmp_path, capsys):
+def test_robustness_finds_the_logit_of_each_folder(finetune, evaluate, imagenet, tmp_path, capsys):
     """Three of five classes, and labels from 0 that are not the checkpoint's."""
     finetune("--data", str(imagenet), *PLAIN)
     whole, part = tmp_path / "r", tmp_path / "part"
@@ -341,26 +351,31 @@ def test_robustness_finds_the_logit_of_each_folder(finetune, imagenet, tmp_path,
     for name in WNIDS[2:]:
         (part / name).parent.mkdir(exist_ok=True)
         (whole / name).rename(part / name)
-    flags = ["--checkpoint", str(tmp_path / "a"), "--robustness"]
-    assert finetune(*flags, f"imagenet-r:{part}", to="r")["acc1"] == 100
+    assert evaluate("--robustness", f"imagenet-r:{part}", to="r")["acc1"] == 100
     output = capsys.readouterr().out
     assert "imagenet-r, acc1 %" in output and "published" in output
     (part / "n03").rename(part / "swap")
     (part / "n04").rename(part / "n03")
     (part / "swap").rename(part / "n04")
-    assert finetune(*flags, f"imagenet-r:{part}", to="swapped")["acc1"] == pytest.approx(100 / 3)
+    assert evaluate("--robustness", f"imagenet-r:{part}", to="swapped")["acc1"] == pytest.approx(100 / 3)
     saved = json.loads((tmp_path / "swapped" / "metrics.json").read_text())
     assert saved["acc1"] == pytest.approx(100 / 3)
 
 
-def test_corruptions_are_measured_and_a_part_of_them_has_no_mce(finetune, imagenet, tmp_path, capsys):
+def test_corruptions_are_measured_and_a_part_of_them_has_no_mce(finetune, evaluate, imagenet, tmp_path,
+                                                                capsys):
     finetune("--data", str(imagenet), *PLAIN)
     for severity in "12345":
         class_folders(tmp_path / "c" / "weather" / "fog" / severity, WNIDS)
-    flags = ["--checkpoint", str(tmp_path / "a"), "--robustness", f"imagenet-c:{tmp_path / 'c'}"]
-    metrics = finetune(*flags, to="c1")
+    metrics = evaluate("--robustness", f"imagenet-c:{tmp_path / 'c'}", to="c1")
     assert metrics["ce"] == {"fog": 0.0} and metrics["mce"] is None and len(metrics["missing"]) == 70
     assert "no mCE without" in capsys.readouterr().out
+
+
+def test_a_measurement_replaces_no_run(finetune, evaluate, imagenet):
+    finetune("--data", str(imagenet), "--steps", "1")
+    with pytest.raises(UserError, match="holds a run, whose records this would replace"):
+        evaluate("--data", str(imagenet), to="a")
 
 
 # ---------------------------------------------------------------- bad input
@@ -383,10 +398,6 @@ def wrong(tmp_path_factory):
     config = dict(model="vit_test", img_size=(16, 16), patch_size=4)
     torch.save(dict(model=classifier, config=config, classes=["a", "z"]), folder / "az.pt")
     torch.save(dict(model=classifier, config=config), folder / "unnamed.pt")
-    (folder / "norun").mkdir()
-    for name, text in (("torn", "{"), ("number", '{"acc1": 5.0}')):
-        (folder / name).mkdir()
-        (folder / name / "metrics.json").write_text(text)
     return folder
 
 
@@ -399,25 +410,13 @@ def wrong(tmp_path_factory):
     ("--data cifar10:WRONG", "3072 bytes"),
     ("--data WRONG/good --subset WRONG/absent.txt", "x0.png, x1.png, x2.png, x3.png, x4.png, ... (7)"),
     ("--data WRONG/good --subset WRONG/none.txt", "none.txt"),
-    ("--model vit_t", "is of another model"),
     ("--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
-    ("--mean 0.5", "--mean has 1 numbers: expected 3"),
+    ("--mean 0.5", "--mean has 1 numbers: expected 3, one per channel"),
     ("--drop-path 1", "--drop-path 1: expected 0.99 or less"),
     ("--smoothing 1", "--smoothing 1: expected 0.99 or less"),
     ("--rand-augment 11", "--rand-augment 11: expected 10 or less"),
     ("--mixup -1", "--mixup -1.0: expected 0 or more"),
     ("--layer-decay 0", "--layer-decay 0.0: expected more than 0"),
-    ("--baseline WRONG/norun", "expected the folder of a finished run"),
-    ("--baseline WRONG/torn", "expected the folder of a finished run"),
-    ("--evaluate", "holds no classifier"),
-    ("--evaluate --robustness imagenet-a:WRONG", "two measurements: expected one of them"),
-    ("--evaluate --random-init", "--random-init is for training"),
-    ("--evaluate --checkpoint WRONG/az.pt --data WRONG/unsplit", "has no val folder"),
-    ("--baseline WRONG/number", "expected the folder of a finished run"),
-    ("--evaluate --checkpoint WRONG/az.pt --data WRONG/good", "only the data: b (1)"),
-    ("--evaluate --checkpoint WRONG/unnamed.pt --data WRONG/differ", "has 2 outputs and does not name them"),
-    ("--robustness imagenet-a:WRONG/good/val --checkpoint WRONG/az.pt", "that the checkpoint has not: b"),
-    ("--robustness imagenet-q:WRONG --checkpoint WRONG/az.pt", "expected NAME:DIR"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wrong, capfd, monkeypatch,
                                                  flags, message):
@@ -426,6 +425,29 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wr
     flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags.replace("WRONG", str(wrong)).split()]
     with pytest.raises(SystemExit) as stop:
         run(train_finetune.main, parse(train_finetune.Config, flags))
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1
+    assert errors[0].startswith("error: ") and message in errors[0]
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--checkpoint=", "--checkpoint is not given"), ("", "holds no classifier"),
+    ("--checkpoint WRONG/az.pt --batch-size 0", "--batch-size 0: expected more than 0"),
+    ("--checkpoint WRONG/az.pt --img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
+    ("--checkpoint WRONG/az.pt --data WRONG/unsplit", "has no val folder"),
+    ("--checkpoint WRONG/az.pt --data WRONG/good", "only the data: b (1)"),
+    ("--checkpoint WRONG/unnamed.pt --data WRONG/differ", "has 2 outputs and does not name them"),
+    ("--robustness imagenet-a:WRONG/good/val --checkpoint WRONG/az.pt", "that the checkpoint has not: b"),
+    ("--robustness imagenet-q:WRONG --checkpoint WRONG/az.pt", "expected NAME:DIR"),
+    ("--random-init", "unknown flag --random-init"),
+])
+def test_a_bad_measurement_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wrong, capfd, flags,
+                                                         message):
+    flags = ["--checkpoint", str(pretrained), "--data", "shapes:100", "--device", "cpu", "--output-dir",
+             str(tmp_path / "a"), "--cache-dir", str(cache), *flags.replace("WRONG", str(wrong)).split()]
+    with pytest.raises(SystemExit) as stop:
+        run(tools.evaluate.main, parse(tools.evaluate.Config, flags))
     errors = capfd.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(errors) == 1
     assert errors[0].startswith("error: ") and message in errors[0]
@@ -443,15 +465,6 @@ def test_settings_that_may_change_do(finetune, tmp_path):
     assert min(group["lr_scale"] for group in groups) == pytest.approx(0.9 ** 13)
     with pytest.raises(UserError, match="the resumed optimizer does not fit"):
         finetune(*flags, *changed, "--layer-decay", "1", "--resume", "auto", "--allow-change", "layer_decay")
-
-
-def test_equal_runs_are_compared_and_a_measurement_replaces_no_run(finetune, imagenet, tmp_path, capsys):
-    flags = ["--data", str(imagenet), *PLAIN]
-    finetune(*flags)
-    assert finetune(*flags, "--baseline", str(tmp_path / "a"), to="b")["acc1"] == 100
-    assert "acc1 100.00 % here, 100.00 % in" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a run, whose records this would replace"):
-        finetune("--checkpoint", str(tmp_path / "a"), "--evaluate", "--data", str(imagenet), to="a")
 
 
 def test_a_run_goes_on_with_the_classes_and_settings_it_began_with(finetune, imagenet):

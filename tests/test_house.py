@@ -35,11 +35,11 @@ def is_triton_kernel(path):
 
 
 def wrong_imports(path, text):
-    """scripts -> mff_min -> kernels -> torch, and exceptions by name; only what measures knows peers."""
+    """tools -> scripts -> mff_min -> kernels -> torch, exceptions by name; only what measures knows peers."""
     in_kernels, is_kernel = path.startswith("kernels/"), is_triton_kernel(path)
     benches = path.startswith(("tools/bench/", "tools/gpu/"))
     for name in imported(text):
-        if (name in SCRIPTS and path != "tools/study.py" and not benches
+        if (name in {*SCRIPTS, "tools"} and not path.startswith("tools/")
                 or name == "mff_min" and in_kernels
                 or name == "argparse" and path != "mff_min/config.py" and not benches     # has subcommands
                 or name in PEERS | {"mff_bench"} and not benches
@@ -55,6 +55,7 @@ def test_imports_go_one_way():
     ("train_probe.py", "from train_pretrain import main"), ("mff_min/vit.py", "import train_pretrain as x"),
     ("kernels/layer_sum.py", "from mff_min.vit import Block"), ("mff_min/vit.py", "import argparse"),
     ("train_probe.py", "def f():\n    import torchvision.ops"), ("mff_min/vit.py", "import triton"),
+    ("train_probe.py", "from tools.layers import parse_layers"),
     ("mff_min/data.py", "from mff_bench import peers"), ("train_probe.py", "import lightly"),
     ("kernels/__init__.py", "from triton import jit"), ("kernels/reference.py", "import triton.language"),
 ])
@@ -127,8 +128,9 @@ def config_fields(text):
 
 
 def unread_flags(path, text):
-    """Flags that neither the script nor what surrounds every run reads."""
-    around = "\n".join(text for path, text in FILES.items() if path.startswith("mff_run/"))
+    """Flags that neither the script nor a stage that it imports nor what surrounds every run reads."""
+    around = "\n".join([*(text for path, text in FILES.items() if path.startswith("mff_run/")),
+                        *(SCRIPTS[name] for name in imported(text) if name in SCRIPTS)])
     read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cfg"}
     return [f"{path}: --{name} is never read" for name in config_fields(text) if name not in read]
@@ -160,13 +162,20 @@ def wrong_words(command, scripts, make_targets):
     if command[0] == "make":
         asked = [word for word in command[1:] if "=" not in word and word[0] != "-"]
         return [f"make {word} does not exist" for word in asked if word not in make_targets]
-    at = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
-    if at is None:
-        return []
-    script = command[at].removesuffix(".py")
-    if script not in scripts:
-        return [f"{script}.py does not exist"]
-    fields = config_fields(scripts[script])
+    if "-m" in command:
+        at = command.index("-m") + 1
+        path = command[at].replace(".", "/") + ".py"
+        if not path.startswith("tools/") or f"{path[:-3]}/__main__.py" in FILES:        # its own flags
+            return []
+    else:
+        at = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
+        if at is None:
+            return []
+        path = command[at]
+    script, files = path.removesuffix(".py"), FILES | {f"{name}.py": text for name, text in scripts.items()}
+    if path not in files:
+        return [f"{path} does not exist"]
+    fields = config_fields(files[path])
     booleans = {f"no_{name}" for name, annotation in fields.items() if annotation == "bool"}
     flags = [word.split("=")[0] for word in command[at + 1:] if word.startswith("--")]
     return [f"{script}.py has no {flag}" for flag in flags
@@ -193,6 +202,9 @@ def test_documented_commands_exist():
     ("cd x && python train_pretrain.py --no-norm-pix-loss --batchsize 8", "has no --batchsize"),
     ("srun torchrun train_pretrain.py --no-bits", "train_pretrain.py has no --no-bits"),
     ("python train_pretrain.py --no-seed", "train_pretrain.py has no --no-seed"),
+    ("python -m tools.evaluate --checkpoint RUN", None),
+    ("python -m tools.evaluat --checkpoint RUN", "tools/evaluat.py does not exist"),
+    ("torchrun -m tools.evaluate --evaluate", "tools/evaluate.py has no --evaluate"),
     ("python train_pretrain.py --blr 1 \\\n  --epoch 3", "train_pretrain.py has no --epoch"),
 ])
 def test_a_wrong_command_is_caught(line, complaint):

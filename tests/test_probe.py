@@ -1,8 +1,7 @@
-"""Linear probing: the head, frozen weights, honest counts, cached features, layers, and bad input."""
+"""Linear probing: the head, frozen weights, honest counts, cached features, and bad input."""
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,18 @@ from test_data import furthest, noise_image
 from waits import waits_in_steps
 
 import train_probe
-from kernels import TORCH
 from mff_data.crops import evaluation, single_draw
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
-from mff_min.mim import MaskedAutoencoder
 from mff_min.optim import LARS
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
-from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run.flops import classifier_flops
 from mff_run.log import read_log
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
 from tools.chart import Panel, Series, chart, nice_axis
-from tools.layers import features_of_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
@@ -149,30 +144,12 @@ def test_a_compiled_encoder_gives_the_features_of_an_eager_one_in_batches_of_any
 def test_a_run_an_export_and_a_bare_encoder_are_the_same_encoder(pretrained, tmp_path):
     bare = torch.load(pretrained / "encoder.pt", weights_only=True)["model"]
     torch.save(bare, tmp_path / "bare.pt")
-    flags = dict(model="vit_test", img_size=(16, 16), patch_size=None, in_chans=None)
-    encoders = [build_encoder(read_pretrained(pretrained), None, None, None, None),
-                build_encoder(read_pretrained(pretrained / "encoder.pt"), None, None, None, None),
-                build_encoder(read_pretrained(tmp_path / "bare.pt"), **flags)]
-    for encoder in encoders:
+    for path in (pretrained, pretrained / "encoder.pt", tmp_path / "bare.pt"):
+        encoder = build_encoder(read_pretrained(path))
         assert same_bits(dict(encoder.state_dict()), dict(bare))
         assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     told = dict(model="vit_test", img_size=(16, 16), patch_size=4, in_chans=3)
     assert read_pretrained(tmp_path / "bare.pt").config == told         # by its shapes
-
-
-def test_layers_are_those_of_the_encoder_and_the_fused_feature_is_the_models(pretrained):
-    saved = read_pretrained(pretrained)
-    encoder = build_encoder(saved, None, None, None, None)
-    fusion, images = build_fusion(saved, encoder), torch.rand(2, 3, 16, 16)
-    model = MaskedAutoencoder(encoder, (0, 2, 4, 6, 8, 11), PixelTarget(4), decoder_embed_dim=16,
-                              decoder_depth=1, decoder_num_heads=2)
-    model.load_state_dict(state_of(pretrained)["model"])
-    for pool, of in (("token", lambda x: x[:, 0]), ("avg", lambda x: x[:, 1:].mean(1))):
-        found = features_of_layers(encoder, fusion, [3, 11], images, pool, TORCH)
-        assert list(found) == ["block 3", "block 11", "fused"]
-        torch.testing.assert_close(found["fused"], of(model.encode(images, None)))
-        third, = encoder.forward_blocks(encoder.embed(images), [3])
-        torch.testing.assert_close(found["block 3"], of(third))
 
 
 def test_an_encoder_without_fusion_has_none(pretrained):
@@ -221,9 +198,6 @@ def test_what_can_be_separated_is(probe, tmp_path):
     assert probe(*flags, *steps)["acc1"] == 100
     assert probe(*flags, *steps, "--cache", "1", to="cached")["acc1"] == 100
     assert probe(*flags, "--knn", "3", to="knn")["acc1"] == 100
-    layers = probe(*flags, "--layers", "5", to="layers")
-    assert {row["label"] for row in layers["rows"]} == {"class"}
-    assert next(row for row in layers["rows"] if row["kind"] == "trained")["acc1"] == 100
 
 
 def test_an_unreadable_validation_image_counts_as_wrong(probe, tmp_path):
@@ -315,7 +289,7 @@ def test_a_head_that_diverges_is_left_out_and_when_all_do_there_is_no_accuracy(p
         probe(*flags, "1e40", to="c")
 
 
-@pytest.mark.parametrize("way", ["", "--cache 1", "--knn 3", "--layers 11"])
+@pytest.mark.parametrize("way", ["", "--cache 1", "--knn 3"])
 def test_weights_that_are_not_finite_have_no_accuracy(probe, pretrained, tmp_path, way):
     state = torch.load(pretrained / "encoder.pt", weights_only=True)
     state["model"]["blocks.3.mlp.fc1.bias"][0] = math.nan
@@ -329,35 +303,10 @@ def test_fewer_views_than_epochs_are_called_an_approximation(probe, capsys):
     assert "1 views for 2 epochs: an approximation of the protocol" in capsys.readouterr().out
 
 
-def test_without_baselines_layers_are_those_of_the_trained_encoder_and_the_same(probe, tmp_path, capsys):
-    with_baselines = probe("--layers", "11")["rows"]
-    metrics = probe("--layers", "11", "--no-layer-baselines", to="alone")
-    assert metrics["rows"] == [row for row in with_baselines if row["kind"] in ("trained", "chance")]
-    assert metrics["margins"] == {} and not (tmp_path / "alone" / "layers.png").exists()
-    assert "block 11" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_path, capsys, pool):
-    metrics = probe("--layers", "0,11", "--pool", pool)
-    rows = {(row["label"], row["kind"], row["layer"]) for row in metrics["rows"]}
-    assert rows == {(label, kind, layer) for label in ("shape", "texture") for kind, layers in (
-        ("trained", ("block 0", "block 11", "fused")), ("random", ("block 0", "block 11", "fused")),
-        ("pixels", ("pixels",)), ("chance", ("chance",))) for layer in layers}
-    output = capsys.readouterr().out
-    for text in ("shape, trained", "texture, trained", "random weights", "\nfused ", "\npixels "):
-        assert text in output
-    assert re.search(r"\nchance +10\.0 \+- 0\.0 +12\.5 \+- 0\.0\n", output)
-    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert found["rows"] == metrics["rows"] and set(found["margins"]) == {"shape", "texture"}
-    with Image.open(tmp_path / "a" / "layers.png") as picture:
-        assert picture.size == (2 * 2 * 480, 2 * (330 + 42))
-
-
-def test_neighbours_print_their_number_and_temperature(probe, capsys):
-    metrics = probe("--knn", "5", "--knn-temperature", "0.1")
-    assert metrics["k"] == 5 and metrics["temperature"] == 0.1 and metrics["val_images"] == 20
-    assert "5 neighbours of 100, temperature 0.1: acc1" in capsys.readouterr().out
+def test_neighbours_print_their_number(probe, capsys):
+    metrics = probe("--knn", "5")
+    assert metrics["k"] == 5 and metrics["val_images"] == 20
+    assert "5 neighbours of 100: acc1" in capsys.readouterr().out
 
 
 def test_every_validation_image_is_counted_once_on_two_ranks(pretrained, tmp_path, cache):
@@ -431,16 +380,12 @@ def bad(tmp_path_factory):
     ("--data BAD/empty", "holds no images"),
     ("--data BAD/flat", "has no train folder"),
     ("--data cifar10:BAD/cifar", "label 200 of CIFAR-10 val 0 is outside the 10 classes of the head"),
-    ("--layers 13", "--layers 13: expected all, or numbers of blocks from 0 to 11"),
-    ("--layers some", "--layers some: expected all"),
-    ("--model vit_t", "is of another model: cls_token has shape (1, 1, 64), here (1, 1, 192)"),
     ("--img-size 32", "pos_embed has shape"),
     ("--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
-    ("--in-chans 1 --mean 0.5 --std 0.5", "patch_embed.proj.weight has shape"),
-    ("--mean 0.5", "--mean has 1 numbers: expected 3"),
+    ("--mean 0.5", "--mean has 1 numbers: expected 3, one per channel"),
     ("--batch-size 1 --global-batch 1", "--batch-size 1: expected 2 or more"),
     ("--global-batch 17", "17 is not a multiple of --batch-size 8"),
-    ("--knn 5 --layers all", "--knn and --layers are two ways to probe"),
+    ("--knn 5 --cache 1", "--cache and --knn are two ways to probe"),
     ("--cache-lrs 1,2", "--cache-lrs: expected numbers above 0, and --cache with them"),
     ("--cache 1 --cache-lrs 0,1", "--cache-lrs: expected numbers above 0"),
     ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),

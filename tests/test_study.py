@@ -214,11 +214,10 @@ def test_every_flag_of_every_preset_is_one_of_its_stage(preset):
     for unit in units:
         words = study.command_of(cfg, unit, ROOT / "runs")
         settings = parse(study.MODULES[unit.stage].Config, words)
-        assert settings.seed == 0 and settings.resume == "auto"
+        assert settings.seed == 0 and (unit.stage == "layers" or settings.resume == "auto")
 
 
-OWN = dict(pretrain={"out_indices", "detach_shallow", "low_pass_radius", "crop"},
-           layers={"layer_baselines"})                                  # pixels are in random's
+OWN = dict(pretrain={"out_indices", "detach_shallow", "low_pass_radius", "crop"})
 
 
 @pytest.mark.parametrize("preset, stage", [(preset, stage) for preset, flags in study.PRESETS.items()
@@ -291,6 +290,14 @@ def test_results_of_another_study_are_refused(tmp_path):
     assert "is not the results of a study" in refused(text='{"preset"')
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("study_*.json")), ids=lambda path: path.stem)
+def test_the_committed_results_go_on_with_todays_flags(path):
+    found = json.loads(path.read_text())
+    cfg = parse(study.Config, ["--preset", found["preset"], "--data", found["data"]])
+    assert study.read_results(path, found["data"], found["images"], cfg) == found
+    assert found["settings"] == json.loads(json.dumps(study.PRESETS[found["preset"]]))
+
+
 def test_a_study_folder_of_another_preset_is_refused(tmp_path):
     with study.held(tmp_path, dict(preset="cpu", data="shapes")):
         pass
@@ -315,7 +322,7 @@ BATCH = "--global-batch 16 --batch-size 16"
 TINY = dict(shapes="shapes:100", ablation=("pretrain",),
             pretrain="--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
                      f"--decoder-num-heads 2 {BATCH} --steps 80 --lr 1e-3",
-            layers="--layers 11 --layer-images 20 --pool avg",
+            layers="--layers 11 --images 20 --pool avg",
             finetune=f"{study.TUNE} {BATCH} --steps 2 --lr 1e-3")
 # The study's clock is an hour ahead as soon as there is a file "late" in its folder.
 SCRIPT = f"""
@@ -634,12 +641,12 @@ def test_a_failure_is_told_in_the_words_of_the_last_attempt(tmp_path):
     def told(text):
         output.write_text(text)
         return str(study.failure(unit, 1, tmp_path)).partition("output.txt): ")[2]
-    first = "train_finetune.py --lr 1\nerror: out of memory\n"
+    first = "train_finetune --lr 1\nerror: out of memory\n"
     assert told(first) == "out of memory"
-    assert told(f"{first}train_finetune.py --lr 1\nTraceback\nKeyError: 'a bug'\n") == "KeyError: 'a bug'"
-    assert told(f"{first}train_finetune.py --lr 1\n") == "it said nothing"
+    assert told(f"{first}train_finetune --lr 1\nTraceback\nKeyError: 'a bug'\n") == "KeyError: 'a bug'"
+    assert told(f"{first}train_finetune --lr 1\n") == "it said nothing"
     table = "error: other settings:\n  lr  1  2\ngive the same flags again\n"
-    assert told(f"train_finetune.py --lr 1\n{table}") == "other settings:; lr 1 2; give the same flags again"
+    assert told(f"train_finetune --lr 1\n{table}") == "other settings:; lr 1 2; give the same flags again"
 
 
 def test_a_unit_that_misses_a_signal_is_asked_again():

@@ -11,7 +11,7 @@ A RUN is the folder of a run, or a file that --record wrote, or metrics.json of 
     weights          the weight of every fused level over training (MFF, arXiv 2308.00261, figure 1)
     curves           loss, learning rate, gradient norm and throughput over the images seen
     reconstructions  held-out images as the model completed them in the course of training
-    layers           what a linear probe found in each block: of runs of train_probe.py --layers
+    layers           what a linear probe found in each block: of folders of tools.probe_layers
     spectrum         relative log amplitude of each block's features, and of the last before and after fusion
     cka              similarity of the layers of a run, and of those of any two runs
     attention        how far each head attends, in pixels
@@ -226,7 +226,7 @@ def missing(figure, each):
     if figure == "reconstructions" and not each.pictures():
         return "reconstruction-NNNNNN.png, which train_pretrain.py draws"
     if figure == "layers" and "margins" not in each.metrics:
-        return "metrics.json of train_probe.py --layers"
+        return "metrics.json of tools.probe_layers"
     if figure == "cka" and each.findings and not each.findings.cka:
         return "cka: it was recorded without"
     if figure in FROM_ENCODERS and not each.findings and not each.has_encoder():

@@ -63,10 +63,10 @@ class Findings:
 def open_subject(name, path, device):
     """The Subject that a run of this name has trained. Raises UserError."""
     pretrained = read_pretrained(path)
-    settings = settings_of(pretrained, None, None, None, None)
+    settings, model = settings_of(pretrained), pretrained.config["model"]
     encoder = build_encoder(pretrained).to(device)
     mean, std = (torch.tensor(settings[key], device=device) for key in ("mean", "std"))
-    return Subject(name, Path(path), settings["model"], encoder, build_fusion(pretrained, encoder), mean, std)
+    return Subject(name, Path(path), model, encoder, build_fusion(pretrained, encoder), mean, std)
 
 
 def difference_of_sizes(subjects):

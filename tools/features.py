@@ -27,7 +27,7 @@ from mff_run.process import run
 from mff_run.progress import Progress
 from mff_run.world import autocast, pick_dtype, pick_ops, start_world
 from mff_weights.checkpoint import encoder_of, read_weights
-from tools.layers import parse_layers
+from tools.probe_layers import parse_layers
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """ImageNet-A, -R, -Sketch and -C: how a classifier of ImageNet does on other pictures of the same classes.
 
 Their folders are named as ImageNet's are, so the place of a folder's name in the checkpoint's list of
-classes says which logit is meant, and no table of numbers is needed. The stage computes the logits, keeps
-logits[:, columns] and counts hits by the source's own labels; `summarise` makes the published metric of them.
+classes says which logit is meant, and no table of numbers is needed. tools.evaluate keeps logits[:, columns]
+and counts hits by the source's own labels; `summarise` makes the published metric of them.
 
 Shapes: K folders of classes.
 """

@@ -20,6 +20,7 @@ says where each number is from).
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing.connection
@@ -47,7 +48,7 @@ from mff_run.log import read_log
 from mff_run.process import StopSignals, leave, run
 from mff_run.progress import duration
 from mff_run.world import describe_environment, source_commit, start_world
-from tools import comparison
+from tools import comparison, probe_layers
 
 # ---------------------------------------------------------------- what is compared
 
@@ -73,13 +74,13 @@ PRESETS = {
         shapes="shapes:10000", ablation=("pretrain", "layers"),
         pretrain=f"{SMALL} --decoder-depth 1 --img-size 48 --global-batch 32 --batch-size 32 --steps 400 "
                  f"--lr 3e-3",
-        layers="--layers 2,5,8,11 --layer-images 2000 --pool avg",
+        layers="--layers 2,5,8,11 --images 2000 --pool avg",
         finetune=f"{TUNE} --global-batch 32 --batch-size 32 --steps 100 --lr 4e-3"),
     "cpu": dict(
         shapes="shapes:20000", ablation=("pretrain", "layers", "knn"),
         pretrain=f"{SMALL} --decoder-depth 2 --img-size 64 --global-batch 64 --batch-size 64 --steps 2500 "
                  f"--lr 3e-3",
-        layers="--layers 0,2,4,6,8,11 --layer-images 5000 --pool avg",
+        layers="--layers 0,2,4,6,8,11 --images 5000 --pool avg",
         knn="--knn 20 --pool avg",
         finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3"),
     "gpu": dict(
@@ -93,7 +94,7 @@ PRESETS = {
         finetune="--global-batch 256 --batch-size 256 --epochs 50"),
 }
 FORK = multiprocessing.get_context("fork")                              # nothing is imported again
-MODULES = {"pretrain": train_pretrain, "layers": train_probe, "knn": train_probe, "linear": train_probe,
+MODULES = {"pretrain": train_pretrain, "layers": probe_layers, "knn": train_probe, "linear": train_probe,
            "finetune": train_finetune}
 
 
@@ -150,8 +151,7 @@ def chain_of(unit):
 
 def flags_of(preset, unit):
     """The flags of a unit that change its result, but for the data and the seed."""
-    more = {"pretrain": METHODS[unit.method], "layers": "--no-layer-baselines" * (unit.method != "random")}
-    return f"{preset[unit.stage]} {more.get(unit.stage, '')}".strip()
+    return preset[unit.stage] + f" {METHODS[unit.method]}" * (unit.stage == "pretrain")
 
 
 def command_of(cfg, unit, folder):
@@ -160,13 +160,14 @@ def command_of(cfg, unit, folder):
     data = preset["shapes"] if cfg.data == "shapes" else cfg.data
     words = [*flags_of(preset, unit).split(), "--data", data]
     if unit.stage == "pretrain":
-        words += ["--picture-every", "1000000", "--picture-images", "4", "--allow-change", "data"]
-    else:                                                               # paths may be spelt otherwise now
-        words += ["--checkpoint", str(folder_of(folder, unit._replace(stage="pretrain"))),
-                  "--allow-change", "data,checkpoint"]
+        words += ["--picture-every", "1000000", "--picture-images", "4"]
+    else:
+        words += ["--checkpoint", str(folder_of(folder, unit._replace(stage="pretrain")))]
+    if unit.stage != "layers":                                          # paths may be spelt otherwise now
+        changes = "data" if unit.stage == "pretrain" else "data,checkpoint"
+        words += ["--resume", "auto", "--allow-change", changes]
     return words + ["--seed", str(unit.seed), "--output-dir", str(folder_of(folder, unit)),
-                    "--resume", "auto", "--device", cfg.device, "--workers", str(cfg.workers),
-                    "--cache-dir", cfg.cache_dir]
+                    "--device", cfg.device, "--workers", str(cfg.workers), "--cache-dir", cfg.cache_dir]
 
 
 def folder_of(folder, unit):
@@ -189,9 +190,13 @@ def carry_out(unit, words, log):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     module = MODULES[unit.stage]
-    print(f"{module.__name__}.py {' '.join(words)}", flush=True)
-    run(initialise if (unit.method, unit.stage) == ("random", "pretrain") else module.main,
-        parse(module.Config, words))
+    main = module.main
+    if (unit.method, unit.stage) == ("random", "pretrain"):
+        main = initialise
+    elif unit.stage == "layers":                                        # pixels are the same for every method
+        main = functools.partial(main, baselines=unit.method == "random")
+    print(f"{module.__name__} {' '.join(words)}", flush=True)
+    run(main, parse(module.Config, words))
 
 
 def initialise(cfg):
@@ -545,7 +550,7 @@ def failure(unit, code, folder):
     """What to raise where a unit ended with this code: UserError for 2, with its last error in one line."""
     output = folder_of(folder, unit) / "output.txt"
     lines = [" ".join(line.split()) for line in output.read_text().splitlines() if line.strip()]
-    script = f"{MODULES[unit.stage].__name__}.py "
+    script = f"{MODULES[unit.stage].__name__} "
     begun = max((i for i, line in enumerate(lines) if line.startswith(script)), default=-1)
     lines = lines[begun + 1:] or ["it said nothing"]                    # what is before is of another attempt
     first = max((i for i, line in enumerate(lines) if line.startswith("error: ")), default=len(lines) - 1)
@@ -618,7 +623,7 @@ def measure(cfg, units, results, folder, jobs):
             costs[stage] = before + images[stage] / rates[stage]
             continue
         given = parse(MODULES[stage].Config, PRESETS[cfg.preset][stage].split())
-        seen = 2 * min(given.layer_images, num_samples) if stage == "layers" else 1.2 * num_samples
+        seen = 2 * min(given.images, num_samples) if stage == "layers" else 1.2 * num_samples
         costs[stage] = before + 2 * seen / (3 * rates["finetune"])
     shutil.rmtree(trial)
     write_json(path, {where: costs})

@@ -33,6 +33,7 @@ from mff_min.vit import MODELS
 from mff_run.log import BadSamples
 from mff_run.world import World
 from mff_weights.pretrained import build_encoder, build_vit, load_classifier, read_pretrained
+from tools import evaluate
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SIZE, MOST, CLASSES = (16, 16), 17, len(SHAPES)
@@ -102,9 +103,8 @@ def quietly():
 def classifier():
     """A classifier of noise: (its settings, the model)."""
     pretrained = read_pretrained(ready() / "finetune")
-    flags = flags_of("finetune", ready(), "unused", "--evaluate")
-    cfg = replace(parse(train_finetune.Config, flags), mean=STATISTICS[0], std=STATISTICS[1], img_size=SIZE,
-                  in_chans=3)
+    flags = flags_of("finetune", ready(), "unused")
+    cfg = replace(parse(train_finetune.Config, flags), mean=STATISTICS[0], std=STATISTICS[1], img_size=SIZE)
     model = build_vit("vit_test", SIZE, 4, 3, num_classes=CLASSES, global_pool="avg")
     load_classifier(model, pretrained)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
@@ -235,12 +235,12 @@ def two_real_ranks(folder, quick):
     source, tally = images(MOST, hard(scores)), Tally()
     for count, batch_size in ((1, 3), (5, 2)) if quick else ((1, 3), (2, 1), (5, 2), (17, 4)):
         to = folder / f"{count}-{batch_size}"
-        flags = flags_of("finetune", ready(), to, "--evaluate", "--checkpoint", folder / "classifier.pt",
-                         "--batch-size", batch_size)
+        flags = ["--checkpoint", folder / "classifier.pt", "--batch-size", batch_size, "--device", "cpu",
+                 "--output-dir", to]
 
         def work(count=count, flags=flags):
-            train_finetune.open_data = lambda *spec: first(source, count)
-            train_finetune.main(parse(train_finetune.Config, flags))
+            evaluate.open_data = lambda *spec: first(source, count)
+            evaluate.main(parse(evaluate.Config, list(map(str, flags))))
         ends = on_two_ranks(work)
         wrong = next((end.last for end in ends if end.code), "")
         if not wrong:

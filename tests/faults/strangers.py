@@ -30,7 +30,7 @@ from mff_run import files, torchfile
 from mff_run.process import run
 from mff_weights.checkpoint import read_weights
 from mff_weights.safetensors import write_safetensors
-from tools import convert, features
+from tools import convert, evaluate, features
 
 MOST_MEMORY = 50 * MEGABYTE
 
@@ -81,7 +81,8 @@ def readers(path, to):
         "--resume": stage("pretrain", to / "a", "--resume", path),
         "--init-from": stage("pretrain", to / "b", "--init-from", path, "--steps", 1),
         "probe --checkpoint": stage("probe", to / "c", "--checkpoint", path, "--steps", 1),
-        "finetune --evaluate": stage("finetune", to / "d", "--checkpoint", path, "--evaluate"),
+        "tools.evaluate": script(evaluate, "--checkpoint", path, "--data", "shapes:60", "--device", "cpu",
+                                 "--output-dir", to / "d", "--cache-dir", ready() / "cache"),
         "tools.convert": script(convert, path, to / "e.pt"),
         "tools.features": script(features, path, "shapes:20", to / "f.npy", "--cache-dir", ready() / "cache"),
     }
@@ -323,7 +324,7 @@ def names_that_forge(folder, quick):
         path = folder / f"{number}.pt"
         torch.save(content, path)
         for reader, work in readers(path, folder / f"out{number}").items():
-            if not quick or reader in ("--resume", "tools.convert", "finetune --evaluate"):
+            if not quick or reader in ("--resume", "tools.convert", "tools.evaluate"):
                 end = fork(work)
                 wrong = "" if end.code == 0 and is_clean(end.said) else refused(end)
                 forges = "\nerror: all is well" in end.said

@@ -1,0 +1,111 @@
+"""Measure a classifier as it is: its accuracy on validation images, or on a robustness set of ImageNet.
+
+    python -m tools.evaluate --checkpoint runs/finetune --data IMAGENET --img-size 384 --workers 12
+    torchrun --nproc-per-node=8 -m tools.evaluate --checkpoint runs/finetune --robustness imagenet-a:DIR
+
+The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mff_data.sources import check_classes, open_data
+from mff_min.config import check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.errors import UserError
+from mff_min.probe import accuracy, shown
+from mff_run.files import write_json
+from mff_run.log import BadSamples
+from mff_run.process import run
+from mff_run.resume import open_folder
+from mff_run.world import describe_environment, pick_dtype, pick_ops, start_world
+from mff_weights.pretrained import build_like, load_classifier, read_pretrained, settings_of
+from tools.robustness import RobustnessSet, open_robustness, summarise, table
+from train_finetune import count_on
+
+
+@dataclass(frozen=True)
+class Config:
+    # these change the result
+    checkpoint: str = opt("", "the classifier: a run folder, or a file of a family of tools.convert")
+    data: str = opt("shapes", "images whose val is measured, as --data of the stages")
+    robustness: str = opt("", "instead: imagenet-a:DIR, or -r, -sketch, -c")
+    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
+                                           type=side_or_sides)
+    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
+                     choices=["auto", "float32", "bfloat16", "float16"])
+
+    # these change only how it is reached
+    batch_size: int = knob(128, "images that one process computes together", above=0)
+    output_dir: str = knob("runs/measured", "the folder for metrics.json")
+    workers: int = knob(0, "loader processes for each process", least=0)
+    max_bad: float = knob(0.01, "share of the images that may be unreadable before it stops", least=0)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N")
+    ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
+    timeout: float = knob(600.0, "seconds that it waits for another rank or a loader process", above=0)
+    cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+
+
+def main(cfg):
+    """Measure as cfg says; returns the metrics: acc1, acc5 and so on, or those of `robustness.summarise`."""
+    check_ranges(cfg)
+    if not cfg.checkpoint:
+        raise UserError("--checkpoint is not given: expected a run folder, a classifier.pt or a state dict")
+    with start_world(cfg.device, timeout=cfg.timeout) as world:
+        return measure(cfg, world)
+
+
+def measure(cfg, world):
+    pretrained = read_pretrained(cfg.checkpoint)
+    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
+    if "head.weight" not in pretrained.encoder:
+        raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
+                        f"writes, or timm's names with head.weight among them")
+    num_classes = len(pretrained.encoder["head.weight"])
+    model = build_like(pretrained, cfg.img_size, num_classes=num_classes,
+                       global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
+    load_classifier(model, pretrained)
+    model.to(world.device)
+
+    source, classes = None, pretrained.classes
+    if not cfg.robustness or not classes:
+        source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say))
+        if not source.is_split:
+            raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*")
+        check_classes(source.classes, classes or source.classes, want=f"checkpoint {pretrained.path}")
+        if not classes:
+            world.say(f"{pretrained.path} does not name its classes: taken for those of {cfg.data}, in order")
+        classes = source.classes
+    if len(classes) != num_classes:
+        raise UserError(f"checkpoint {pretrained.path} has {num_classes} outputs and does not name them, and "
+                        f"--data {cfg.data} has {len(classes)} classes: expected the data it was trained on")
+    sets = (open_robustness(cfg.robustness, classes) if cfg.robustness else
+            [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
+    if (Path(cfg.output_dir) / "last.pt").exists():
+        raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
+                        f"--output-dir")
+    folder = open_folder(cfg, world)
+    bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
+    dtype, ops = pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)
+    found = {}
+    for one in sets:
+        found[one.name] = count_on(one.source, one.crop, model, cfg, world, ops, dtype, bad_samples,
+                                   one.columns)
+        world.say(f"{one.name}: {shown(accuracy(*found[one.name]))}")
+    if cfg.robustness:
+        kind = cfg.robustness.partition(":")[0]
+        metrics = summarise(kind, found)
+        world.say(table(kind, metrics))
+    else:
+        metrics = accuracy(*found["val"])
+    if world.is_main:
+        about = dict(config=asdict(cfg), environment=describe_environment(world))
+        write_json(folder / "metrics.json", metrics | about)
+    return metrics
+
+
+if __name__ == "__main__":
+    run(main, parse(Config))
