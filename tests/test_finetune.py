@@ -21,6 +21,7 @@ from mff_min.errors import Fault, UserError
 from mff_min.rng import MIX, Rng
 from mff_min.stream import Stream
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
+from mff_run import run as run_module
 from mff_run.flops import classifier_flops
 from mff_run.log import read_log
 from mff_run.process import run
@@ -114,7 +115,7 @@ def test_steps_that_are_not_logged_never_wait_for_the_gpu(finetune, monkeypatch)
 
 
 def test_mfu_is_logged_where_a_peak_is_known(finetune, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_finetune, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
+    monkeypatch.setattr(run_module, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
     finetune("--steps", "1")
     model = VisionTransformer((16, 16), num_classes=10, **MODELS["vit_test"])
     flops = classifier_flops(model, model.head, frozen=False)

@@ -132,7 +132,7 @@ def unread_flags(path, text):
     around = "\n".join([*(text for path, text in FILES.items() if path.startswith("mff_run/")),
                         *(SCRIPTS[name] for name in imported(text) if name in SCRIPTS)])
     read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cfg"}
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg")}
     return [f"{path}: --{name} is never read" for name in config_fields(text) if name not in read]
 
 

@@ -21,6 +21,7 @@ from mff_min.optim import LARS
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores
 from mff_min.rng import Rng
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run import run as run_module
 from mff_run.flops import classifier_flops
 from mff_run.log import read_log
 from mff_run.process import run
@@ -223,7 +224,7 @@ def test_steps_that_are_not_logged_never_wait_for_the_gpu(probe, monkeypatch):
 
 
 def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_probe, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
+    monkeypatch.setattr(run_module, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
     probe("--steps", "1")
     head = LinearProbe(64, 10).head
     encoder = VisionTransformer((16, 16), **MODELS["vit_test"])

@@ -49,7 +49,7 @@ def test_a_sample_does_not_depend_on_the_chunk_or_the_order():
 
 
 def test_another_process_draws_the_same_samples():
-    code = "import sys, mff_min.shapes as s; sys.stdout.buffer.write(s.render('val', [7])['images'])"
+    code = "import sys, mff_data.shapes as s; sys.stdout.buffer.write(s.render('val', [7])['images'])"
     drawn = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
     assert drawn == render("val", [7])["images"].tobytes()
 
@@ -62,7 +62,7 @@ def test_train_and_val_share_no_image():
 
 def test_importing_prints_nothing_and_writes_nothing(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", "import mff_min.shapes"], cwd=tmp_path, env=environment,
+    done = subprocess.run([sys.executable, "-c", "import mff_data.shapes"], cwd=tmp_path, env=environment,
                           capture_output=True, check=True)
     assert done.stdout == done.stderr == b"" and not list(tmp_path.iterdir())
 
@@ -188,7 +188,7 @@ def test_interrupted_generation_leaves_nothing(tmp_path):
 
 
 def test_what_a_killed_process_left_is_not_taken_for_complete(tmp_path):
-    code = "import os, sys; from mff_min.shapes import load_shapes;" \
+    code = "import os, sys; from mff_data.shapes import load_shapes;" \
            "load_shapes(sys.argv[1], 'train', 200, 32, lambda line: os._exit(9))"
     assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT).returncode == 9
     assert len(list(tmp_path.glob("*/*"))) == 1

@@ -46,7 +46,7 @@ def plant(place, folder, rank, alone):
     call = getattr(owner, name)
 
     def fail(*arguments, **options):
-        if "process" not in place or torch.utils.views.get_worker_info() and arguments[2] % 7 == 6:
+        if "process" not in place or torch.utils.data.get_worker_info() and arguments[2] % 7 == 6:
             raise error
         return call(*arguments, **options)
 

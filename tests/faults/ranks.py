@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mff_data import views
 from mff_min import errors
 from mff_min.errors import UserError
-from mff_run import progress, world
+from mff_run import progress, resume, world
 
 TIMEOUT = 4                                                             # --timeout of these runs, in seconds
 STEPS = 6
@@ -169,7 +169,7 @@ def wait_for_rank_0(folder, quick):
 
     def act(rank):
         if rank == 0:
-            world.saving.save_checkpoint = slow(world.saving.save_checkpoint)
+            resume.save_checkpoint = slow(resume.save_checkpoint)
             STAGES["pretrain"].draw_reconstructions = slow(STAGES["pretrain"].draw_reconstructions)
     tally = Tally()
     with two_ranks("pretrain", folder / "run", "--timeout", 2, "--steps", 1, act=act) as children:
@@ -226,7 +226,7 @@ def lose_a_loader(folder, quick):
     kinds = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "asleep": lambda: time.sleep(99)}
     for text in kinds:
         def fail(views, epoch, index, text=text):
-            if epoch == 0 and torch.utils.views.get_worker_info() and index == 7:
+            if epoch == 0 and torch.utils.data.get_worker_info() and index == 7:
                 kinds[text]()
             return read(views, epoch, index)
         work = stage("pretrain", folder / text, "--workers", 1, "--timeout", 2, "--steps", 8)

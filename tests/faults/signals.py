@@ -11,7 +11,7 @@ from faults.killed import begun_at, command, differences, furthest
 from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
 
-from mff_run import progress, world
+from mff_run import files, progress, world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -110,7 +110,7 @@ def gone(pids, limit):
 
 
 def saved_step(folder):
-    return world.saving.read_checkpoint(folder / "last.pt")["step"]
+    return files.read_checkpoint(folder / "last.pt")["step"]
 
 
 def lose_the_launcher(folder, quick):
