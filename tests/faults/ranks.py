@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mff_data import views
 from mff_min import errors
 from mff_min.errors import UserError
-from mff_run import progress, resume, world
+from mff_run import progress, resume
 
 TIMEOUT = 4                                                             # --timeout of these runs, in seconds
 STEPS = 6
