@@ -327,9 +327,9 @@ TINY = dict(shapes="shapes:100", ablation=("pretrain",),
 # The study's clock is an hour ahead as soon as there is a file "late" in its folder.
 SCRIPT = f"""
 import os, time, types
-import study
 from mff_min.config import parse
-from mff_min.runtime import run
+from mff_run.process import run
+from tools import study
 study.PRESETS["minutes"] = {TINY}
 cfg = parse(study.Config)
 study.time = types.SimpleNamespace(
@@ -595,7 +595,7 @@ def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
     drawn = whole[0] / "f" / "study_shapes_cpu_minutes_loss"
     words = shlex.split(json.loads(drawn.with_suffix(".json").read_text())["command"])
     monkeypatch.setitem(study.PRESETS, "minutes", TINY)
-    study.main(parse(study.Config, [*words[2:], "--figures", str(tmp_path)]))
+    study.main(parse(study.Config, [*words[3:], "--figures", str(tmp_path)]))
     assert words[:2] == ["python", "-m", "tools.study"]
     assert (tmp_path / f"{drawn.name}.svg").read_text() == drawn.with_suffix(".svg").read_text()
 
