@@ -327,9 +327,9 @@ TINY = dict(shapes="shapes:100", ablation=("pretrain",),
 # The study's clock is an hour ahead as soon as there is a file "late" in its folder.
 SCRIPT = f"""
 import os, time, types
+from tools import study
 from mff_min.config import parse
 from mff_run.process import run
-from tools import study
 study.PRESETS["minutes"] = {TINY}
 cfg = parse(study.Config)
 study.time = types.SimpleNamespace(
