@@ -595,8 +595,8 @@ def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
     drawn = whole[0] / "f" / "study_shapes_cpu_minutes_loss"
     words = shlex.split(json.loads(drawn.with_suffix(".json").read_text())["command"])
     monkeypatch.setitem(study.PRESETS, "minutes", TINY)
-    study.main(parse(study.Config, [*words[2:], "--figures", str(tmp_path)]))
-    assert words[:2] == ["python", "-m", "tools.study"]
+    study.main(parse(study.Config, [*words[3:], "--figures", str(tmp_path)]))
+    assert words[:3] == ["python", "-m", "tools.study"]
     assert (tmp_path / f"{drawn.name}.svg").read_text() == drawn.with_suffix(".svg").read_text()
 
 
