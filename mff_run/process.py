@@ -67,7 +67,7 @@ def run(main, cfg):
     except Stopped as error:
         leave(error, f"stopped: {error}", 128 + error.number)
     except (RuntimeError, EOFError, OSError) as error:
-        text = advice(error, cfg)
+        text = advice(error, cfg) or advice(error.__context__, cfg)     # a worker's death may break a save
         if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
             text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
             text += "; what was saved before is whole" + ", and --resume auto goes on from there" * resumable

@@ -162,3 +162,15 @@ def test_an_error_that_no_code_foresees_leaves_run_as_it_is():
     with pytest.raises(ValueError) as caught:
         run(main, None)
     assert caught.value is error
+
+
+def test_a_lost_worker_is_named_also_where_its_signal_breaks_a_save(capsys):
+    def save(cfg):
+        try:
+            raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+        finally:                                                        # as torch.save ends its archive
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(SystemExit) as stop:
+        run(save, None)
+    assert stop.value.code == 3
+    assert capsys.readouterr().err.startswith("error: DataLoader worker (pid 5) is killed by signal: Killed; ")
