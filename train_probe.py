@@ -34,8 +34,7 @@ from mff_min.stream import Stream, each_once
 from mff_min.probe import check_measured
 from mff_run.finite import FiniteSteps
 from mff_run.flops import classifier_flops, peak_img_per_s
-from tools.layers import (
-    chart_of_layers, features_of_layers, margin, margin_line, parse_layers, table_of_layers)
+from tools.layers import features_of_layers, margin, margin_line, parse_layers, table_of_layers
 from mff_min.optim import LARS, cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
 from mff_min.probe import (LinearProbe, accuracy, count_all, count_hits, knn_scores, logistic_scores,
@@ -47,7 +46,7 @@ from mff_run.log import BadSamples, Log
 from mff_run.process import StopSignals, Stopped, run
 from mff_run.resume import check_same_data, load_state, open_folder, resumed_state, save_run, warn_of_space
 from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops, start_world
-from mff_run.files import write_atomically, write_json
+from mff_run.files import write_json
 from mff_run.sharded import exchange
 from mff_data.sources import check_labels, fingerprint, open_data
 from mff_min.vit import MODELS
@@ -213,9 +212,6 @@ def probe(cfg, world, signals):
             if cfg.layer_baselines:
                 encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
             metrics = probe_layers(cfg, encoders, layers, train_set, val_set, ops, collect, device, say)
-            if cfg.layer_baselines:
-                picture = chart_of_layers(metrics["rows"])
-                write_atomically(folder / "layers.png", lambda file: picture.save(file, format="PNG"))
         elif cfg.knn:
             metrics = classify_by_neighbours(cfg, train_set, val_set, collect_pooled, device, say)
         else:

@@ -29,7 +29,6 @@ from mff_run.flops import classifier_flops
 from mff_run.log import read_log
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
-from tools.chart import Panel, Series, chart, nice_axis
 from tools.layers import features_of_layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -333,12 +332,12 @@ def test_without_baselines_layers_are_those_of_the_trained_encoder_and_the_same(
     with_baselines = probe("--layers", "11")["rows"]
     metrics = probe("--layers", "11", "--no-layer-baselines", to="alone")
     assert metrics["rows"] == [row for row in with_baselines if row["kind"] in ("trained", "chance")]
-    assert metrics["margins"] == {} and not (tmp_path / "alone" / "layers.png").exists()
+    assert metrics["margins"] == {}
     assert "block 11" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_path, capsys, pool):
+def test_layers_leave_a_table_and_a_json_with_both_baselines(probe, tmp_path, capsys, pool):
     metrics = probe("--layers", "0,11", "--pool", pool)
     rows = {(row["label"], row["kind"], row["layer"]) for row in metrics["rows"]}
     assert rows == {(label, kind, layer) for label in ("shape", "texture") for kind, layers in (
@@ -350,8 +349,6 @@ def test_layers_leave_a_table_a_json_and_a_plot_with_both_baselines(probe, tmp_p
     assert re.search(r"\nchance +10\.0 \+- 0\.0 +12\.5 \+- 0\.0\n", output)
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert found["rows"] == metrics["rows"] and set(found["margins"]) == {"shape", "texture"}
-    with Image.open(tmp_path / "a" / "layers.png") as picture:
-        assert picture.size == (2 * 2 * 480, 2 * (330 + 42))
 
 
 def test_neighbours_print_their_number_and_temperature(probe, capsys):
@@ -381,21 +378,6 @@ def test_two_ranks_train_the_weights_of_one_with_accumulation(pretrained, tmp_pa
     one, two = (state_of(tmp_path / to)["model"] for to in ("one", "two"))
     torch.testing.assert_close(two["head.weight"], one["head.weight"], rtol=1e-5, atol=1e-7)
     assert (one["norm.num_batches_tracked"], two["norm.num_batches_tracked"]) == (8, 4)
-
-
-# ---------------------------------------------------------------- charts
-
-
-def test_axes_end_on_a_round_number():
-    assert nice_axis(23.4) == (5, 25) and nice_axis(100) == (20, 100) and nice_axis(61) == (20, 80)
-
-
-def test_a_chart_shows_each_line_in_its_colour():
-    lines = [Series("a", [(0, 10.0), (1, 20.0)], [1.0, 1.0], "blue"),
-             Series("b", [(0, 5.0), (1, 5.0)], [0.0, 0.0], "orange", dash=4)]
-    picture = np.asarray(chart([Panel("p", "x", "y", ["0", "1"], lines)], "title"))
-    for colour in ((31, 97, 168), (214, 110, 18)):
-        assert (picture == colour).all(-1).sum() > 200
 
 
 # ---------------------------------------------------------------- bad input
