@@ -322,7 +322,7 @@ SCRIPT = f"""
 import os, time, types
 import study
 from mff_min.config import parse
-from mff_run.process import run
+from mff_min.runtime import run
 study.PRESETS["minutes"] = {TINY}
 cfg = parse(study.Config)
 study.time = types.SimpleNamespace(
@@ -527,7 +527,7 @@ sys.argv = sys.argv[2:]
 if sys.argv[0] == "tools.study":
     from tools import study
     from mff_min.config import parse
-    from mff_run.process import run
+    from mff_min.runtime import run
     study.PRESETS["minutes"] = {TINY}
     run(study.main, parse(study.Config))
 else:
