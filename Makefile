@@ -14,8 +14,9 @@ demo: $(VENV)/demo-installed
 	rm -rf runs/demo
 	$(BIN)/torchrun train_pretrain.py $(SMALL) --steps 450 --picture-images 5 --output-dir runs/demo
 
-# What the README says of the demo: its figures and its pictures, from the run that `make demo` left.
-record-demo:
+# What the README says of the demo: its figures and its pictures, from the run that `make demo` left. Figures need
+# matplotlib, an extra: the record-* targets install it.
+record-demo: $(VENV)/figures-installed
 	mkdir -p results docs/figures
 	$(BIN)/python -m tools.analyze runs/demo --record results/demo.json
 	cp runs/demo/reconstruction.png docs/figures/demo.png
@@ -27,7 +28,7 @@ probe: $(VENV)/demo-installed
 	$(BIN)/python -m tools.probe_layers --checkpoint runs/probed --layers 0,2,4,6,8,11 --images 4000 --pool avg \
 	    --output-dir runs/probed-layers
 
-record-probe:
+record-probe: $(VENV)/figures-installed
 	mkdir -p results
 	cp runs/probed-layers/metrics.json results/probe_shapes_cpu.json
 	$(BIN)/python tests/generated.py
@@ -45,7 +46,7 @@ finetune: $(VENV)/demo-installed
 	PYTHONPATH=tests $(BIN)/python -c 'from generated import finetuned; \
 	    print(finetuned("runs/finetune/metrics.json", "runs/finetune-random/metrics.json"))'
 
-record-finetune:
+record-finetune: $(VENV)/figures-installed
 	mkdir -p results
 	cp runs/finetune/metrics.json results/finetune_shapes_cpu.json
 	cp runs/finetune-random/metrics.json results/finetune_random_cpu.json
@@ -56,7 +57,7 @@ study: $(VENV)/demo-installed
 	$(BIN)/python -m tools.study --preset minutes
 
 # What docs/results.md says of the studies: from those that were run here.
-record-study:
+record-study: $(VENV)/figures-installed
 	mkdir -p results docs/figures
 	cp runs/study/study_*.json results/
 	$(BIN)/python tests/generated.py
@@ -67,12 +68,12 @@ gpu-study:
 	PYTHON="$(PYTHON)" bash tools/gpu/study.sh "$(DATA)" "$(OUT)"
 
 # The file in FROM, the folder that was brought home, continues the one in results/ and replaces it.
-record-gpu-study:
+record-gpu-study: $(VENV)/figures-installed
 	cp $(FROM)/study_imagenette_gpu.json results/
 	$(BIN)/python tests/generated.py
 
 # Every figure and table of README.md and docs/ anew: from results/, and from the demo, which runs if it has not.
-figures: $(VENV)/demo-installed
+figures: $(VENV)/figures-installed
 	test -f runs/demo/metrics.json || $(MAKE) demo
 	$(MAKE) record-demo
 
@@ -95,7 +96,7 @@ faults: $(VENV)/test-installed
 	$(BIN)/python tests/faults --output-dir runs/faults
 	$(BIN)/python tests/faults --controls --output-dir runs/faults
 
-record-faults:
+record-faults: $(VENV)/figures-installed
 	mkdir -p results
 	cp runs/faults/faults_cpu.json runs/faults/controls_cpu.json results/
 	$(BIN)/python tests/generated.py
@@ -108,10 +109,15 @@ $(VENV)/demo-installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
+$(VENV)/figures-installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[figures]'
+	touch $@ $(VENV)/demo-installed
+
 $(VENV)/test-installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[test]'
-	touch $@ $(VENV)/demo-installed
+	touch $@ $(VENV)/demo-installed $(VENV)/figures-installed
 
 $(OLD)/test-installed: pyproject.toml
 	$(PYTHON) -m venv $(OLD)

@@ -45,12 +45,7 @@ def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix,
     if targets is images:
         del columns["target"]
     tiles = {caption: to_uint8(pictures, mean, std) for caption, pictures in columns.items()}
-    return grid(tiles, title, scale=scale_of(images.shape[-2:]))
-
-
-def scale_of(sides):
-    """How many times larger a sheet shows small images, of (H, W) pixels."""
-    return max(1, round(128 / min(sides)))
+    return grid(tiles, title, scale=max(1, round(128 / min(images.shape[-2:]))))        # small ones larger
 
 
 def grid(columns, title, scale=1):
@@ -68,21 +63,3 @@ def grid(columns, title, scale=1):
             tile = Image.fromarray(np.ascontiguousarray(images[i])).resize((W, H), Image.Resampling.NEAREST)
             sheet.paste(tile, (left, TOP + i * (H + GAP)))
     return sheet
-
-
-def tiles_of(sheet, sides):
-    """The images in a reconstruction_sheet as [row][column], of the (H, W) pixels that they had.
-
-    Raises ValueError where the sheet is no grid of such images.
-    """
-    scale = scale_of(sides)
-    H, W = (side * scale for side in sides)
-    columns, over = divmod(sheet.width - GAP, W + GAP)
-    rows, below = divmod(sheet.height - TOP, H + GAP)
-    if over or below or columns < 1 or rows < 1:
-        raise ValueError(f"{sheet.width} x {sheet.height} pixels are no sheet of images of {sides[0]} x "
-                         f"{sides[1]}")
-    corners = [[(GAP + j * (W + GAP), TOP + i * (H + GAP)) for j in range(columns)] for i in range(rows)]
-    return [[sheet.crop((left, top, left + W, top + H)).resize(tuple(sides)[::-1], Image.Resampling.NEAREST)
-             for left, top in row] for row in corners]
-

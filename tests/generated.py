@@ -2,7 +2,7 @@
 
     python tests/generated.py                                           # rewrite them
 
-So are the figures of docs/figures, but demo.png, which is a picture of the demo's run.
+So are the figures of docs/figures that documents show, but demo.png, which is a picture of the demo's run.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
 from tools import analyze, comparison, study  # noqa: E402
+from tools.figures import save  # noqa: E402
 
 
 def demo(result):
@@ -171,19 +172,34 @@ FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what t
            *of_encoders(ROOT / "results"))
 
 
-def draw(folder):
-    """Draw every figure that results/ determine into a folder."""
-    with contextlib.chdir(ROOT):                                        # the figures name results/
-        for flags in FIGURES:
-            analyze.main(parse(analyze.Config, [*flags.split(), "--output-dir", str(folder)]))
+def figures():
+    """{name: (Figure, the command that draws it)} of those that README.md and docs/*.md show."""
+    found = {}
+    for flags in FIGURES:
+        cfg = parse(analyze.Config, flags.split())
+        with contextlib.chdir(ROOT):                                    # the commands name results/
+            chosen = analyze.choose_figures(cfg, analyze.open_runs(cfg))
+        for kind, figure in analyze.figures_of(cfg, chosen, None, None).items():
+            found[cfg.prefix + kind] = figure, analyze.command(cfg, kind, chosen[kind])
     for name in STUDIES:
         path = ROOT / "results" / f"{name}.json"
         if path.exists():
-            found = json.loads(path.read_text())
+            result = json.loads(path.read_text())
             device = "cuda" if "_gpu" in name else "cpu"
-            command = (f"python -m tools.study --preset {found['preset']} --data {found['data']} "
-                       f"--device {device} --output-dir results --report")
-            comparison.save_figures(found, folder, name, command)
+            command = (f"python -m tools.study --preset {result['preset']} --data {result['data']} --device "
+                       f"{device} --output-dir results --report --figures docs/figures")
+            found |= {f"{name}_{kind}": (figure, command)
+                      for kind, figure in comparison.figures_of(result).items()}
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
+    shown = {name for text in texts for name in re.findall(r"figures/(\w+)\.svg", text)}
+    return {name: each for name, each in found.items() if name in shown}
+
+
+def draw(folder):
+    """Write the figures into a folder: the SVG, which documents show, and the numbers."""
+    for name, (figure, command) in figures().items():
+        save(figure, folder / name, command)
+        (folder / f"{name}.png").unlink()
 
 
 def of_study(name):
@@ -258,5 +274,5 @@ def rewrite():
 
 
 if __name__ == "__main__":
-    draw("docs/figures")
     rewrite()
+    draw(ROOT / "docs" / "figures")

@@ -1,11 +1,13 @@
 """tools.analyze: what it draws is what runs hold, its taps are the model's own, and what it refuses."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import generated
 import numpy as np
@@ -19,13 +21,11 @@ from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
-from mff_run.picture import grid, tiles_of
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
 from tools import analyze
 from tools.examine import look_at
-from tools.pens import drawn_by
-from tools.records import open_run
+from tools.figures import numbers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_4 = {1: "last", 2: "0,11", 4: "0,4,8,11", 6: "spread", 12: "all"}  # the paper's, by number of levels
@@ -122,39 +122,6 @@ def test_a_torn_line_is_named_and_the_others_are_drawn(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"warning: line 3 of {tmp_path}/a/log.jsonl is torn and is left out" in said
     assert all(f"line {number} of" in said for number in (7, 8, 9)) and said.count("warning") == 4
-
-
-def sheets_for(folder, steps, rows=3):
-    """Pictures of a run, and their tiles: {step: (column, row, H, W, 3)}."""
-    generator = np.random.default_rng(0)
-    tiles = {}
-    for step in steps:
-        tiles[step] = generator.integers(0, 256, (4, rows, 16, 24, 3), dtype=np.uint8)
-        names = ("image", "masked", "prediction", "pasted")
-        sheet = grid(dict(zip(names, tiles[step], strict=True)), "a title", scale=8)
-        sheet.save(folder / f"reconstruction-{step:06d}.png")
-    return tiles
-
-
-def test_tiles_are_what_the_grid_was_made_of(tmp_path):
-    tiles = sheets_for(tmp_path, [0])[0]
-    found = tiles_of(Image.open(tmp_path / "reconstruction-000000.png"), (16, 24))
-    found = np.array([[np.asarray(tile) for tile in row] for row in found])
-    assert np.array_equal(found, tiles.swapaxes(0, 1))
-
-
-def test_reconstructions_show_chosen_images_at_steps_spread_over_training(tmp_path):
-    make_run(tmp_path / "a")
-    tiles = sheets_for(tmp_path / "a", range(0, 101, 10))
-    (tmp_path / "a" / "reconstruction.png").write_bytes(b"")            # the newest one again: not needed
-    cfg = parse(analyze.Config, [str(tmp_path / "a"), "--figures", "reconstructions", "--rows", "2,0",
-                                 "--columns", "3"])
-    tile, = analyze.draw_reconstructions(cfg, [open_run(tmp_path / "a", "a", print)]).panels
-    assert tile.columns == ["image", "masked", "step 0", "step 50", "step 100"] and tile.rows == [2, 0]
-    for images, row in zip(tile.images, (2, 0), strict=True):
-        want = [tiles[100][0][row], tiles[100][1][row], *(tiles[step][3][row] for step in (0, 50, 100))]
-        assert np.array_equal(np.array([np.asarray(image) for image in images]), np.array(want))
-    assert "reconstructions" in analyzed(tmp_path / "a", "--figures", "reconstructions")
 
 
 def rows_of_layers(layers, best):
@@ -262,7 +229,7 @@ def test_taps_are_those_of_the_model(pretrained):
 def test_a_run_alone_gives_all_that_it_has_material_for(pretrained, cache, capsys, tmp_path):
     flags = ["--images", 12, "--batch-size", 5, "--cache-dir", cache]
     found = analyzed(pretrained, *flags, "--output-dir", tmp_path)
-    assert list(found) == ["weights", "curves", "reconstructions", "spectrum", "cka", "attention"]
+    assert list(found) == ["weights", "curves", "spectrum", "cka", "attention"]
     said = capsys.readouterr().out
     assert f"layers: without {pretrained}, which lacks metrics.json of tools.probe_layers" in said
     blocks, last, highest = found["spectrum"]["panels"]
@@ -330,7 +297,7 @@ def test_a_record_of_encoders_draws_what_they_draw(pretrained, mae, tmp_path, mo
     runs = [pretrained, mae][:len(names.split(","))]
     flags = [*runs, "--figures", "spectrum,cka,attention", "--names", names, "--images", 8, "--batch-size", 4,
              "--data", tmp_path / "images"]
-    monkeypatch.setattr(analyze, "command", lambda *_: "the command")   # its length moves what is below
+    monkeypatch.setattr(analyze, "command", lambda *_: "the command")
     analyzed(*flags, "--output-dir", tmp_path / "a")
     assert analyzed(*flags, "--record", tmp_path / "features.json", "--output-dir", tmp_path / "none") == {}
     assert not (tmp_path / "none").exists()
@@ -384,15 +351,15 @@ def test_oblong_images_are_measured(tmp_path, cache):
 
 
 def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
-    """It names the runs in the figure alone: another has no encoder and no picture."""
+    """It names the runs in the figure alone: another has no encoder."""
     make_run(tmp_path / "other")
-    shown = ["--images", 8, "--batch-size", 4, "--rows", "0", "--names", "other,my run"]
+    shown = ["--images", 8, "--batch-size", 4, "--names", "other,my run"]
     written = analyzed(tmp_path / "other", pretrained, *shown, "--cache-dir", cache, "--output-dir",
                        tmp_path / "a")
     assert {name: "other" in found["command"] for name, found in written.items()} == dict(
-        weights=True, curves=True, reconstructions=False, spectrum=False, cka=False, attention=False)
+        weights=True, curves=True, spectrum=False, cka=False, attention=False)
     assert {name: "--images" in found["command"] for name, found in written.items()} == dict(
-        weights=False, curves=False, reconstructions=False, spectrum=True, cka=True, attention=True)
+        weights=False, curves=False, spectrum=True, cka=True, attention=True)
     for name, found in written.items():
         words = shlex.split(found["command"])
         flags = words[3:]
@@ -403,23 +370,19 @@ def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
             assert a.read_bytes() == b.read_bytes(), name
 
 
-@pytest.fixture(scope="module")
-def redrawn(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("figures")
-    generated.draw(folder)
-    return folder
-
-
-STALE = "differ from what results/ hold: run `python tests/generated.py`, as `make figures` does"
-
-
-def test_committed_figures_are_what_results_give(redrawn):
-    committed = {path.name: path for path in (ROOT / "docs" / "figures").iterdir()}
-    drawn = {path.name: path for path in redrawn.iterdir()}
-    assert len(drawn) >= 6 and set(committed) - set(drawn) == {"demo.png"}, STALE
-    stale = [name for name, path in drawn.items() if path.suffix in (".svg", ".json")
-             and (name not in committed or committed[name].read_text() != path.read_text())]
-    assert not stale, f"{', '.join(stale)} {STALE}"
+def test_committed_figures_have_the_numbers_that_results_give():
+    """Each that a document shows is there, as SVG and as numbers, and nothing else but the demo's picture."""
+    folder, figures = ROOT / "docs" / "figures", generated.figures()
+    stale = "run `python tests/generated.py`, as `make figures` does"
+    assert len(figures) >= 2 and {path.name for path in folder.iterdir()} == {
+        "demo.png", *(f"{name}.{kind}" for name in figures for kind in ("svg", "json"))}, stale
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
+    shown = {name for text in texts for name in re.findall(r"figures/([\w.-]+\.\w+)", text)}
+    assert shown == {"demo.png", *(f"{name}.svg" for name in figures)}
+    for name, (figure, command) in figures.items():
+        assert (folder / f"{name}.json").read_text() == numbers_of(figure, command), f"{name}: {stale}"
+        svg = (folder / f"{name}.svg").read_text()
+        assert escape(command) in svg and "prefers-color-scheme: dark" in svg, f"{name}: {stale}"
 
 
 def test_every_record_of_encoders_in_results_is_drawn(tmp_path):
@@ -431,15 +394,14 @@ def test_every_record_of_encoders_in_results_is_drawn(tmp_path):
     assert set(generated.of_encoders(ROOT / "results")) <= set(generated.FIGURES)
 
 
-def test_committed_pictures_have_the_pixels_that_results_give(redrawn):
-    figures = ROOT / "docs" / "figures"
-    pictures = {path.name: Image.open(figures / path.name) for path in redrawn.glob("*.png")}
-    others = {picture.text["Software"] for picture in pictures.values()} - {drawn_by()}
-    if others:
-        pytest.skip(f"letters depend on who draws them: {drawn_by()} here, {', '.join(others)} there")
-    stale = [name for name, picture in pictures.items()
-             if not np.array_equal(np.asarray(picture), np.asarray(Image.open(redrawn / name)))]
-    assert not stale, f"{', '.join(stale)} {STALE}"
+def test_without_matplotlib_nothing_is_begun(pretrained, capsys, monkeypatch, tmp_path):
+    """A record needs none of it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the encoders were run"))
+    refused(pretrained, "--output-dir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "pip install -e '.[figures]'" in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert analyzed(pretrained, "--record", tmp_path / "a.json") == {} and (tmp_path / "a.json").exists()
 
 
 # ---------------------------------------------------------------- bad input
@@ -469,12 +431,7 @@ def bad(tmp_path_factory, pretrained):
     (folder / "list" / "config.json").write_text("[1]")
     make_run(folder / "config")
     (folder / "config" / "config.json").write_text("{}")
-    make_run(folder / "picture")
-    (folder / "picture" / "reconstruction-000001.png").write_bytes(b"no picture")
-    make_run(folder / "sheet")
-    sheets_for(folder / "sheet", [0])
-    make_run(folder / "size", img_size=[32, 32])
-    sheets_for(folder / "size", [0])
+    make_run(folder / "other")
     (folder / "text.json").write_text("{}")
     for name, value in (("log", [1, 2]), ("log-object", {"step": 1}), ("config", "model, global_batch")):
         record = dict(config=dict(model="vit_test", global_batch=8)) | {name.partition("-")[0]: value}
@@ -505,22 +462,17 @@ def bad(tmp_path_factory, pretrained):
     ("BAD/run BAD/nolog --figures weights", "--figures weights: BAD/nolog lacks fusion_weights in log.jsonl"),
     ("BAD/nolog --figures curves", "--figures curves: BAD/nolog lacks log.jsonl with a line of training"),
     ("BAD/run --figures curves,layers", "--figures layers: BAD/run lacks metrics.json of tools.probe_layers"),
-    ("BAD/run --figures reconstructions", "BAD/run lacks reconstruction-NNNNNN.png"),
     ("BAD/run --figures cka", "--figures cka: BAD/run lacks last.pt or encoder.pt of train_pretrain.py"),
-    ("BAD/run --figures weight", "--figures weight: expected some of weights, curves, reconstructions"),
-    ("BAD/picture --figures reconstructions", "reconstruction-000001.png cannot be read"),
-    ("BAD/size --figures reconstructions", "are no sheet of images of 32 x 32"),
-    ("BAD/sheet --figures reconstructions --rows 0,3", "the pictures of BAD/sheet have rows 0 to 2"),
-    ("BAD/sheet --figures reconstructions --rows all", "--rows all: expected numbers such as 0,2"),
-    ("BAD/run BAD/sheet --names a", "--names a: expected 2 names that differ, one a run"),
-    ("BAD/run BAD/sheet --names a,a", "--names a,a: expected 2 names that differ, one a run"),
+    ("BAD/run --figures weight", "--figures weight: expected some of weights, curves, layers, spectrum"),
+    ("BAD/run BAD/other --names a", "--names a: expected 2 names that differ, one a run"),
+    ("BAD/run BAD/other --names a,a", "--names a,a: expected 2 names that differ, one a run"),
     ("BAD/run BAD/run", "two of BAD/run BAD/run would have one name: expected different runs, or --names"),
     ("BAD/run BAD/list/../run", "would have one name: expected different runs, or --names"),
-    ("BAD/run BAD/sheet --record BAD/x.json", "expected one run, and a name that ends in .json"),
+    ("BAD/run BAD/other --record BAD/x.json", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/x.txt", "expected one run, and a name that ends in .json"),
     ("BAD/run --record BAD/none/x.json", "BAD/none/x.json cannot be written"),
     ("BAD/wide --figures cka --record BAD/none/x.json", "x.json cannot be written: BAD/none is no folder"),
-    ("BAD/run BAD/sheet --figures weights --record BAD/x.json", "of several runs, --figures of spectrum"),
+    ("BAD/run BAD/other --figures weights --record BAD/x.json", "of several runs, --figures of spectrum"),
     ("BAD/wide --figures cka,weights --record BAD/x.json", "--figures of spectrum, cka, attention alone"),
     ("BAD/run --figures cka --record BAD/x.json", "--figures cka: BAD/run lacks last.pt or encoder.pt"),
     ("BAD/features.json BAD/run", "features.json is a record of encoders: expected no other run, no --names"),

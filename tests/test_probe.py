@@ -26,7 +26,6 @@ from mff_run.flops import classifier_flops
 from mff_run.log import read_log
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
-from tools.chart import Panel, Series, chart, nice_axis
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
@@ -331,21 +330,6 @@ def test_two_ranks_train_the_weights_of_one_with_accumulation(pretrained, tmp_pa
     one, two = (state_of(tmp_path / to)["model"] for to in ("one", "two"))
     torch.testing.assert_close(two["head.weight"], one["head.weight"], rtol=1e-5, atol=1e-7)
     assert (one["norm.num_batches_tracked"], two["norm.num_batches_tracked"]) == (8, 4)
-
-
-# ---------------------------------------------------------------- charts
-
-
-def test_axes_end_on_a_round_number():
-    assert nice_axis(23.4) == (5, 25) and nice_axis(100) == (20, 100) and nice_axis(61) == (20, 80)
-
-
-def test_a_chart_shows_each_line_in_its_colour():
-    lines = [Series("a", [(0, 10.0), (1, 20.0)], [1.0, 1.0], "blue"),
-             Series("b", [(0, 5.0), (1, 5.0)], [0.0, 0.0], "orange", dash=4)]
-    picture = np.asarray(chart([Panel("p", "x", "y", ["0", "1"], lines)], "title"))
-    for colour in ((31, 97, 168), (214, 110, 18)):
-        assert (picture == colour).all(-1).sum() > 200
 
 
 # ---------------------------------------------------------------- bad input

@@ -534,7 +534,7 @@ sys.argv = sys.argv[2:]
 if sys.argv[0] == "tools.study":
     from tools import study
     from mff_min.config import parse
-    from mff_run.process import run
+    from mff_min.runtime import run
     study.PRESETS["minutes"] = {TINY}
     run(study.main, parse(study.Config))
 else:
@@ -595,9 +595,23 @@ def test_the_command_in_a_figure_draws_it(tmp_path, whole, monkeypatch):
     drawn = whole[0] / "f" / "study_shapes_cpu_minutes_loss"
     words = shlex.split(json.loads(drawn.with_suffix(".json").read_text())["command"])
     monkeypatch.setitem(study.PRESETS, "minutes", TINY)
-    study.main(parse(study.Config, [*words[3:], "--figures", str(tmp_path)]))
-    assert words[:3] == ["python", "-m", "tools.study"]
-    assert (tmp_path / f"{drawn.name}.svg").read_text() == drawn.with_suffix(".svg").read_text()
+    assert words[:3] == ["python", "-m", "tools.study"] and words[-2] == "--figures"
+    study.main(parse(study.Config, [*words[3:-1], str(tmp_path)]))
+    numbers = [json.loads((folder / f"{drawn.name}.json").read_text()) for folder in (tmp_path, drawn.parent)]
+    assert numbers[0]["panels"] == numbers[1]["panels"] and (tmp_path / f"{drawn.name}.svg").exists()
+
+
+def test_a_study_asks_for_matplotlib_before_its_units_and_only_to_draw(tmp_path, whole, capsys, monkeypatch):
+    monkeypatch.setitem(study.PRESETS, "minutes", TINY)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(study, "run_units", lambda *_: pytest.fail("a unit was run"))
+    flags = ["--device", "cpu", "--output-dir", f"{whole[0]}/r"]
+    for more in ([], ["--report"]):
+        with pytest.raises(UserError, match=r"pip install -e '\.\[figures\]'"):
+            study.main(parse(study.Config, [*flags, *more, "--figures", str(tmp_path / "f")]))
+    assert not (tmp_path / "f").exists()
+    study.main(parse(study.Config, [*flags, "--report"]))
+    assert "| MAE | 1 |" in capsys.readouterr().out
 
 
 def test_other_images_of_the_same_name_are_another_study(tmp_path, cache):

@@ -10,7 +10,6 @@ A RUN is the folder of a run, or a file that --record wrote, or metrics.json of 
 
     weights          the weight of every fused level over training (MFF, arXiv 2308.00261, figure 1)
     curves           loss, learning rate, gradient norm and throughput over the images seen
-    reconstructions  held-out images as the model completed them in the course of training
     layers           what a linear probe found in each block: of folders of tools.probe_layers
     spectrum         relative log amplitude of each block's features, and of the last before and after fusion
     cka              similarity of the layers of a run, and of those of any two runs
@@ -29,21 +28,17 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-
 from mff_data.sources import open_data
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_run.files import make_folder
 from mff_run.process import run
 from mff_run.world import describe_environment, pick_ops, start_world
-from tools.chart import Figure, HeatMap, Panel, Series, Tiles, save
 from tools.comparison import WEIGHTS_NOTE
 from tools.examine import Findings, difference_of_sizes, examine, open_subject, similarities
-from tools.layers import figure_of_layers
+from tools.figures import LINES, Figure, HeatMap, Panel, Series, check_matplotlib, save
 from tools.measures import frequencies, patch_distances
-from tools.pens import LINES
-from tools.records import open_run, read_sheet, record_of_encoders, record_of_run, write_record
+from tools.records import open_run, record_of_encoders, record_of_run, write_record
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,6 @@ class Config:
     data: str = opt("", "images to look at, as --data of the stages; not given: the first run's")
     images: int = opt(256, "how many of them at most, spread over the validation images", least=4)
     batch_size: int = opt(64, "images of a minibatch; cka sums over minibatches", least=4)
-    rows: str = opt("", "images of the reconstructions, such as 0,2; not given: all that were drawn")
-    columns: int = opt(6, "steps of the reconstructions at most, spread over training", above=0)
 
     # these change only how they are made
     output_dir: str = knob("", "folder of the figures; not given: RUN/figures, or runs/figures of several")
@@ -111,39 +104,54 @@ def draw_curves(cfg, runs):
     return Figure("Training", panels, columns=min(2, len(panels)))
 
 
-def draw_reconstructions(cfg, runs):
-    """A panel for each run: a row an image, as it is, as the encoder sees it, as the model pastes it."""
-    panels = []
-    for each in runs:
-        found = each.pictures()
-        steps = list(found)
-        if len(steps) > cfg.columns:                                    # first and last are among them
-            chosen = np.linspace(len(steps) - 1, 0, cfg.columns).round()
-            steps = [steps[int(i)] for i in chosen[::-1]]
-        sheets = [read_sheet(found[step], each.config["img_size"]) for step in steps]
-        drawn = min(map(len, sheets))
-        try:
-            rows = [int(row) for row in cfg.rows.split(",")] if cfg.rows else list(range(drawn))
-        except ValueError:
-            raise UserError(f"--rows {cfg.rows}: expected numbers such as 0,2") from None
-        if min(rows) < 0 or max(rows) >= drawn:
-            raise UserError(f"--rows {cfg.rows}: the pictures of {each.path} have rows 0 to {drawn - 1}")
-        # A sheet has the columns image, perhaps target, masked, prediction, pasted.
-        images = [[sheets[-1][row][0], sheets[-1][row][-3], *(sheet[row][-1] for sheet in sheets)]
-                  for row in rows]
-        names = ["image", "masked", *(f"step {step}" for step in steps)]
-        panels.append(Tiles(each.name if len(runs) > 1 else "", names, rows, images))
-    across, down = (max(len(getattr(panel, side)) for panel in panels) for side in ("columns", "rows"))
-    normed = any(each.config.get("norm_pix_loss") for each in runs)
-    return Figure("Held-out images, masked patches as the model predicts them", panels, columns=1,
-                  width=118 * across + 22, height=118 * down + 44,
-                  note="Normalised patches are predicted: the true mean and deviation of each are put back."
-                  if normed else "")
-
-
 def draw_layers(cfg, runs):
     """A panel for each label, with the runs' accuracies over the layers."""
     return figure_of_layers({each.name: each.metrics["rows"] for each in runs})
+
+
+def figure_of_layers(runs):
+    """A Figure with a panel for each label: accuracy over the layers, with both baselines and chance.
+
+    runs are {name: rows}; a run that lacks a label is not in its panel. The baselines in a panel are those of
+    the first run in it, where that has them.
+    """
+    rows = [row for of_run in runs.values() for row in of_run]
+    present = {row["layer"] for row in rows if row["kind"] == "trained"}
+    blocks = sorted(int(layer.removeprefix("block ")) for layer in present - {"fused"})
+    layers = [*(f"block {i}" for i in blocks), *({"fused"} & present)]
+    ticks = [layer.removeprefix("block ") for layer in layers]
+    owners = {}                                                         # {label: whose baselines are shown}
+    for name, of_run in runs.items():
+        for row in of_run:
+            owners.setdefault(row["label"], name)
+    panels = []
+    for label, owner in owners.items():
+        series = []
+        lines = [(name, "trained", name, LINES[i % len(LINES)]) for i, name in enumerate(runs)]
+        lines.append((owner, "random", "random weights", "grey" if len(runs) > 1 else "orange"))
+        for source, kind, name, colour in lines:
+            found = [row for row in runs[source] if (row["label"], row["kind"]) == (label, kind)]
+            blocks = [row for row in found if row["layer"] != "fused"]
+            for part in filter(None, (blocks, found[len(blocks):])):    # no line leads to the fused feature
+                points = [(layers.index(row["layer"]), row["acc1"]) for row in part]
+                series.append(Series(name, points, [row["acc1_error"] for row in part], colour))
+        for kind, dash in (("pixels", 6), ("chance", 2)):
+            for level in (row for row in runs[owner] if (row["label"], row["kind"]) == (label, kind)):
+                ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
+                series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
+        panels.append(Panel(f"label: {label}", "block", "accuracy, %", ticks, series))
+    images = sorted({row["val_images"] for row in rows if row["kind"] == "trained"})
+    return Figure(f"Linear probes of frozen features: accuracy on {' or '.join(map(str, images))} validation "
+                  f"images, bars of one standard error", panels, share_y=True,
+                  note=whose_is_grey(owners) if len(runs) > 1 else "")
+
+
+def whose_is_grey(owners):
+    """The note that says which run the baselines are of: {label: run}."""
+    runs = dict.fromkeys(owners.values())
+    if len(runs) == 1:
+        return f"What is grey is of {next(iter(runs))}."
+    return "What is grey is of " + ", ".join(f"{run} for {label}" for label, run in owners.items()) + "."
 
 
 # ---------------------------------------------------------------- figures from encoders
@@ -212,8 +220,7 @@ def draw_attention(found):
 # ---------------------------------------------------------------- the way through
 
 
-FROM_FILES = {"weights": draw_weights, "curves": draw_curves, "reconstructions": draw_reconstructions,
-              "layers": draw_layers}
+FROM_FILES = {"weights": draw_weights, "curves": draw_curves, "layers": draw_layers}
 FROM_ENCODERS = {"spectrum": draw_spectrum, "cka": draw_cka, "attention": draw_attention}
 
 
@@ -223,8 +230,6 @@ def missing(figure, each):
         return "fusion_weights in log.jsonl, which train_pretrain.py writes"
     if figure == "curves" and not each.log:
         return "log.jsonl with a line of training"
-    if figure == "reconstructions" and not each.pictures():
-        return "reconstruction-NNNNNN.png, which train_pretrain.py draws"
     if figure == "layers" and "margins" not in each.metrics:
         return "metrics.json of tools.probe_layers"
     if figure == "cka" and each.findings and not each.findings.cka:
@@ -293,6 +298,8 @@ def open_runs(cfg):
 def main(cfg):
     """Draw the figures that cfg asks for, or write --record; returns {figure: path of its .png}."""
     check_ranges(cfg)
+    if not cfg.record:
+        check_matplotlib()
     runs = open_runs(cfg)
     of_encoders = set(cfg.figures.split(",")) & set(FROM_ENCODERS)
     if cfg.record:
@@ -350,12 +357,7 @@ def draw(cfg, chosen, world):
     """Draw and write the chosen figures; returns {figure: path of its .png}."""
     alone = len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir()
     folder = Path(cfg.output_dir or (Path(cfg.runs[0]) / "figures" if alone else "runs/figures"))
-    figures = {name: FROM_FILES[name](cfg, able) for name, able in chosen.items() if name in FROM_FILES}
-    measured = [name for name in chosen if name in FROM_ENCODERS]
-    if measured:
-        runs = chosen[measured[0]]                                      # all three need the same
-        found = runs[0].findings or measure(cfg, runs, measured, "--output-dir", folder, world)
-        figures |= {name: FROM_ENCODERS[name](found) for name in measured if name != "cka" or found.cka}
+    figures = figures_of(cfg, chosen, folder, world)
     make_folder("--output-dir", folder)
     written = {name: folder / f"{cfg.prefix}{name}.png" for name in figures}
     for name, figure in figures.items():
@@ -364,19 +366,27 @@ def draw(cfg, chosen, world):
     return written
 
 
+def figures_of(cfg, chosen, folder, world):
+    """{name: Figure} of the chosen ones; the folder is made before encoders are measured for them."""
+    figures = {name: FROM_FILES[name](cfg, able) for name, able in chosen.items() if name in FROM_FILES}
+    measured = [name for name in chosen if name in FROM_ENCODERS]
+    if measured:
+        runs = chosen[measured[0]]                                      # all three need the same
+        found = runs[0].findings or measure(cfg, runs, measured, "--output-dir", folder, world)
+        figures |= {name: FROM_ENCODERS[name](found) for name in measured if name != "cka" or found.cka}
+    return figures
+
+
 def command(cfg, figure, runs):
     """The command line that draws one figure of these runs alike."""
     paths, names = [str(each.path) for each in runs], [each.name for each in runs]
     words = ["python", "-m", "tools.analyze", *paths, "--figures", figure]
     if names != short_names(paths):
         words += ["--names", ",".join(names)]
-    read = {"reconstructions": ("rows", "columns")}
-    if not runs[0].findings:
-        read |= dict.fromkeys(FROM_ENCODERS, ("data", "images", "batch_size"))
-    for field in fields(cfg):
-        value = getattr(cfg, field.name)
-        if field.name in read.get(figure, ()) and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    if figure in FROM_ENCODERS and not runs[0].findings:
+        words += [word for field in fields(cfg) if field.name in ("data", "images", "batch_size")
+                  and (value := getattr(cfg, field.name)) != field.default
+                  for word in (f"--{field.name.replace('_', '-')}", str(value))]
     return shlex.join(words)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS
 from mff_run.progress import duration
-from tools.chart import Figure, Panel, Series, save
+from tools.figures import Figure, Panel, Series
 
 BASE = "MAE"
 BASELINES = ("random", "pixels")
@@ -301,17 +301,6 @@ def figures_of(results):
              "layers": layers(results, about), "loss": losses(results, about),
              "weights": weights(results, about)}
     return {name: figure for name, figure in found.items() if figure.panels}
-
-
-def save_figures(results, folder, stem, command):
-    """Draw the figures into a folder, under names that begin with stem; returns them without their ends.
-
-    command is the one that draws them, which they show.
-    """
-    figures = {f"{folder}/{stem}_{name}": figure for name, figure in figures_of(results).items()}
-    for path, figure in figures.items():
-        save(figure, path, command)
-    return list(figures)
 
 
 def forest(results, about):

@@ -1,4 +1,4 @@
-"""What a run has left, read again for figures: its flags, its log, its metrics and its pictures.
+"""What a run has left, read again for figures: its flags, its log and its metrics.
 
 A record is the same of a run whose folder is gone, in one small file: metrics.json with the log's lines. A
 record of encoders is what examine.py found in those of several runs.
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mff_min.config import check_reachable
 from mff_min.errors import UserError
@@ -17,7 +16,6 @@ from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS
 from mff_run.files import write_json
 from mff_run.log import read_log
-from mff_run.picture import tiles_of
 from tools.examine import Features, Findings
 from tools.measures import frequencies
 
@@ -55,12 +53,6 @@ class Run:
             raise UserError(f"{self.path}: its log has other levels than the {len(blocks)} of its "
                             f"--out-indices")
         return depth, blocks, found
-
-    def pictures(self):
-        """{step: file} of the pictures that the run has drawn."""
-        found = {path.stem.removeprefix("reconstruction-"): path for path
-                 in sorted(self.path.glob("reconstruction-*.png"))}
-        return {int(step): path for step, path in found.items() if step.isdecimal()}
 
     def has_encoder(self):
         """Whether the folder holds what train_pretrain.py trained."""
@@ -151,11 +143,3 @@ def read_json(path):
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}: expected an object")
     return found
-
-
-def read_sheet(path, sides):
-    """The images in a picture of a run, [row][column], of the (H, W) pixels given. Raises UserError."""
-    try:
-        return tiles_of(Image.open(path).convert("RGB"), sides)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None

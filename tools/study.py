@@ -49,6 +49,7 @@ from mff_run.process import StopSignals, leave, run
 from mff_run.progress import duration
 from mff_run.world import describe_environment, source_commit, start_world
 from tools import comparison, probe_layers
+from tools.figures import check_matplotlib, save
 
 # ---------------------------------------------------------------- what is compared
 
@@ -109,7 +110,7 @@ class Config:
     # these change only how it is reached
     study_dir: str = knob("", "the units' folders; not given: runs/study/<data>_<device>[_<preset>]")
     output_dir: str = knob("runs/study", "where study_<data>_<device>[_<preset>].json is written")
-    figures: str = knob("runs/figures", "where the figures are drawn, as study_*.png, .svg and .json")
+    figures: str = knob("", "where to draw the figures, as study_*.png, .svg and .json; not given: none")
     report: bool = knob(False, "run nothing: the tables and figures of what is finished")
     minutes: float = knob(0.0, "stop after so long, with everything saved; whole chains first, and no steps "
                                "are spent on an estimate; 0: stop when all is done", least=0)
@@ -312,7 +313,7 @@ def unit_of(record):
 
 
 def main(cfg):
-    """Run what is left of a study, then print its tables and draw its figures. Returns the results."""
+    """Run what is left of a study, then print its tables and draw --figures. Returns the results."""
     check_ranges(cfg)
     seeds, methods = parse_seeds(cfg.seeds), parse_methods(cfg.methods)
     name = name_of(cfg.data)
@@ -326,7 +327,9 @@ def main(cfg):
         units = in_chains(units)
     if cfg.report and not results["records"]:
         raise UserError(f"{path} holds no finished unit yet: expected one, or no --report")
-    make_folder("--figures", cfg.figures)
+    if cfg.figures:
+        check_matplotlib()
+        make_folder("--figures", cfg.figures)
     if not cfg.report:
         make_folder("--output-dir", cfg.output_dir)
         kind = dict(preset=cfg.preset, data=name, device=device, images=images)
@@ -338,9 +341,10 @@ def main(cfg):
     print("\n" + comparison.report(results, units), flush=True)
     words = ["--preset", cfg.preset, "--data", cfg.data, "--device", "cpu" if device == "cpu" else "cuda"]
     words += ["--output-dir", cfg.output_dir] * (cfg.output_dir != Config.output_dir)
-    command = f"python -m tools.study {shlex.join(words)} --report"
-    for stem in comparison.save_figures(results, cfg.figures, path.stem, command):
-        print(f"  {stem}.png", flush=True)
+    command = f"python -m tools.study {shlex.join(words)} --report --figures {shlex.quote(cfg.figures)}"
+    for figure, drawn in comparison.figures_of(results).items() if cfg.figures else ():
+        save(drawn, f"{cfg.figures}/{path.stem}_{figure}", command)
+        print(f"  {cfg.figures}/{path.stem}_{figure}.png", flush=True)
     return results
 
 
