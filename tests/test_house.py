@@ -216,6 +216,22 @@ def test_a_block_has_one_place_in_all_documents(tmp_path, monkeypatch):
             generated.document(name)
 
 
+def test_every_claim_of_the_readme_names_tests_and_make_claims_runs_them():
+    claims = re.findall(r"^\| .*`pytest -k (.*)` \|$", (ROOT / "README.md").read_text(), re.M)
+    tests = [name for path in ROOT.glob("tests/**/test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)]
+    assert len(claims) >= 8
+    assert [claim for claim in claims if not any(claim in name for name in tests)] == []
+    said = subprocess.run(["make", "-n", "claims"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f'pytest -k "{" or ".join(claims)}"' in said
+
+
+@pytest.mark.parametrize("name, most", [("lines", 180), ("words", 1500)])
+def test_the_readme_is_read_in_five_minutes(name, most):
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines() if name == "lines" else text.split()) <= most
+
+
 # ---------------------------------------------------------------- leftovers
 
 def leftovers(path, text):
