@@ -31,8 +31,8 @@ def demo(result):
     heaviest, lightest = (weights.index(extreme(weights)) for extreme in (max, min))
     threads = f"{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}"
     where = threads if on_cpu else environment["device"]
-    return (f"On {where}, with PyTorch {version}, `make demo` trains for {result['seconds'] / 60:.1f} minutes. "
-            f"Its last line is `{last_line(result)}`. The pictures below are its own. Each of the "
+    return (f"On {where}, with PyTorch {version}, `make demo` trained for {result['seconds'] / 60:.1f} "
+            f"minutes. It ended with `{last_line(result)}`. The pictures below are its own. Each of the "
             f"{len(weights)} fused levels begins with the weight {1 / len(weights):.3f}. Block "
             f"{blocks[heaviest]} ended with the largest weight, {weights[heaviest]:.3f}, and block "
             f"{blocks[lightest]} with the smallest, {weights[lightest]:.3f}.")
@@ -40,8 +40,8 @@ def demo(result):
 
 def last_line(result):
     """What train_pretrain.py ends with, from its metrics.json."""
-    return (f"done: loss {result['val_loss']:.4f} on {result['val_images']} held-out images, where predicting "
-            f"the mean of each masked patch gives {result['val_loss_of_means']:.4f}")
+    return (f"done: loss {result['val_loss']:.4f} on {result['val_images']} held-out images, where "
+            f"predicting the mean of each masked patch gives {result['val_loss_of_means']:.4f}")
 
 
 def probe_shapes_cpu(result):
@@ -156,8 +156,8 @@ def stages():
     """The last line of each stage, as the runs in results/ ended."""
     demo, probe, finetune = (json.loads((ROOT / "results" / f"{name}.json").read_text())
                              for name in ("demo", "probe_protocol_cpu", "finetune_shapes_cpu"))
-    return "\n".join(["```", f"train_pretrain.py  {last_line(demo)}", f"train_probe.py     done: {shown(probe)}",
-                      f"train_finetune.py  done: {shown(finetune)}", "```"])
+    return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
+            f"train_finetune.py  done: {shown(finetune)}\n```")
 
 
 ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",

@@ -222,8 +222,8 @@ def sentences(metrics):
         yield "\n".join(said)
     if count:
         yield (f"Each interval is for one comparison, and there are {count}. If no row differed from {BASE}, "
-               f"{count / 20:.1f} of them would exclude 0 by chance. All share {BASE}'s runs, so such chances "
-               f"come together.")
+               f"{count / 20:.1f} of them would exclude 0 by chance. All share {BASE}'s runs, so such "
+               f"chances come together.")
 
 
 def short(values):
