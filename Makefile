@@ -5,7 +5,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 
 .PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures \
-    gpu gpu-study record-gpu-study test test-oldest faults record-faults lint clean
+    gpu gpu-study record-gpu-study test claims test-oldest faults record-faults lint clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
     --global-batch 32 --batch-size 32 --lr 3e-3
@@ -79,6 +79,11 @@ figures: $(VENV)/figures-installed
 
 test: $(VENV)/test-installed
 	$(BIN)/python -m pytest
+
+# The lines of README.md's table of claims, in one process: under two minutes on two free cores.
+CLAIMS = $(subst |, or ,$(shell sed -n 's/.*`pytest -k \([a-z_]*\)`.*/\1/p' README.md | paste -s -d '|' -))
+claims: $(VENV)/test-installed
+	$(BIN)/python -m pytest -k "$(CLAIMS)"
 
 # The method and a run, on the oldest PyTorch and Triton that pyproject.toml allows.
 OLD = $(VENV)-oldest

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
+from mff_min.probe import shown  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
 from tools import analyze, comparison, study  # noqa: E402
 from tools.figures import save  # noqa: E402
@@ -31,13 +32,17 @@ def demo(result):
     heaviest, lightest = (weights.index(extreme(weights)) for extreme in (max, min))
     threads = f"{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}"
     where = threads if on_cpu else environment["device"]
-    return (f"On {where}, with PyTorch {version}, the demo trained for "
-            f"{result['seconds'] / 60:.1f} minutes and reached a loss of {result['val_loss']:.3f} on "
-            f"{result['val_images']} held-out images, where predicting the mean of each masked patch gives "
-            f"{result['val_loss_of_means']:.3f}. The pictures above are its own. Of {len(weights)} fused "
-            f"levels, which begin with {1 / len(weights):.3f} each, block {blocks[heaviest]} ended with the "
-            f"largest weight, {weights[heaviest]:.3f}, and block {blocks[lightest]} with the smallest, "
-            f"{weights[lightest]:.3f}.")
+    return (f"On {where}, with PyTorch {version}, `make demo` trained for {result['seconds'] / 60:.1f} "
+            f"minutes. It ended with `{last_line(result)}`. The pictures below are its own. Each of the "
+            f"{len(weights)} fused levels begins with the weight {1 / len(weights):.3f}. Block "
+            f"{blocks[heaviest]} ended with the largest weight, {weights[heaviest]:.3f}, and block "
+            f"{blocks[lightest]} with the smallest, {weights[lightest]:.3f}.")
+
+
+def last_line(result):
+    """What train_pretrain.py ends with, from its metrics.json."""
+    return (f"done: loss {result['val_loss']:.4f} on {result['val_images']} held-out images, where "
+            f"predicting the mean of each masked patch gives {result['val_loss_of_means']:.4f}")
 
 
 def probe_shapes_cpu(result):
@@ -154,6 +159,35 @@ def table(group):
         yield f"| {name} | {rate} | {ratio} | {shares[0]} | {peak} | {shares[1]} |"
 
 
+def stages():
+    """The last line of each stage, as the runs in results/ ended."""
+    demo, probe, finetune = (json.loads((ROOT / "results" / f"{name}.json").read_text())
+                             for name in ("demo", "probe_protocol_cpu", "finetune_shapes_cpu"))
+    return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
+            f"train_finetune.py  done: {shown(finetune)}\n```")
+
+
+ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",
+         "mff_min": "the method: ViT, masking, fusion, targets, augmentation, optimizers",
+         "kernels": "every op in plain PyTorch, and the Triton kernels beside it",
+         "mff_data": "where images come from: folders, packs, CIFAR, embedded images",
+         "mff_run": "what keeps a run alive: checkpoints, logs, processes, signals",
+         "mff_weights": "weights of five families of names",
+         "tools": "everything that is no stage: figures, conversion, studies, benchmarks",
+         "tests": "each test's name is the claim that it checks"}
+
+
+def rooms():
+    """A table of what lies where, with the lines of its Python files, in hundreds."""
+    rows = ["| room | lines | what is in it |", "|---|---|---|"]
+    for room, text in ROOMS.items():
+        paths = ROOT.glob(room) if room.endswith(".py") else (ROOT / room).rglob("*.py")
+        lines = sum(len(path.read_text().splitlines()) for path in paths)
+        rows.append(f"| `{room}` | {max(round(lines, -2), 100):,} | {text} |")
+    return "\n".join(rows)
+
+
+SUMMARIES = {"stages": stages, "rooms": rooms}                          # of several files
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
           "finetune_shapes_cpu": finetune_shapes_cpu, "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
@@ -239,7 +273,9 @@ def features(name):
 def written(name):
     """The block called name, as a document has to hold it."""
     results = ROOT / "results"
-    if name.startswith("features_"):
+    if name in SUMMARIES:
+        text = SUMMARIES[name]()
+    elif name.startswith("features_"):
         text = features(name)
     elif name.startswith(("study_", "summary_")):
         text = of_study(name)
@@ -253,8 +289,8 @@ def written(name):
     return f"<!-- {name}: written by tests/generated.py -->\n{text}\n<!-- end -->"
 
 
-NAMES = (*BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "features_imagenette_cpu",
-         "summary_study_shapes_cpu", "summary_study_imagenette_cpu")
+NAMES = (*SUMMARIES, *BLOCKS, *MACHINES, *STUDIES, "features_shapes_cpu", "features_imagenette_cpu",
+         "summary_study_imagenette_cpu")
 
 
 def document(name):

@@ -230,6 +230,52 @@ def test_a_block_has_one_place_in_all_documents(tmp_path, monkeypatch):
             generated.document(name)
 
 
+def prose(path):
+    """A Markdown file without its code."""
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", path.read_text(), flags=re.M | re.S)
+
+
+def dead_links(path):
+    """The relative links of a Markdown file that lead to no file, or to no heading of one."""
+    for link in re.findall(r"(?:\]\(|src=\")(?!http)([^)\"\s]+)", prose(path)):
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists():
+            yield link
+        elif heading:
+            titles = [title.lower() for title in re.findall(r"^#+ (.*)", prose(target), re.M)]
+            if heading not in [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles]:
+                yield link
+
+
+def test_links_of_the_documents_lead_somewhere():
+    documents = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    assert {path.name: links for path in documents if (links := list(dead_links(path)))} == {}
+
+
+def test_a_dead_link_is_caught(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A b, c\n[1](page.md) [2](#a-b-c) [3](http://x) `a[4](b)` [5](gone.md) [6](page.md#d)\n"
+                    '<img src="no.svg">')
+    assert list(dead_links(page)) == ["gone.md", "page.md#d", "no.svg"]
+
+
+def test_every_claim_of_the_readme_names_tests_and_make_claims_runs_them():
+    claims = re.findall(r"^\| .*`pytest -k (.*)` \|$", (ROOT / "README.md").read_text(), re.M)
+    tests = [name for path in ROOT.glob("tests/**/test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)]
+    assert len(claims) >= 8
+    assert [claim for claim in claims if not any(claim in name for name in tests)] == []
+    said = subprocess.run(["make", "-n", "claims"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f'pytest -k "{" or ".join(claims)}"' in said.stdout
+
+
+@pytest.mark.parametrize("name, most", [("lines", 180), ("words", 1500)])
+def test_the_readme_is_read_in_five_minutes(name, most):
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines() if name == "lines" else text.split()) <= most
+
+
 # ---------------------------------------------------------------- leftovers
 
 def leftovers(path, text):

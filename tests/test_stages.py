@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(pretrain, tmp_p
 # ---------------------------------------------------------------- ranks
 
 
-def test_two_ranks_equal_one_with_accumulation_to_the_bit(tmp_path, cache):
+def test_pre_training_on_two_ranks_equals_one_with_accumulation_to_the_bit(tmp_path, cache):
     command = ["train_pretrain.py", *SMALL, "--steps", "7", "--lr", "1e-3", "--cache-dir", str(cache)]
     command += ["--output-dir"]
     assert "in 1 micro-batches" in torchrun(2, *command, str(tmp_path / "two"))

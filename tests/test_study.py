@@ -125,7 +125,7 @@ def test_a_report_states_what_is_lacking_and_the_error_of_the_test_set_apart(res
 
 
 def test_readme_and_report_say_what_so_many_comparisons_are_worth(results):
-    want = "Of 1, 0.1 would exclude 0 by chance if no row differed from MAE; as all share MAE's runs, such "
+    want = "there are 1. If no row differed from MAE, 0.1 of them would exclude 0 by chance. All share MAE's"
     assert want in comparison.summary(results, []) and want in comparison.report(results, [])
 
 

@@ -221,8 +221,9 @@ def sentences(metrics):
     if said:
         yield "\n".join(said)
     if count:
-        yield (f"Each interval is for one comparison. Of {count}, {count / 20:.1f} would exclude 0 by chance "
-               f"if no row differed from {BASE}; as all share {BASE}'s runs, such chances come together.")
+        yield (f"Each interval is for one comparison, and there are {count}. If no row differed from {BASE}, "
+               f"{count / 20:.1f} of them would exclude 0 by chance. All share {BASE}'s runs, so such "
+               f"chances come together.")
 
 
 def short(values):
