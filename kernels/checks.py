@@ -70,13 +70,6 @@ def check_statistics(images, mean, std):
         raise ValueError(f"mean and std normalise uint8 images, these are {describe(images)}")
 
 
-def check_crops(images, boxes, flip):
-    """Raise ValueError unless resized_crop can crop images (B, C, H, W)."""
-    if images.ndim != 4 or boxes.shape != (len(images), 4):
-        raise ValueError(f"images are {describe(images)}, boxes {describe(boxes)}: expected 4-d and (B, 4)")
-    check_device(images, boxes=boxes, flip=flip)
-
-
 def check_device(images, **others):
     """Raise ValueError unless the others, where there are any, are on the images' device."""
     for name, value in others.items():

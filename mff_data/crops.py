@@ -41,21 +41,16 @@ def single_draw(image, size, rng):
     return flip(resized_part(image, single_draw_box(*sides(image), rng), size), rng)
 
 
-def simple(image, size, rng):
+def simple(image, size, rng, padding=4):
     """The shorter side resized to the crop, padded by reflection, cropped at random and flipped.
 
     PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
     75 % mask is little enough.
     """
-    return flip(simple_part(image, size, rng), rng)
-
-
-def simple_part(image, size, rng, padding=4):
-    """simple's crop before it is flipped."""
     image = to_array(resize_to_cover(image, size, BILINEAR))            # (H, W, C)
     top = rng.integer(0, image.shape[0] + 2 * padding - size[0] + 1) - padding
     left = rng.integer(0, image.shape[1] + 2 * padding - size[1] + 1) - padding
-    return reflected(image, top, left, size)
+    return flip(reflected(image, top, left, size), rng)
 
 
 def center(image, size, rng=None, margin=1.0):

@@ -272,7 +272,6 @@ def bad_calls():
     yield "alone", "partner", "prepare", (images, mean, std, torch.float32, None, None, torch.ones(2))
     other = torch.zeros(2).long()
     yield "box", "box is", "prepare", (images, mean, std, torch.float32, None, other, None, torch.zeros(4))
-    yield "boxes", "boxes", "resized_crop", (images, torch.zeros(3, 4), (2, 2))
 
 
 @pytest.mark.parametrize("column", [kernels.TORCH, TRITON], ids=lambda ops: ops.name)
