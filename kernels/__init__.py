@@ -23,7 +23,7 @@ from kernels import reference
 class Ops:
     """One implementation of every op; the signatures and the shapes are those of kernels/reference.py."""
     name: str
-    prepare: Callable                                   # uint8 images -> normalised, mirrored, mixed images
+    prepare: Callable                                   # uint8 images -> normalised, mixed images
     layer_sum: Callable                                 # M layer outputs, M logits -> one
     layer_sum_norm: Callable                            # layer_sum, then LayerNorm
     project_sum_norm: Callable                          # M - 1 projections, layer_sum, then LayerNorm

@@ -36,18 +36,16 @@ def take_tokens(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def prepare(images, mean, std, dtype=torch.float32, flip=None, partner=None, lam=None, box=None):
+def prepare(images, mean, std, dtype=torch.float32, partner=None, lam=None, box=None):
     """Normalise uint8 images (B, C, H, W): (x / 255 - mean) / std; mean and std are (C,) in [0, 1] units.
 
-    flip (B,), bool: mirror this image left to right, before anything else. partner (B,): the image of the
-    batch that each one is mixed with, in the share 1 - lam, lam (B,) (mixup, arXiv 1710.09412), and wholly
-    inside box (B, 4): top, left, bottom, right, half open (CutMix, arXiv 1905.04899).
+    partner (B,): the image of the batch that each one is mixed with, in the share 1 - lam, lam (B,) (mixup,
+    arXiv 1710.09412), and wholly inside box (B, 4): top, left, bottom, right, half open (CutMix, arXiv
+    1905.04899).
     """
-    checks.check_images(images, mean, std, flip, partner, lam, box)
+    checks.check_images(images, mean, std, partner, lam, box)
     scale, shift = scale_and_shift(mean, std)
     x = images * scale[:, None, None] - shift[:, None, None]            # (B, C, H, W)
-    if flip is not None:
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     if partner is not None:
         keep = mix_share(images, lam, box).to(x.dtype)                  # (B, 1, H, W) or (B, 1, 1, 1)
         x = keep * x + (1 - keep) * x[partner]

@@ -133,9 +133,8 @@ def exercise():
                                   decoder_depth=1, decoder_num_heads=2)
     images, noise = torch.rand(6, 3, 36, 44), torch.rand(6, 99)
     mean, std = torch.full((3,), 0.4), torch.ones(3)
-    pixels, flip = (images * 255).to(torch.uint8), torch.arange(6) % 2 == 0
-    box = torch.tensor([[2, 3, 20, 30]] * 6)
-    TORCH.prepare(pixels, mean, std, flip=flip, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
+    pixels, box = (images * 255).to(torch.uint8), torch.tensor([[2, 3, 20, 30]] * 6)
+    TORCH.prepare(pixels, mean, std, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
     world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.AdamW([mean], fused=True)
     FiniteSteps(optimizer, world, None, None, None, "", half=True).step(1, 0.1, noise[0, 0], noise[0, 1])
     filtered = target.filter(TORCH.prepare(pixels, mean, std))
