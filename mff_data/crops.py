@@ -41,12 +41,13 @@ def single_draw(image, size, rng):
     return flip(resized_part(image, single_draw_box(*sides(image), rng), size), rng)
 
 
-def simple(image, size, rng, padding=4):
+def simple(image, size, rng):
     """The shorter side resized to the crop, padded by reflection, cropped at random and flipped.
 
     PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
     75 % mask is little enough.
     """
+    padding = 4
     image = to_array(resize_to_cover(image, size, BILINEAR))            # (H, W, C)
     top = rng.integer(0, image.shape[0] + 2 * padding - size[0] + 1) - padding
     left = rng.integer(0, image.shape[1] + 2 * padding - size[1] + 1) - padding
