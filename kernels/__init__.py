@@ -23,8 +23,7 @@ from kernels import reference
 class Ops:
     """One implementation of every op; the signatures and the shapes are those of kernels/reference.py."""
     name: str
-    prepare: Callable                                   # uint8 images -> normalised, mirrored, mixed images
-    resized_crop: Callable                              # images, boxes -> crops of one size
+    prepare: Callable                                   # uint8 images -> normalised, mixed images
     layer_sum: Callable                                 # M layer outputs, M logits -> one
     layer_sum_norm: Callable                            # layer_sum, then LayerNorm
     project_sum_norm: Callable                          # M - 1 projections, layer_sum, then LayerNorm
@@ -35,7 +34,6 @@ class Ops:
 TORCH = Ops(
     name="torch",
     prepare=reference.prepare,
-    resized_crop=reference.resized_crop,
     layer_sum=reference.layer_sum,
     layer_sum_norm=reference.layer_sum_norm,
     project_sum_norm=reference.project_sum_norm,
@@ -92,7 +90,6 @@ def triton_column():
     return Ops(
         name="triton",
         prepare=prepare,
-        resized_crop=reference.resized_crop,
         layer_sum=layer_sum,
         layer_sum_norm=layer_sum_norm,
         project_sum_norm=project_sum_norm,

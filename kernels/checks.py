@@ -42,23 +42,21 @@ def check_patches(pred, images, ids, patch_size, mean, std):
     check_device(images, pred=pred, ids=ids, mean=mean, std=std)
 
 
-def check_images(images, mean, std, flip, partner, lam, box):
-    """Raise ValueError unless prepare can normalise, mirror and mix images (B, C, H, W)."""
+def check_images(images, mean, std, partner, lam, box):
+    """Raise ValueError unless prepare can normalise and mix images (B, C, H, W)."""
     if images.ndim != 4 or images.dtype != torch.uint8:
         raise ValueError(f"images are {describe(images)}: expected (B, C, H, W) of uint8")
     B = len(images)
-    shapes = {"flip": (flip, (B,)), "partner": (partner, (B,)), "lam": (lam, (B,)), "box": (box, (B, 4))}
+    shapes = {"partner": (partner, (B,)), "lam": (lam, (B,)), "box": (box, (B, 4))}
     for name, (value, shape) in shapes.items():
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} is {describe(value)}: expected {shape}")
     if partner is not None and partner.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"partner is {describe(partner)}: expected int64")
-    if flip is not None and flip.dtype != torch.bool:
-        raise ValueError(f"flip is {describe(flip)}: expected bool")
     if partner is None and (lam is not None or box is not None):
         raise ValueError("lam and box say how to mix with partner, which is missing")
     check_statistics(images, mean, std)
-    check_device(images, mean=mean, std=std, flip=flip, partner=partner, lam=lam, box=box)
+    check_device(images, mean=mean, std=std, partner=partner, lam=lam, box=box)
 
 
 def check_statistics(images, mean, std):
@@ -68,13 +66,6 @@ def check_statistics(images, mean, std):
         raise ValueError(f"uint8 images of {images.shape[1]} channels need a mean and a std for each channel")
     if images.dtype != torch.uint8 and (mean is not None or std is not None):
         raise ValueError(f"mean and std normalise uint8 images, these are {describe(images)}")
-
-
-def check_crops(images, boxes, flip):
-    """Raise ValueError unless resized_crop can crop images (B, C, H, W)."""
-    if images.ndim != 4 or boxes.shape != (len(images), 4):
-        raise ValueError(f"images are {describe(images)}, boxes {describe(boxes)}: expected 4-d and (B, 4)")
-    check_device(images, boxes=boxes, flip=flip)
 
 
 def check_device(images, **others):

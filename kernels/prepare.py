@@ -1,8 +1,8 @@
-"""uint8 images normalised, mirrored and mixed, in one pass; specified by reference.prepare.
+"""uint8 images normalised and mixed, in one pass; specified by reference.prepare.
 
-No longer in memory: the float image before it is mirrored, the mirrored image, and its product with lam.
+No longer in memory: the float image before it is mixed, and its product with lam.
 
-    x'  = (x / 255 - mean) / std, mirrored left to right where flip is true
+    x'  = (x / 255 - mean) / std
     out = lam x' + (1 - lam) x'[partner]                                        (mixup, arXiv 1710.09412)
     out = x'[partner] inside the box                                            (CutMix, arXiv 1905.04899)
 
@@ -21,7 +21,7 @@ from kernels import checks, reference
 
 
 @triton.jit
-def prepare_forward(out, images, mean, std, flip, partner, lam, box, C, H, W,
+def prepare_forward(out, images, mean, std, partner, lam, box, C, H, W,
                     stride_b, stride_c, stride_h, stride_w, BLOCK: tl.constexpr):
     plane = tl.program_id(0).to(tl.int64)                               # which plane: b * C + c
     b = plane // C
@@ -31,11 +31,8 @@ def prepare_forward(out, images, mean, std, flip, partner, lam, box, C, H, W,
     y = at // W
     x = at % W
 
-    source = x
-    if flip is not None:
-        source = tl.where(tl.load(flip + b) != 0, W - 1 - x, x)
-    line = images + c * stride_c + y * stride_h                         # (BLOCK,), of image 0
-    value = tl.load(line + b * stride_b + source * stride_w, mask=inside, other=0).to(tl.float32)
+    place = images + c * stride_c + y * stride_h + x * stride_w         # (BLOCK,), of image 0
+    value = tl.load(place + b * stride_b, mask=inside, other=0).to(tl.float32)
 
     if partner is not None:
         p = tl.load(partner + b)
@@ -49,11 +46,8 @@ def prepare_forward(out, images, mean, std, flip, partner, lam, box, C, H, W,
             rows = (y >= tl.load(box + b * 4)) & (y < tl.load(box + b * 4 + 2))
             columns = (x >= tl.load(box + b * 4 + 1)) & (x < tl.load(box + b * 4 + 3))
             keep = tl.where(rows & columns, 0.0, keep)
-        source = x
-        if flip is not None:
-            source = tl.where(tl.load(flip + p) != 0, W - 1 - x, x)
         used = inside & (keep < 1)                                      # a box leaves most pixels unread
-        other = tl.load(line + p * stride_b + source * stride_w, mask=used, other=0)
+        other = tl.load(place + p * stride_b, mask=used, other=0)
         value = keep * value + (1 - keep) * other.to(tl.float32) + fault
 
     s = tl.load(std + c).to(tl.float32)
@@ -62,24 +56,21 @@ def prepare_forward(out, images, mean, std, flip, partner, lam, box, C, H, W,
 
 
 def launch(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype,
-           flip: torch.Tensor | None, partner: torch.Tensor | None, lam: torch.Tensor | None,
-           box: torch.Tensor | None) -> torch.Tensor:
+           partner: torch.Tensor | None, lam: torch.Tensor | None, box: torch.Tensor | None) -> torch.Tensor:
     B, C, H, W = images.shape
-    flip, partner, lam, box = (t if t is None else t.contiguous() for t in (flip, partner, lam, box))
-    flip = flip if flip is None else flip.view(torch.uint8)
+    partner, lam, box = (t if t is None else t.contiguous() for t in (partner, lam, box))
     out = torch.empty(B, C, H, W, dtype=dtype, device=images.device)
     BLOCK = 2048
     with torch.cuda.device_of(images):
         prepare_forward[(B * C, triton.cdiv(H * W, BLOCK))](
-            out, images, mean.contiguous(), std.contiguous(), flip, partner, lam, box, C, H, W,
+            out, images, mean.contiguous(), std.contiguous(), partner, lam, box, C, H, W,
             *images.stride(), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
     return out
 
 
 def twin(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype,
-         flip: torch.Tensor | None, partner: torch.Tensor | None, lam: torch.Tensor | None,
-         box: torch.Tensor | None) -> torch.Tensor:
-    return reference.prepare(images, mean, std, dtype, flip, partner, lam, box).contiguous()
+         partner: torch.Tensor | None, lam: torch.Tensor | None, box: torch.Tensor | None) -> torch.Tensor:
+    return reference.prepare(images, mean, std, dtype, partner, lam, box).contiguous()
 
 
 prepare_op = custom_op("mff::prepare", twin, mutates_args=(), device_types="cpu")
@@ -87,16 +78,15 @@ prepare_op.register_kernel("cuda")(launch)
 
 
 @prepare_op.register_fake
-def _(images, mean, std, dtype, flip, partner, lam, box):
+def _(images, mean, std, dtype, partner, lam, box):
     return torch.empty(images.shape, dtype=dtype, device=images.device)
 
 
-def prepare(images, mean, std, dtype=torch.float32, flip=None, partner=None, lam=None, box=None):
+def prepare(images, mean, std, dtype=torch.float32, partner=None, lam=None, box=None):
     """Normalise uint8 images (B, C, H, W): (x / 255 - mean) / std; mean and std are (C,) in [0, 1] units.
 
-    flip (B,), bool: mirror this image left to right, before anything else. partner (B,): the image of the
-    batch that each one is mixed with, in the share 1 - lam, lam (B,), and wholly inside box (B, 4): top,
-    left, bottom, right, half open.
+    partner (B,): the image of the batch that each one is mixed with, in the share 1 - lam, lam (B,), and
+    wholly inside box (B, 4): top, left, bottom, right, half open.
     """
-    checks.check_images(images, mean, std, flip, partner, lam, box)
-    return prepare_op(images, mean, std, dtype, flip, partner, lam, box)
+    checks.check_images(images, mean, std, partner, lam, box)
+    return prepare_op(images, mean, std, dtype, partner, lam, box)

@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the specification that kernels are tested against, and the path on a CPU.
 
 Shapes: B images, C H W, P patch side, L patches, T tokens, D width, M fused levels, K masked patches,
-N = P * P * C; H' W' the sides of a result: a crop, or the frequencies kept.
+N = P * P * C; H' W' the frequencies kept.
 """
 
 import functools
@@ -36,18 +36,16 @@ def take_tokens(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def prepare(images, mean, std, dtype=torch.float32, flip=None, partner=None, lam=None, box=None):
+def prepare(images, mean, std, dtype=torch.float32, partner=None, lam=None, box=None):
     """Normalise uint8 images (B, C, H, W): (x / 255 - mean) / std; mean and std are (C,) in [0, 1] units.
 
-    flip (B,), bool: mirror this image left to right, before anything else. partner (B,): the image of the
-    batch that each one is mixed with, in the share 1 - lam, lam (B,) (mixup, arXiv 1710.09412), and wholly
-    inside box (B, 4): top, left, bottom, right, half open (CutMix, arXiv 1905.04899).
+    partner (B,): the image of the batch that each one is mixed with, in the share 1 - lam, lam (B,) (mixup,
+    arXiv 1710.09412), and wholly inside box (B, 4): top, left, bottom, right, half open (CutMix, arXiv
+    1905.04899).
     """
-    checks.check_images(images, mean, std, flip, partner, lam, box)
+    checks.check_images(images, mean, std, partner, lam, box)
     scale, shift = scale_and_shift(mean, std)
     x = images * scale[:, None, None] - shift[:, None, None]            # (B, C, H, W)
-    if flip is not None:
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     if partner is not None:
         keep = mix_share(images, lam, box).to(x.dtype)                  # (B, 1, H, W) or (B, 1, 1, 1)
         x = keep * x + (1 - keep) * x[partner]
@@ -70,49 +68,6 @@ def mix_share(images, lam, box):
     x = torch.arange(W, device=images.device)                           # (W,)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)      # (B, 1, H, W)
     return keep.masked_fill(inside, 0)
-
-
-def resized_crop(images, boxes, size, flip=None):
-    """Crop each image, resize the crop to size (H', W'), mirror it where flip is true: -> (B, C, H', W').
-
-    Bicubic and antialiased. boxes (B, 4): top, left, height, width of each crop, whole pixels; flip (B,),
-    bool. A resize is one product with a matrix for each axis, so a batch of different crops is two batched
-    products. Float images give what F.interpolate gives; uint8 images are rounded and clipped after each
-    product, as Pillow does, columns first. (Pillow 13 takes rows first where the height shrinks much more
-    than the width.)
-    """
-    checks.check_crops(images, boxes, flip)
-    B, C, H, W = images.shape
-    top, left, height, width = boxes.unbind(dim=1)                      # each (B,)
-    rows = resize_matrix(top, height, H, size[0])                       # (B, H', H)
-    columns = resize_matrix(left, width, W, size[1])                    # (B, W', W)
-    if flip is not None:
-        columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-
-    x = images.flatten(1, 2).to(rows.dtype) @ columns.mT                # (B, C * H, W')
-    if images.dtype != torch.uint8:
-        return rows[:, None] @ x.unflatten(1, (C, H))                   # (B, C, H', W')
-    x = (x + 0.5).floor().clamp(0, 255)
-    x = rows[:, None] @ x.unflatten(1, (C, H))                          # (B, C, H', W')
-    return (x + 0.5).floor().clamp(0, 255).to(torch.uint8)
-
-
-def resize_matrix(start, length, size_in, size_out):
-    """The matrix that resizes pixels start to start + length of a line: (B,), (B,) -> (B, size_out, size_in).
-
-    Keys' cubic with a = -0.5, widened by the scale when the crop is larger than the result: Pillow's and
-    ATen's antialias.
-    """
-    start, length = start.double()[:, None, None], length.double()[:, None, None]
-    scale = length / size_out                                           # (B, 1, 1)
-    pixel = torch.arange(size_in, device=start.device) + 0.5 - start    # (B, 1, size_in), in the crop
-    centre = torch.arange(size_out, device=start.device)[:, None] + 0.5  # (size_out, 1)
-    x = ((pixel - centre * scale) / scale.clamp(min=1)).abs()           # (B, size_out, size_in)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    weight = weight * ((pixel > 0) & (pixel < length))                  # a crop sees nothing outside itself
-    return (weight / weight.sum(dim=-1, keepdim=True)).float()
 
 
 def layer_sum(xs, logits):

@@ -47,15 +47,11 @@ def simple(image, size, rng):
     PixMIM's crop (arXiv 2303.02416). Unlike random_resized it keeps most of the object in view, which under a
     75 % mask is little enough.
     """
-    return flip(simple_part(image, size, rng), rng)
-
-
-def simple_part(image, size, rng, padding=4):
-    """simple's crop before it is flipped."""
+    padding = 4
     image = to_array(resize_to_cover(image, size, BILINEAR))            # (H, W, C)
     top = rng.integer(0, image.shape[0] + 2 * padding - size[0] + 1) - padding
     left = rng.integer(0, image.shape[1] + 2 * padding - size[1] + 1) - padding
-    return reflected(image, top, left, size)
+    return flip(reflected(image, top, left, size), rng)
 
 
 def center(image, size, rng=None, margin=1.0):

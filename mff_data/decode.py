@@ -26,7 +26,7 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErro
                  OverflowError, ZeroDivisionError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
-def open_image(file, formats=FORMATS):
+def open_image(file):
     """The Pillow image in a file, a path or an open one; its pixels are decoded later, but those of a TIFF.
 
     Raises one of DECODE_ERRORS, ValueError for what is no plain file (opening a pipe would wait for ever) and
@@ -39,7 +39,7 @@ def open_image(file, formats=FORMATS):
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size} bytes are more than {MAX_BYTES}")
     with warnings.catch_warnings(action="ignore"):                      # of files that are replaced or read
-        image = Image.open(file, formats=formats)
+        image = Image.open(file, formats=FORMATS)
         is_tiff = image.format == "TIFF"
         tile = [image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_HEIGHT)] if is_tiff else (0, 0)
         for width, height in (image.size, tile):                        # from the header: not decoded yet

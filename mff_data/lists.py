@@ -1,4 +1,4 @@
-"""Files that list images: a name a line, text lists with labels, and the devkit of Stanford Cars.
+"""Files that list images: a name a line, and text lists with labels.
 
 Paths in them were written by others: absolute ones and those that leave their folder by ".." are refused.
 
@@ -10,12 +10,7 @@ from pathlib import PurePath
 
 import numpy as np
 
-from mff_data.mat import read_mat
 from mff_min.errors import UserError, listed, printable
-
-# Where the devkit of Stanford Cars keeps a split: its annotations, and the folder of its images.
-DEVKIT = {"train": ("cars_train_annos.mat", "cars_train"),
-          "val": ("cars_test_annos_withlabels.mat", "cars_test")}
 
 
 def read_lines(path):
@@ -53,17 +48,17 @@ def check_paths(root, paths, origin):
 def read_cars(root, split):
     """(paths below root, labels (n,), classes) of a split of Stanford Cars; None where class folders hold it.
 
-    From train.txt and val.txt or test.txt where there is a train.txt, else from the devkit's .mat files.
-    Raises UserError where there is neither, nor train/, and for files that are missing or damaged.
+    From train.txt and val.txt or test.txt. Raises UserError where there is neither train.txt nor train/, and
+    for files that are missing or damaged.
     """
     if (root / "train.txt").is_file():
         return read_text_lists(root, split)
-    if find_in_devkit(root, DEVKIT["train"][0]).is_file():
-        return read_devkit(root, split)
     if (root / "train").is_dir():
         return None
-    raise UserError(f"{root} has neither train.txt nor devkit/{DEVKIT['train'][0]} nor train/: expected "
-                    f"Stanford Cars in one of these layouts")
+    devkit = [*root.glob("*.mat"), *root.glob("devkit/*.mat")]
+    found = "has the devkit's .mat files, which are not read" if devkit else "has no train.txt and no train/"
+    raise UserError(f"{root} {found}: expected Stanford Cars as text lists, train.txt and test.txt, or class "
+                    f"folders; docs/data.md has the lines that make the lists of the devkit")
 
 
 def read_text_lists(root, split):
@@ -83,35 +78,3 @@ def read_text_lists(root, split):
     paths, index = [image for image, _ in entries], {name: i for i, name in enumerate(classes)}
     check_paths(root, paths, path)
     return paths, np.array([index[label] for _, label in entries]), classes
-
-
-def find_in_devkit(root, name):
-    """The path of a file of the devkit, below root/devkit or in root itself."""
-    return root / name if (root / name).is_file() else root / "devkit" / name
-
-
-def read_devkit(root, split):
-    """As read_cars, from the devkit; class k of its annotations, which count from 1, is label k - 1."""
-    name, folder = DEVKIT[split]
-    path, meta = find_in_devkit(root, name), find_in_devkit(root, "cars_meta.mat")
-    for needed in (path, meta):
-        if not needed.is_file():
-            raise UserError(f"{needed} does not exist: expected the devkit of Stanford Cars, with the labels "
-                            f"of its test images")
-    classes = read_mat(meta).get("class_names")
-    if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
-        raise UserError(f"{meta} has no class_names: expected a cell array of text")
-    annotations = read_mat(path).get("annotations")
-    if not (isinstance(annotations, list) and annotations):
-        raise UserError(f"{path} has no annotations: expected a struct array")
-    paths, labels = [], []
-    for number, entry in enumerate(annotations, 1):
-        image, label = (entry.get(field) if isinstance(entry, dict) else None for field in ("fname", "class"))
-        if not (isinstance(image, str) and isinstance(label, np.ndarray) and label.size == 1
-                and label.item() in range(1, len(classes) + 1)):
-            raise UserError(f"{path}, image {number}: expected a struct of fname, text, and class, a number "
-                            f"of 1 to {len(classes)}")
-        paths.append(image)
-        labels.append(int(label.item()) - 1)
-    check_paths(root / folder, paths, path)
-    return [f"{folder}/{image}" for image in paths], np.array(labels), classes

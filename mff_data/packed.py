@@ -1,7 +1,7 @@
 """Packed images: a split of an image folder as one file that is memory-mapped, written by tools.pack.
 
     16 bytes    mff_min pack 001: what this is, and its version
-    records     one behind the other: the pixels (H, W, 3) of an image, or its JPEG file
+    records     one behind the other: the pixels (H, W, 3) of an image
     index       an .npz: header (JSON), and of n images offsets (n + 1,), height, width, label, crc, bytes and
                 path (n,), which stand in the order of the folder
     48 bytes    the index's length, eight of them, and its SHA-256; then the first 8 bytes again
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 
 from mff_data.crops import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
-from mff_data.decode import open_image
 from mff_min.config import check_reachable
 from mff_min.errors import UserError, printable
 
@@ -59,10 +58,8 @@ class Packed:
         return len(self.index["label"])
 
     def open(self, i):
-        record = self.record(i)
-        if self.header["jpeg"]:
-            return open_image(io.BytesIO(record), formats=("JPEG",))
-        return np.frombuffer(record, np.uint8).reshape(self.index["height"][i], self.index["width"][i], 3)
+        shape = self.index["height"][i], self.index["width"][i], 3
+        return np.frombuffer(self.record(i), np.uint8).reshape(shape)
 
     def record(self, i):
         """The bytes of image i, where they lie. ValueError where there are none, or they were altered."""
@@ -142,6 +139,9 @@ def read_index(path):
         raise damaged from None
     if not is_sound(header, index, size - END - length):
         raise damaged
+    if header.get("jpeg"):                                              # tools.pack --jpeg wrote them once
+        raise UserError(f"{path} holds JPEG files, which are not read from packs any more: expected pixels; "
+                        f"pack the images again, or give --data their folder")
     return header, index
 
 
@@ -150,7 +150,7 @@ def is_sound(header, index, stop):
 
     A checksum tells what was altered by chance, and a stranger's is right too.
     """
-    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str, jpeg=int)
+    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str)
     lengths = dict.fromkeys(("height", "width", "label", "crc", "bytes", "path"), 0) | {"offsets": 1}
     is_dict = isinstance(header, dict)
     if not is_dict or any(type(header.get(name)) is not kind for name, kind in kinds.items()):
@@ -176,23 +176,12 @@ def files_of(source):
     return [[os.fsdecode(path), size] for path, size in zip(source.paths, sizes, strict=True)]
 
 
-def encode(source, i, short_side, resample, jpeg):
-    """(record, height, width) of an image of a folder.
-
-    The shorter side is resized to short_side, or is kept where that is 0; jpeg is 0 for pixels, or the
-    quality of a JPEG. A file that is a JPEG and is not resized stays what it is, byte for byte.
-    """
-    image = source.open(i)
-    if jpeg and not short_side and image.format == "JPEG":
-        return Path(source.name(i)).read_bytes(), image.height, image.width
-    image = to_mode(image, 3)
+def encode(source, i, short_side, resample):
+    """(record, height, width) of an image of a folder, its shorter side resized to short_side unless 0."""
+    image = to_mode(source.open(i), 3)
     if short_side:
         image = resize_to_cover(image, (short_side, short_side), FILTERS[resample])
-    if not jpeg:
-        return to_array(image).tobytes(), image.height, image.width
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=jpeg)
-    return file.getvalue(), image.height, image.width
+    return to_array(image).tobytes(), image.height, image.width
 
 
 class Journal:
@@ -288,11 +277,12 @@ def read_whole_lines(path):
 
 def check_same(pack, before, now):
     """Raise UserError unless a pack's settings and files, before, are those that are asked for now."""
-    for name, value in now["settings"].items():
-        if before["settings"][name] != value:
+    for name, value in before["settings"].items():
+        wanted = now["settings"].get(name, 0)                           # of a flag that has ended
+        if value != wanted:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{pack} is of {flag} {before['settings'][name]}, not {value}: expected the same "
-                            f"flags, or another folder to write to")
+            raise UserError(f"{pack} is of {flag} {value}, not {wanted}: expected the same flags, or another "
+                            f"folder to write to")
     was, now = dict(before["files"]), dict(now["files"])
     changed = sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path))
     if changed:
@@ -306,6 +296,6 @@ def check_same(pack, before, now):
 def plan_of(pack):
     """What Journal's first line held: a finished pack's settings and files."""
     header, index = read_index(pack)
-    settings = {name: header[name] for name in ("short_side", "resample", "jpeg")}
+    settings = {name: header[name] for name in ("short_side", "resample")}
     files = zip(map(os.fsdecode, index["path"]), index["bytes"].tolist(), strict=True)
     return dict(settings=settings, files=list(files))

@@ -190,9 +190,9 @@ def open_data(spec, split, cache_dir, say):
     """The source that --data names, for split "train" or "val"; say(text) is told about long work.
 
     shapes or shapes:COUNT      the embedded images, drawn once into cache_dir; val has a fifth of COUNT
-    cifar10:DIR, cifar100:DIR   the binary or the python version of CIFAR
-    cars:DIR                    Stanford Cars: train.txt and val.txt or test.txt with a path and a label a
-                                line, the devkit's .mat files, or train/<class>/* and val/ or test/<class>/*
+    cifar10:DIR, cifar100:DIR   the binary version of CIFAR
+    cars:DIR                    Stanford Cars: train.txt and val.txt or test.txt with a path and a label per
+                                line, or train/<class>/* and val/<class>/* or test/<class>/*
     DIR                         a folder of images: train/<class>/* and val/<class>/*, or images alone
     PACK, FILE.pack             what tools.pack wrote: the folder, or one of its files
     """

@@ -95,68 +95,20 @@ class Views(Dataset):
         return dict(image=torch.from_numpy(crop).permute(2, 0, 1))
 
 
-class DeviceViews(Views):
-    """Views of a pack whose pixels are made on the device, by crop_on_device: here they are only copied.
-
-    image is uint8 (C, height, width), the part that the crop shows, of box (4,), which in a batch stands in
-    the upper left corner; or the simple crop itself, which resizes nothing; flip () says whether it is
-    mirrored. Of the same (seed, epoch, index) it is the part that Views shows. Raises UserError where the
-    source is no pack, or not one of a size that this crop can be made of.
-    """
-
-    def __init__(self, source, crop, size, in_chans, num_noise, seed):
-        super().__init__(source, crop, size, in_chans, num_noise, seed)
-        if not source.short_side:
-            raise UserError("--device-crop needs packed images of one short side: expected --data PACK, a "
-                            "folder that tools.pack wrote without --short-side 0")
-        if crop not in ("random_resized", "simple"):
-            raise UserError(f"--device-crop makes the crops random_resized and simple, not {crop}")
-        if crop == "simple" and set(size) != {source.short_side}:
-            raise UserError(f"--device-crop with --crop simple resizes nothing: expected --img-size "
-                            f"{source.short_side}, the pack's short side, not {size[0]}x{size[1]}")
-
-    @property
-    def item_bytes(self):
-        """As for Views. The largest part in a batch, which sets the size of all, is about a whole image."""
-        pixels = math.prod(self.size) if self.crop == "simple" else self.source.short_side ** 2
-        return self.in_chans * pixels + 4 * self.num_noise
-
-    def view(self, image, epoch, index):
-        draws = rng.Rng(self.seed, rng.CROP, epoch, index)
-        if self.crop == "simple":
-            crop, box = crops.simple_part(image, self.size, draws), {}
-        else:
-            top, left, height, width = crops.random_resized_box(*crops.sides(image), draws)
-            crop = np.array(crops.cut(image, (top, left, height, width)))         # (height, width, C)
-            box = dict(box=(0, 0, height, width))
-        return dict(image=torch.from_numpy(crop).permute(2, 0, 1), flip=draws.uniform() < 0.5, **box)
-
-
-def crop_on_device(batch, size, device, ops):
-    """(images (B, C, H, W) uint8, flip (B,) or None) on the device, of a batch of Views or DeviceViews."""
-    moved = {name: batch[name].to(device, non_blocking=True) for name in ("image", "box", "flip")
-             if name in batch}
-    if "box" not in moved:
-        return moved["image"], moved.get("flip")
-    with torch.autocast(device.type, enabled=False):                    # pixels are not rounded to bfloat16
-        return ops.resized_crop(moved["image"], moved["box"], size), moved["flip"]
-
-
 def collate(items):
     """A batch of what Views gives: stacked, but bad, one list of all, and replaced (B,), where it names some.
 
     image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice.
-    Smaller ones stand in the upper left corner.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
     bad, noise, images = columns.pop("bad"), torch.stack(columns.pop("noise")), columns.pop("image")
-    C, H, W = (max(sides) for sides in zip(*(image.shape for image in images), strict=True))
+    C, H, W = images[0].shape
     with room_for(len(images) * C * H * W + noise.nbytes):
         pixels = blank(len(images), H, W, C)                            # (B, H, W, C)
         if get_worker_info() and noise.nbytes:
             noise.share_memory_()       # else a thread of the worker does, and an error there loses the batch
     for row, image in zip(pixels, images, strict=True):
-        row[:image.shape[1], :image.shape[2]] = image.permute(1, 2, 0)
+        row[:] = image.permute(1, 2, 0)
     batch = {name: torch.tensor(values) for name, values in columns.items()}
     return batch | dict(image=pixels.permute(0, 3, 1, 2), noise=noise,
                         replaced=torch.tensor([len(found) > 0 for found in bad]),
@@ -204,14 +156,12 @@ def end_worker(error, unsent):
     os._exit(1)
 
 
-def advice_if_late(source, workers, device_crop=None):
-    """What would help a run that waits for its data. device_crop says whether it is on, if there is one."""
+def advice_if_late(source, workers):
+    """What would help a run that waits for its data."""
     if not workers:
         return "--workers, as many as there are cores for this process, would help"
     if isinstance(source, ImageFiles):
         return "data packed by tools.pack would help, or more --workers"
-    if source.short_side and device_crop is False:
-        return "--device-crop would help, or more --workers"
     return "more --workers would help"
 
 

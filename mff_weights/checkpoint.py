@@ -6,6 +6,7 @@ size of the file and with the model that they should fit before memory is taken 
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from mff_min.mim import MaskedAutoencoder
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 from mff_run.files import read_checkpoint, write_atomically, write_tensors
 from mff_weights import families
-from mff_weights.safetensors import NAMES, read_safetensors, write_safetensors
 
 # Of these, the first that is there is read.
 IN_FOLDER = ("last.pt", "classifier.pt", "encoder.pt", "model.safetensors", "pytorch_model.bin")
@@ -29,6 +29,11 @@ CONTAINERS = {"ours": "model", "mae": "model", "mmpretrain": "state_dict"}      
 DROPPED = ("argparse.Namespace", "mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray",
            "numpy.dtype", *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
                             for name in ("_reconstruct", "scalar")))
+
+
+# A quantized or complex tensor, or one of four bits, fits no model here.
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+          torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 class Dropped:
@@ -117,10 +122,57 @@ def read_pickle(path):
 
 def check_tensor(path, name, tensor):
     """Raise UserError unless a tensor is a plain one that its file is large enough for."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in NAMES
-    if not plain or tensor.numel() * tensor.element_size() > path.stat().st_size:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    if not plain or tensor.dim() > 16 or tensor.numel() * tensor.element_size() > path.stat().st_size:
         raise UserError(f"checkpoint {path} holds {shown([name])[0]} as {tensor.dtype} of shape "
-                        f"{tuple(tensor.shape)}: expected plain tensors, whole in the file")
+                        f"{str(tuple(tensor.shape))[:80]}: expected plain tensors, whole in the file")
+
+
+def import_safetensors():
+    """The package safetensors. Raises UserError where it is not installed."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise UserError("the package safetensors, which reads and writes .safetensors, is not installed: "
+                        "pip install -e '.[weights]' installs it; .pth needs no package") from None
+    return safetensors
+
+
+def read_safetensors(path):
+    """({name: tensor}, {name: text}) of a file, on the CPU.
+
+    The tensors are views of the file, mapped copy-on-write: their bytes are read when they are touched.
+    Raises UserError where the file is not whole or its header claims what cannot be.
+    """
+    library = import_safetensors()
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except (library.SafetensorError, OSError, TypeError, RuntimeError) as error:    # TypeError: of a size
+        reason = printable(str(error).splitlines()[0][:200])
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): expected a whole file of "
+                        f"safetensors") from None
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write tensors {name: tensor} and texts {name: text}, atomically."""
+    library = import_safetensors()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors):
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}    # it refuses shared memory
+
+    def write(file):
+        mode = os.fstat(file.fileno()).st_mode
+        try:
+            library.torch.save_file(tensors, file.name, metadata)
+        except library.SafetensorError as error:                        # a full disk
+            raise OSError(f"{path} cannot be written ({error})") from None
+        with open(file.name, "rb") as written:                          # another file, private, not flushed
+            os.fchmod(written.fileno(), mode)
+            os.fsync(written.fileno())
+    write_atomically(path, write)
 
 
 def parse_json(text):
@@ -156,7 +208,7 @@ def write_weights(path, state, family, config, classes=()):
     if path.suffix == ".safetensors":
         metadata = {key: json.dumps(value) for key, value in about.items()}
         metadata["format"] = "pt"                                       # Transformers asks for it
-        write_atomically(path, lambda file: write_safetensors(file, state, metadata))
+        write_safetensors(path, state, metadata)
         return
     saved = {name: tensor.clone() for name, tensor in state.items()}    # of a view it would save all
     if family in CONTAINERS:

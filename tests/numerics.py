@@ -47,15 +47,14 @@ def patches(B, C, grid, P, K, dtype, uint8, device="cpu"):
 
 
 def mixture(B, C, H, W, device="cpu"):
-    """uint8 images, their mean and std, and how to mirror and mix them: three images of each kind and
-    more."""
+    """uint8 images, their mean and std, and how to mix them: three images of each kind and more."""
     g = torch.Generator().manual_seed(B)
     images = torch.randint(0, 256, (B, C, H, W), generator=g, dtype=torch.uint8)
     mean, std = torch.rand(C, generator=g), 0.2 + torch.rand(C, generator=g)
-    flip, partner = torch.rand(B, generator=g) < 0.5, torch.randperm(B, generator=g)
+    partner = torch.randperm(B, generator=g)
     lam = torch.where(torch.arange(B) % 2 == 0, torch.rand(B, generator=g), 1.0)
     box = torch.tensor([[0, 0, 0, 0], [1, 2, H - 1, W], [0, 0, H, W]])[torch.arange(B) % 3]
-    return [t.to(device) for t in (images, mean, std)], [t.to(device) for t in (flip, partner, lam, box)]
+    return [t.to(device) for t in (images, mean, std)], [t.to(device) for t in (partner, lam, box)]
 
 
 def leaves(tree):

@@ -357,18 +357,6 @@ def test_a_worker_is_timed_in_its_own_process_once_it_runs():
     assert 0.04 <= seconds < 0.3 and time.process_time() - before < 1
 
 
-def test_the_device_crops_as_many_images_as_the_workers(tmp_path, monkeypatch):
-    seen, crop = [], data.crop_on_device
-    monkeypatch.setattr(data, "crop_on_device", lambda batch, *more: seen.append(batch) or crop(batch, *more))
-    data.draw_jpegs(tmp_path, 3)
-    data.device_part(tmp_path, torch.device("cpu"), 3)(1)
-    batch, = seen
-    views = data.device_views(data.packed_source(tmp_path), "random_resized")
-    expected = data.collate(views.__getitems__([(0, i) for i in range(3)]))
-    assert len(batch["image"]) == 3 and batch["box"].unique(dim=0).shape == (3, 4)
-    assert all(torch.equal(batch[name], expected[name]) for name in batch)
-
-
 def test_imports_are_recorded(benched, monkeypatch):
     monkeypatch.setattr(imports, "STATEMENTS", {"timm": ("nowhere", ""), "mff_min": ("torch", "import json"),
                                                 "lightly": ("torch", "import json.nothing")})

@@ -252,9 +252,8 @@ def test_workers_end_with_a_trainer_that_is_killed_also_when_they_wait_to_send_s
 def test_late_data_is_answered_with_the_flag_that_is_not_used_yet(folder):
     files, pack = ImageFolder(folder, "train"), SimpleNamespace(short_side=256)
     assert advice_if_late(files, 0).startswith("--workers, as many")
-    assert advice_if_late(files, 2, False).startswith("data packed by tools.pack")
-    assert advice_if_late(pack, 2, False).startswith("--device-crop")
-    assert advice_if_late(pack, 2, True) == advice_if_late(pack, 2) == "more --workers would help"
+    assert advice_if_late(files, 2).startswith("data packed by tools.pack")
+    assert advice_if_late(pack, 2) == "more --workers would help"
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_index(folder):

@@ -130,9 +130,8 @@ def test_loss_is_within_the_error_bound(C, grid, P, uint8, norm_pix, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, C, H, W", [(6, 3, 8, 12), (3, 1, 5, 7), (4, 4, 50, 50)])
 def test_prepared_images_are_within_the_error_bound(B, C, H, W, dtype):
-    (images, mean, std), (flip, partner, lam, box) = numerics.mixture(B, C, H, W)
-    options = ([None] * 4, [flip, None, None, None], [None, partner, lam, None], [None, partner, None, box],
-               [flip, partner, lam, box])
+    (images, mean, std), (partner, lam, box) = numerics.mixture(B, C, H, W)
+    options = [None] * 3, [partner, lam, None], [partner, None, box], [partner, lam, box]
     for chosen in options:
         got = TRITON.prepare(images, mean, std, dtype, *chosen).double()
         plain = reference.prepare(images, mean, std, dtype, *chosen).double()
@@ -186,10 +185,10 @@ def test_an_id_outside_the_image_is_never_read_in_silence(bad, implementation):
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_a_partner_outside_the_batch_is_never_read_in_silence(bad, implementation):
-    (images, mean, std), (flip, partner, lam, box) = numerics.mixture(3, 3, 4, 6)
+    (images, mean, std), (partner, lam, box) = numerics.mixture(3, 3, 4, 6)
     if implementation == "kernel":
         partner[1] = bad
-        out = TRITON.prepare(images, mean, std, torch.float32, flip, partner, lam, box)
+        out = TRITON.prepare(images, mean, std, torch.float32, partner, lam, box)
         assert out[1].isnan().all() and not out[[0, 2]].isnan().any()
 
 
@@ -200,7 +199,7 @@ def op_calls():
     xs, logits, weight, bias = numerics.layers(2, (2, 3, 8), torch.float32)
     dy = torch.randn(2, 3, 8)
     pred, images, ids, mean, std = numerics.patches(2, 3, (2, 3), 2, 3, torch.float32, True)
-    (bytes_, m, s), (flip, partner, lam, box) = numerics.mixture(3, 3, 4, 6)
+    (bytes_, m, s), (partner, lam, box) = numerics.mixture(3, 3, 4, 6)
     _, row_mean, rstd = layer_sum_norm.twin_forward(xs, logits, weight, bias, 1e-6)
     constant = [x.detach() for x in xs]
     yield layer_sum.layer_sum_op, (xs, logits)
@@ -210,7 +209,7 @@ def op_calls():
                                                       logits.detach(), weight.detach(), bias.detach())
     yield patch_loss.patch_loss_op, (pred, images, ids, 2, True, mean, std)
     yield patch_loss.patch_loss_backward_op, (torch.randn(2, 3, 12), torch.tensor(0.5))
-    yield prepare.prepare_op, (bytes_, m, s, torch.bfloat16, flip, partner, lam, box)
+    yield prepare.prepare_op, (bytes_, m, s, torch.bfloat16, partner, lam, box)
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -268,11 +267,9 @@ def bad_calls():
     yield "float images", "normalise uint8", "patch_loss", (pred, images.float(), ids, 2, True, mean, std)
     yield "ids elsewhere", "ids is on", "patch_loss", (pred, images, ids.to("meta"), 2, True, mean, std)
     yield "prepared twice", "of uint8", "prepare", (images.float(), mean, std)
-    yield "flip", "flip is", "prepare", (images, mean, std, torch.float32, torch.zeros(2))
-    yield "alone", "partner", "prepare", (images, mean, std, torch.float32, None, None, torch.ones(2))
+    yield "alone", "partner", "prepare", (images, mean, std, torch.float32, None, torch.ones(2))
     other = torch.zeros(2).long()
-    yield "box", "box is", "prepare", (images, mean, std, torch.float32, None, other, None, torch.zeros(4))
-    yield "boxes", "boxes", "resized_crop", (images, torch.zeros(3, 4), (2, 2))
+    yield "box", "box is", "prepare", (images, mean, std, torch.float32, other, None, torch.zeros(4))
 
 
 @pytest.mark.parametrize("column", [kernels.TORCH, TRITON], ids=lambda ops: ops.name)

@@ -45,7 +45,7 @@ def test_kernels_are_within_the_error_bound(ops, dtype, full):
 def test_prepared_images_are_within_the_error_bound(ops, dtype):
     for shape in ((64, 3, 224, 224), (3, 1, 5, 7)):
         (images, mean, std), mix = numerics.mixture(*shape, CUDA)
-        for chosen in ([None] * 4, mix):
+        for chosen in ([None] * 3, mix):
             got = ops.prepare(images, mean, std, dtype, *chosen).double()
             plain = reference.prepare(images, mean, std, dtype, *chosen).double()
             truth = reference.prepare(images, mean.double(), std.double(), torch.float64, *chosen)
@@ -105,15 +105,10 @@ def test_an_id_outside_the_image_makes_the_loss_nan(ops):
     assert ops.patch_loss(pred, images, ids, 2, True, mean, std).isnan()
 
 
-def test_both_forms_of_low_pass_agree_and_crops_equal_those_of_a_cpu():
+def test_both_forms_of_low_pass_agree():
     images = torch.rand(4, 3, 224, 224, device=CUDA)
     torch.testing.assert_close(reference.low_pass_products(images, 40), reference.low_pass_fft(images, 40),
                                rtol=0, atol=2e-5)
-    images = torch.randint(0, 256, (4, 3, 40, 50), dtype=torch.uint8)
-    boxes = torch.tensor([[3, 4, 30, 40], [0, 0, 10, 50], [20, 10, 7, 9], [0, 0, 40, 50]])
-    on_cpu = reference.resized_crop(images, boxes, (16, 24))
-    on_gpu = reference.resized_crop(images.to(CUDA), boxes.to(CUDA), (16, 24)).cpu()
-    assert (on_cpu.int() - on_gpu.int()).abs().max() <= 1
 
 
 def test_a_time_is_of_the_gpu_unless_the_op_waits_for_it():

@@ -1,4 +1,4 @@
-"""Packed images: the same views as of their folder, interruptions, damage, crops on the device, bad input."""
+"""Packed images: the same views as of their folder, interruptions, damage, bad input."""
 
 import hashlib
 import os
@@ -18,16 +18,14 @@ from PIL import Image
 from test_data import furthest, noise_image
 
 import train_pretrain
-from kernels import TORCH
 from mff_data import crops, packed
 from mff_data.packed import Packed, open_packed
 from mff_data.sources import check_labels, open_data, subset
-from mff_data.views import DeviceViews, Views, collate, crop_on_device, make_loader
+from mff_data.views import Views, collate, make_loader
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
 from mff_min.rng import Rng
 from mff_min.stream import Stream
-from mff_run.process import run
 from tools import pack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,12 +73,8 @@ def same_views(a, b, crop, size, in_chans=3):
 
 
 @pytest.mark.parametrize("crop", list(crops.CROPS))
-@pytest.mark.parametrize("flags", [(), ("--jpeg", "95")])
-def test_a_pack_of_original_pixels_shows_what_its_folder_shows(folder, crop, flags):
-    if flags:                                                           # what is a JPEG stays the same bytes
-        for path in folder.glob("*/*/*.png"):
-            path.unlink()
-    assert same_views(*sources(folder, "--short-side", "0", *flags), crop, (24, 32))
+def test_a_pack_of_original_pixels_shows_what_its_folder_shows(folder, crop):
+    assert same_views(*sources(folder, "--short-side", "0"), crop, (24, 32))
 
 
 @pytest.mark.parametrize("resample, crop, size", [("bicubic", "evaluation", 28), ("bicubic", "center", 32),
@@ -132,10 +126,9 @@ def test_a_worker_gets_a_packs_path_and_not_its_pixels(folder):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("kind", [Views, DeviceViews])
 @pytest.mark.parametrize("crop", ["random_resized", "simple"])
-def test_workers_0_2_and_4_give_the_same_bytes(folder, kind, crop):
-    views = kind(open_packed(packing(folder, "--short-side", "32"), "train"), crop, (32, 32), 3, 9, seed=0)
+def test_workers_0_2_and_4_give_the_same_bytes(folder, crop):
+    views = Views(open_packed(packing(folder, "--short-side", "32"), "train"), crop, (32, 32), 3, 9, seed=0)
     hashes = []
     for workers in (0, 2, 4):
         digest = hashlib.sha256()
@@ -146,7 +139,7 @@ def test_workers_0_2_and_4_give_the_same_bytes(folder, kind, crop):
     assert len(set(hashes)) == 1
 
 
-# ---------------------------------------------------------------- the three ways to make pixels
+# ---------------------------------------------------------------- the two ways to make pixels
 
 
 def smooth_image(height, width, seed):
@@ -163,23 +156,17 @@ def smooth_image(height, width, seed):
 BOUND = 2
 
 
-@pytest.mark.parametrize("image, pillow_too", [
-    (np.asarray(noise_image(96, 130)), False), (smooth_image(96, 130, 0), True),
-    (smooth_image(130, 97, 1), True)])
-def test_pytorch_pillow_and_the_device_make_the_same_pixels_of_a_part(image, pillow_too):
-    # Pillow 13 takes rows first where the height shrinks much more. Noise shows that, by up to 30: what one
-    # pass cuts off at 0 and 255 the other does not see.
+@pytest.mark.parametrize("image", [smooth_image(96, 130, 0), smooth_image(130, 97, 1)])
+def test_pytorch_and_pillow_make_the_same_pixels_of_a_part(image):
+    # Not of noise: Pillow 13 takes rows first where the height shrinks much more, which noise shows by up to
+    # 30, since what one pass cuts off at 0 and 255 the other does not see.
     for i in range(30):
         box = crops.random_resized_box(*image.shape[:2], Rng(0, i))
         top, left, height, width = box
         ours = crops.resized_part(image, box, (40, 56))
-        flip = torch.tensor([i % 2 == 0])
-        batch = dict(image=torch.tensor(image).permute(2, 0, 1)[None], box=torch.tensor([box]), flip=flip)
-        on_device, flip = crop_on_device(batch, (40, 56), torch.device("cpu"), TORCH)
-        assert furthest(ours, on_device[0].permute(1, 2, 0)) <= BOUND and bool(flip) == (i % 2 == 0)
         edges = left, top, left + width, top + height
         pillow = Image.fromarray(image).resize((56, 40), crops.BICUBIC, edges)
-        assert not pillow_too or furthest(ours, pillow) <= BOUND
+        assert furthest(ours, pillow) <= BOUND
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
@@ -190,43 +177,8 @@ def test_a_part_has_the_channels_of_its_image(in_chans):
     assert np.array_equal(got, crops.random_resized(crops.to_array(image), (24, 16), Rng(0)))
 
 
-@pytest.mark.parametrize("crop", ["random_resized", "simple"])
-def test_crops_on_the_device_are_those_of_the_loader(folder, crop):
-    source = open_packed(packing(folder, "--short-side", "32"), "train")
-    keys = [(epoch, i) for epoch in range(4) for i in range(11)]
-    loader, device = (collate([kind(source, crop, (32, 32), 3, 9, seed=5)[key] for key in keys])
-                      for kind in (Views, DeviceViews))
-    pixels, flip = crop_on_device(device, (32, 32), torch.device("cpu"), TORCH)
-    mean, std = torch.zeros(3), torch.ones(3)
-    got, want = TORCH.prepare(pixels, mean, std, flip=flip), TORCH.prepare(loader["image"], mean, std)
-    assert torch.equal(device["label"], loader["label"]) and torch.equal(device["noise"], loader["noise"])
-    assert (got - want).abs().max() * 255 < (BOUND + 0.01 if crop == "random_resized" else 1e-3)
-    assert 10 < flip.sum() < 34
-
-
-def test_autocast_does_not_coarsen_crops_on_the_device():
-    batch = dict(image=torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8),
-                 flip=torch.tensor([True, False]), box=torch.tensor([[0, 0, 40, 30], [0, 0, 20, 20]]))
-    want, _ = crop_on_device(batch, (16, 16), torch.device("cpu"), TORCH)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, _ = crop_on_device(batch, (16, 16), torch.device("cpu"), TORCH)
-    assert torch.equal(got, want)
-
-
-def test_a_batch_of_parts_is_as_large_as_the_largest_and_zero_beside_the_others(folder):
-    views = DeviceViews(sources(folder, "--short-side", "32")[1], "random_resized", (16, 16), 3, 9, seed=0)
-    items = views.__getitems__([(0, i) for i in range(8)])
-    batch = collate(items)
-    sides = np.array([item["box"][2:] for item in items])               # (8, 2)
-    assert batch["image"].shape == (8, 3, *sides.max(0)) and len(set(map(tuple, sides))) > 1
-    for image, item, (height, width) in zip(batch["image"], items, sides, strict=True):
-        assert torch.equal(image[:, :height, :width], item["image"])
-        assert not image[:, height:].any() and not image[:, :, width:].any()
-
-
-@pytest.mark.parametrize("kind", [Views, DeviceViews])
-def test_a_worker_writes_its_batch_into_memory_that_the_trainer_shares(folder, kind):
-    views = kind(sources(folder, "--short-side", "32")[1], "random_resized", (16, 16), 3, 9, seed=0)
+def test_a_worker_writes_its_batch_into_memory_that_the_trainer_shares(folder):
+    views = Views(sources(folder, "--short-side", "32")[1], "random_resized", (16, 16), 3, 9, seed=0)
     stream = Stream(11, 8, 8, 0, 0, 2)
     alone, shared = (list(make_loader(views, stream, workers, False)) for workers in (0, 1))
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(alone, shared, strict=True))
@@ -480,6 +432,18 @@ def test_a_pack_of_another_version_and_files_that_are_no_pack_are_refused(folder
         open_data(str(tmp_path / "some.pack"), "train", "", print)
 
 
+def test_a_pack_of_jpeg_files_of_an_older_version_is_refused(tmp_path):
+    path, settings = tmp_path / "train.pack", dict(short_side=0, resample="bicubic")
+    plans = [dict(settings=settings | more, files=[["a.jpg", 1]]) for more in (dict(jpeg=95), {})]
+    journal = packed.Journal(path, plans[0])
+    journal.add([(b"x", 1, 1, "")])
+    with pytest.raises(UserError, match="train.pack is of --jpeg 95, not 0: expected the same flags"):
+        packed.Journal(path, plans[1])
+    journal.finish([0], [""], "train")
+    with pytest.raises(UserError, match="holds JPEG files, which are not read from packs any more: expected"):
+        open_data(str(tmp_path), "train", "", print)
+
+
 def test_a_pack_smaller_than_the_crop_is_refused(folder):
     source = open_packed(packing(folder, "--short-side", "32"), "train")
     with pytest.raises(UserError, match="short side 32, and the crop random_resized of 48x40 needs 40"):
@@ -493,30 +457,8 @@ SMALL = ("--model vit_test --img-size 32 --decoder-embed-dim 16 --decoder-depth 
          "--global-batch 8 --batch-size 8 --steps 3 --device cpu --max-bad 1").split()
 
 
-def pretrain(data, output, *flags):
-    flags = [*SMALL, "--data", str(data), "--output-dir", str(output), *flags]
-    return train_pretrain.main(parse(train_pretrain.Config, flags))
-
-
-@pytest.mark.parametrize("flags, message", [
-    ("", "--device-crop needs packed images"), ("--short-side 0", "--device-crop needs packed images"),
-    ("--short-side 48 --crop simple", "expected --img-size 48"),
-    ("--short-side 48 --crop center", "simple, not center"),
-])
-def test_a_crop_that_the_device_cannot_make_is_refused(folder, tmp_path, capsys, flags, message):
-    words = flags.split()
-    data = packing(folder, *words[:2]) if flags else folder
-    flags = [*SMALL, "--data", str(data), "--output-dir", str(tmp_path / "run"), "--device-crop", *words[2:]]
-    with pytest.raises(SystemExit) as leaving:
-        run(train_pretrain.main, parse(train_pretrain.Config, flags))
-    error = capsys.readouterr().err
-    assert leaving.value.code == 2 and message in error and error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("crop", ["random_resized", "simple"])
-def test_pretraining_reaches_the_same_loss_whoever_makes_the_pixels(folder, tmp_path, crop):
-    data = packing(folder, "--short-side", "32")
-    losses = [pretrain(data, tmp_path / name, "--crop", crop, *flags)["loss"]
-              for name, *flags in (("loader",), ("device", "--device-crop"))]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+def test_pretraining_on_a_pack_of_original_pixels_is_pretraining_on_its_folder(folder, tmp_path):
+    losses = [train_pretrain.main(parse(train_pretrain.Config, [
+        *SMALL, "--data", str(data), "--output-dir", str(tmp_path / name)]))["loss"]
+        for name, data in (("files", folder), ("pack", packing(folder, "--short-side", "0")))]
+    assert losses[0] == losses[1]

@@ -20,7 +20,7 @@ from sources import FILES, ROOT, comments, complaints
 from kernels import TORCH, reference
 from mff_data import cifar, crops, shapes
 from mff_data.sources import ImageArray
-from mff_data.views import DeviceViews, Views, collate
+from mff_data.views import Views, collate
 from mff_min import augment, mim, probe, targets, vit
 from mff_run import picture
 from mff_run.finite import FiniteSteps
@@ -133,11 +133,8 @@ def exercise():
                                   decoder_depth=1, decoder_num_heads=2)
     images, noise = torch.rand(6, 3, 36, 44), torch.rand(6, 99)
     mean, std = torch.full((3,), 0.4), torch.ones(3)
-    pixels, flip = (images * 255).to(torch.uint8), torch.arange(6) % 2 == 0
-    box = torch.tensor([[2, 3, 20, 30]] * 6)
-    TORCH.prepare(pixels, mean, std, flip=flip, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
-    TORCH.resized_crop(pixels, box, (9, 11), flip)
-    TORCH.resized_crop(images, box, (9, 11))
+    pixels, box = (images * 255).to(torch.uint8), torch.tensor([[2, 3, 20, 30]] * 6)
+    TORCH.prepare(pixels, mean, std, partner=torch.arange(6).flip(0), lam=torch.rand(6), box=box)
     world, optimizer = World(0, 1, 0, torch.device("cpu")), torch.optim.AdamW([mean], fused=True)
     FiniteSteps(optimizer, world, None, None, None, "", half=True).guard(1, 0.1, noise[0, 0], noise[0, 1])
     filtered = target.filter(TORCH.prepare(pixels, mean, std))
@@ -176,8 +173,6 @@ def exercise():
     for crop in crops.CROPS:
         view = Views(source, crop, (36, 44), 3, 99, 0, lambda image, rng: image, 1.0)
         collate([view[0, i] for i in range(6)])
-    source.short_side = 72
-    DeviceViews(source, "random_resized", (36, 44), 3, 99, 0)[0, 0]
     crops.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
     augment.erase(images, box, torch.arange(6))
     for mix in (augment.Mix(0.3), augment.Mix(0.75, (0, 0, 18, 22))):

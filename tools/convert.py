@@ -98,6 +98,8 @@ def check_target(cfg):
         raise UserError(f"{target} is there already: name another, or remove it")
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: {target.parent} is no folder")
+    if target.suffix == ".safetensors" or target.suffix not in SUFFIXES:    # a folder has one
+        checkpoint.import_safetensors()
 
 
 def choose_parts(cfg, weights):

@@ -2,7 +2,6 @@
 
     python -m tools.pack IMAGENET PACK                              the shorter side at 256 pixels
     python -m tools.pack IMAGENET PACK --short-side 224 --resample bilinear   what --crop simple shows at 224
-    python -m tools.pack IMAGENET PACK --jpeg 95                    a fifth of the disk, slower to read
     python -m tools.pack IMAGENET PACK --verify                     read a pack again: every checksum
 
 Then --data PACK is read as IMAGENET was: the same images in the same order, with the same labels and names.
@@ -41,7 +40,6 @@ class Config:
     output: str = opt(REQUIRED, "the folder for train.pack and val.pack")
     short_side: int = opt(256, "pixels of the shorter side; 0: keep every image as it is", least=0)
     resample: str = opt("bicubic", "how Pillow resizes", choices=["bicubic", "bilinear"])
-    jpeg: int = opt(0, "store JPEG files of this quality, 1 to 100, instead of pixels", least=0)
 
     # these change only how it is reached
     workers: int = knob(0, "processes that decode and resize", least=0)
@@ -70,8 +68,6 @@ class Records(Dataset):
 def main(cfg):
     """Pack both splits, or verify them; returns the paths of their files."""
     check_ranges(cfg)
-    if cfg.jpeg > 100:
-        raise UserError(f"--jpeg {cfg.jpeg}: expected a quality of 1 to 100, or 0 for pixels")
     if cfg.verify:
         return verify(cfg.output)
     try:
@@ -84,7 +80,7 @@ def main(cfg):
 
 def pack(cfg):
     output = Path(cfg.output)
-    settings = dict(short_side=cfg.short_side, resample=cfg.resample, jpeg=cfg.jpeg)
+    settings = dict(short_side=cfg.short_side, resample=cfg.resample)
     sources = {split: ImageFolder(cfg.source, split) for split in ("val", "train")}     # train.pack is last
     if not sources["val"].is_split:
         del sources["val"]
@@ -146,7 +142,7 @@ def announce(sources, journals, settings, output):
         for journal in journals.values():
             journal.discard_empty()
         raise UserError(f"{output} needs about {amount(needed)} more, and {amount(free)} are free: expected "
-                        f"a smaller --short-side, --jpeg 95, or another disk")
+                        f"a smaller --short-side, or another disk")
 
 
 def write_records(source, journal, workers, settings):

@@ -19,17 +19,14 @@ from faults.evaluation import on_two_ranks, ready
 from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
-from mff_data import crops, decode, views
+from mff_data import crops, views
 from mff_data.decode import MAX_BYTES, MAX_PIXELS, open_image
-from mff_data.packed import Packed
 from mff_data.sources import ImageFolder
 from mff_data.views import Views, make_loader
-from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.stream import Stream
 from mff_run.log import BadSamples
 from mff_run.world import start_world
-from tools import pack
 
 SECOND = 1.0                                                            # of a processor, for one file
 MEGABYTE = 2 ** 20
@@ -248,18 +245,6 @@ def huge_images(folder, quick):
         (folder / "one" / "0.png").write_bytes(file)
         (folder / "one" / "1.png").write_bytes(whole)
         check(name, ImageFolder(folder / "one", "train"), name in refused)
-    # A pack that keeps JPEGs as they are, made by someone with another limit.
-    (folder / "one" / "0.png").write_bytes(refused["JPEG"])
-    (folder / "one" / "1.png").write_bytes(encoded(Image.new("RGB", (20, 20)), "JPEG"))
-
-    def packing():
-        decode.MAX_PIXELS = 10 ** 9
-        flags = [str(folder / "one"), str(folder / "pack"), "--short-side", "0", "--jpeg", "90"]
-        pack.main(parse(pack.Config, flags))
-    end = fork(packing)
-    if end.code:
-        raise RuntimeError(end.said)
-    check("JPEG in a pack", Packed(folder / "pack" / "train.pack", "train"), True)
     return tally.outcome(most_memory_mib=most // MEGABYTE)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mff_data.sources import ImageFolder, open_data
-from mff_data.views import DeviceViews, Views, collate, crop_on_device, make_loader
+from mff_data.views import Views, collate, make_loader
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, rand_augment
 from mff_min.config import parse
 from mff_min.stream import Stream
@@ -37,7 +37,6 @@ from tools.bench.measure import (
     need,
     reason_of,
     show_group,
-    stopwatch,
     timed_row,
 )
 
@@ -97,11 +96,6 @@ def our_views(folder, crop, source=None, augment=None):
     return Views(source or ImageFolder(folder, "train"), crop, SIZE, 3, 196, 0, augment)
 
 
-def device_views(source, crop):
-    """A worker's part of our input with --device-crop."""
-    return DeviceViews(source, crop, SIZE, 3, 196, 0)
-
-
 def packed_source(folder, *flags):
     """The images of a folder, as tools.pack packs them with these flags."""
     packed = folder / "_".join(["packed", *flags])
@@ -135,19 +129,6 @@ class TimmViews(Dataset):
                 pass
 
 
-def device_part(folder, device, count):
-    """A sample: the device's part of --device-crop, of a batch that it has already; a CPU uses one thread."""
-    views, ops = device_views(packed_source(folder), "random_resized"), pick_ops("auto", device)
-    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    batch = collate(views.__getitems__([(0, i) for i in range(count)]))
-    batch = {name: batch[name].to(device) for name in ("image", "box", "flip")}
-
-    def crop():
-        pixels, flip = crop_on_device(batch, SIZE, device, ops)
-        ops.prepare(pixels, mean, std, flip=flip)
-    return stopwatch(crop, device)
-
-
 PIPELINES = {                                                           # the first of each is the baseline
     "pre-training": {
         "torchvision": lambda folder: (torchvision_folder(folder, SIZE), default_collate),
@@ -156,12 +137,7 @@ PIPELINES = {                                                           # the fi
         "mff_min, packed, random_resized":
             lambda folder: (our_views(folder, "random_resized", packed_source(folder)), collate),
         "mff_min, packed, simple":
-            lambda folder: (our_views(folder, "simple", packed_small(folder)), collate),
-        "mff_min, packed, random_resized, --device-crop":
-            lambda folder: (device_views(packed_source(folder), "random_resized"), collate),
-        "mff_min, packed, simple, --device-crop":
-            lambda folder: (device_views(packed_small(folder), "simple"), collate),
-        "mff_min, the device's part of --device-crop": device_part},
+            lambda folder: (our_views(folder, "simple", packed_small(folder)), collate)},
     "fine-tuning, RandAugment": {
         "timm": lambda folder: (TimmViews(folder), default_collate),
         "mff_min, JPEG": lambda folder: (our_views(
@@ -174,13 +150,11 @@ def bench_pipelines(name, folder, options, budget, world):
     count, samples, problems = options.images, {}, {}
     for who, build in PIPELINES[name].items():
         try:
-            samples[who] = (device_part(folder, world.device, count) if build is device_part else
-                            worker_clock(*build(folder), count))
+            samples[who] = worker_clock(*build(folder), count)
         except FAILURES as problem:
             problems[who] = reason_of(problem)
     text = f"{name}: {len(samples)} pipelines"
-    compiled = [who for who in samples if PIPELINES[name][who] is device_part]      # by Triton
-    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text, compiled)
+    seconds, left_out = in_rounds(samples, options.rounds, budget, world, text)
     baseline, rows = next(iter(PIPELINES[name])), []
     for who in PIPELINES[name]:
         found = (timed_row(seconds[who], count, seconds.get(baseline)) if who in seconds else
@@ -208,15 +182,15 @@ def bench_data(args):
 
 # ---- loaders: of a folder, batches of (normalised images, noise) on the device, without end
 
-def our_batches(folder, case, batch, workers, device, kind=Views, source=None):
-    """Batches as train_pretrain.py gets them, with Views or, with --device-crop, DeviceViews."""
+def our_batches(folder, case, batch, workers, device, source=None):
+    """Batches as train_pretrain.py gets them."""
     source, ops, size = source or ImageFolder(folder, "train"), pick_ops("auto", device), (case.img_size,) * 2
     mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    views = kind(source, "random_resized", size, 3, case.num_patches, 0)
+    views = Views(source, "random_resized", size, 3, case.num_patches, 0)
     stream = Stream(len(source), batch, batch, 0, 0, 10 ** 9)
     for found in make_loader(views, stream, workers, device.type == "cuda"):
-        pixels, flip = crop_on_device(found, size, device, ops)
-        yield ops.prepare(pixels, mean, std, flip=flip), found["noise"].to(device, non_blocking=True)
+        pixels = found["image"].to(device, non_blocking=True)
+        yield ops.prepare(pixels, mean, std), found["noise"].to(device, non_blocking=True)
 
 
 def torchvision_batches(folder, case, batch, workers, device):
@@ -232,7 +206,5 @@ def torchvision_batches(folder, case, batch, workers, device):
 LOADERS = {
     "mff_min, JPEG": our_batches,
     "mff_min, packed": lambda folder, *more: our_batches(folder, *more, source=packed_source(folder)),
-    "mff_min, packed, --device-crop":
-        lambda folder, *more: our_batches(folder, *more, kind=DeviceViews, source=packed_source(folder)),
     "torchvision": torchvision_batches,
 }

@@ -55,14 +55,14 @@ def loss_case(images, dtype, B, device):
 
 
 def prepare_case(mixed, dtype, B, device):
-    """Arguments of prepare: normalise, and when mixed also mirror, mixup and CutMix."""
+    """Arguments of prepare: normalise, and when mixed also mixup and CutMix."""
     images = torch.randint(256, (B, 3, 224, 224), device=device, dtype=torch.uint8)
     mean, std = torch.full((3,), 0.45, device=device), torch.full((3,), 0.22, device=device)
     if not mixed:
         return images, mean, std, dtype
-    flip, partner = torch.ones(B, device=device, dtype=torch.bool), torch.arange(B, device=device).flip(0)
+    partner = torch.arange(B, device=device).flip(0)
     box = torch.tensor([[40, 60, 150, 200]], device=device).expand(B, 4).contiguous()
-    return images, mean, std, dtype, flip, partner, torch.full((B,), 0.5, device=device), box
+    return images, mean, std, dtype, partner, torch.full((B,), 0.5, device=device), box
 
 
 def cases():
@@ -79,7 +79,7 @@ def cases():
                 words = f"{short(images)} images, {short(dtype)}"
                 yield "patch_loss", words, lambda B, device, a=(images, dtype): loss_case(*a, B, device)
             for mixed, dtype in ((False, half), (True, half), (True, single)):
-                words = f"{'flip, mixup, cutmix' if mixed else 'normalise'}, {short(dtype)}"
+                words = f"{'mixup, cutmix' if mixed else 'normalise'}, {short(dtype)}"
                 yield "prepare", words, lambda B, device, a=(mixed, dtype): prepare_case(*a, B, device)
 
 
