@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import kernels
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_weights.checkpoint import load_weights, read_weights
 from mff_min.config import (
@@ -33,6 +32,7 @@ from mff_data.views import Views, advice_if_late, collate, make_loader
 from mff_min.stream import Stream
 from mff_run.finite import FiniteSteps
 from mff_run.flops import peak_img_per_s, step_flops
+from mff_min.kernels import ops as kernels
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import cosine_lr, load_optimizer, make_schedule, param_groups, set_lr
 from mff_run.picture import reconstruction_sheet

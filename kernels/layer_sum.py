@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from kernels import checks, reference
+from . import checks, reference
 
 LEVELS = 16                                             # lanes that hold the M <= 12 weights: a power of two
 

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from kernels import checks, reference
-from kernels.layer_sum import LEVELS, accumulator, launch_logits_backward, result_type, softmax_weights
+from . import checks, reference
+from .layer_sum import LEVELS, accumulator, launch_logits_backward, result_type, softmax_weights
 
 MAX_WIDTH = 8192                                        # a row lives in the registers of one program
 

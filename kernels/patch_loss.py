@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from kernels import checks, reference
-from kernels.layer_sum import accumulator
+from . import checks, reference
+from .layer_sum import accumulator
 
 MAX_PATCH = 16384                                       # a patch lives in the registers of one program
 

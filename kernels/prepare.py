@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from kernels import checks, reference
+from . import checks, reference
 
 
 @triton.jit

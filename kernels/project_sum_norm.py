@@ -10,8 +10,8 @@ The product is PyTorch's: a hand-written one would not be faster. reference.merg
 weights that are left, and PyTorch differentiates it.
 """
 
-from kernels import checks, reference
-from kernels.layer_sum_norm import layer_sum_norm
+from . import checks, reference
+from .layer_sum_norm import layer_sum_norm
 
 
 def project_sum_norm(xs, logits, projections, weight, bias, eps):

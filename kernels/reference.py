@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels import checks
+from . import checks
 
 
 def patchify(images, patch_size):

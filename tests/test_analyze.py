@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import train_pretrain
-from kernels import TORCH
 from mff_min.config import parse
 from mff_min.errors import UserError
+from mff_min.kernels.ops import TORCH
 from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_run.picture import grid, tiles_of

@@ -18,13 +18,13 @@ from PIL import Image
 from test_data import furthest, noise_image
 
 import train_pretrain
-from kernels import TORCH
 from mff_data import crops, packed
 from mff_data.packed import Packed, open_packed
 from mff_data.sources import check_labels, open_data, subset
 from mff_data.views import DeviceViews, Views, collate, crop_on_device, make_loader
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
+from mff_min.kernels.ops import TORCH
 from mff_min.rng import Rng
 from mff_min.stream import Stream
 from mff_run.process import run

@@ -15,10 +15,10 @@ from test_data import furthest, noise_image
 from waits import waits_in_steps
 
 import train_probe
-from kernels import TORCH
 from mff_data.crops import evaluation, single_draw
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
+from mff_min.kernels.ops import TORCH
 from mff_min.mim import MaskedAutoencoder
 from mff_min.optim import LARS
 from mff_min.probe import LinearProbe, accuracy, count_hits, knn_scores, logistic_scores

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kernels import reference
+from mff_min.kernels import reference
 
 BOXES = torch.tensor([[3, 4, 30, 40], [0, 0, 10, 50], [20, 10, 7, 9], [0, 0, 40, 50]])
 FLIP = torch.tensor([True, False, True, False])
