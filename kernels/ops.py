@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops that models take as `ops=`: a frozen table of callables, one column for each implementation.
 
     from mff_min.kernels.ops import load

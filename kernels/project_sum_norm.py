@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MFF's fusion with M - 1 projections as one matrix product; specified by reference.project_sum_norm.
 
 No longer in memory: the M - 1 projected levels, their gradients, and the sum before it is normalised.

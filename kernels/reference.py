@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every op in plain PyTorch: the specification that kernels are tested against, and the path on a CPU.
 
 Shapes: B images, C H W, P patch side, L patches, T tokens, D width, M fused levels, K masked patches,

@@ -105,7 +105,7 @@ def sum_case(M, D, dtype):
 def norm_case(M, D, dtype):
     xs, logits = layers(M, D, dtype)
     y, mean, rstd = layer_sum_norm.launch_forward(xs, logits, torch.empty(D), torch.empty(D), 1e-6)
-    layer_sum_norm.launch_backward(y, mean, rstd, xs, logits, torch.empty(D), torch.empty(D))
+    layer_sum_norm.launch_backward(y, mean, rstd, xs, logits, torch.empty(D), torch.empty(D), 1e-6)
 
 
 def loss_case(dtype, image_dtype, P, norm_pix):

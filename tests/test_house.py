@@ -102,6 +102,19 @@ def test_a_noisy_import_is_caught(tmp_path):
     assert "hello" in said and "seeded torch's generator" in said
 
 
+# ---------------------------------------------------------------- what travels with a copy
+
+def unlicensed(path, text):
+    """Files of kernels/, which others copy, whose first line does not name the licence."""
+    if path.startswith("kernels/") and text.split("\n")[0] != "# SPDX-License-Identifier: Apache-2.0":
+        yield f"{path} names no licence"
+
+
+def test_every_kernel_names_its_licence():
+    assert complaints(unlicensed) == []
+    assert list(unlicensed("kernels/ops.py", '"""The ops."""\n'))
+
+
 # ---------------------------------------------------------------- what is compiled
 
 def dynamic_graphs(path, text):

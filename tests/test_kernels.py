@@ -207,7 +207,7 @@ def op_calls():
     yield layer_sum.layer_sum_backward_op, (dy, constant, logits.detach())
     yield layer_sum_norm.layer_sum_norm_op, (xs, logits, weight, bias, 1e-6)
     yield layer_sum_norm.layer_sum_norm_backward_op, (dy, row_mean.detach(), rstd.detach(), constant,
-                                                      logits.detach(), weight.detach(), bias.detach())
+                                                      logits.detach(), weight.detach(), bias.detach(), 1e-6)
     yield patch_loss.patch_loss_op, (pred, images, ids, 2, True, mean, std)
     yield patch_loss.patch_loss_backward_op, (torch.randn(2, 3, 12), torch.tensor(0.5))
     yield prepare.prepare_op, (bytes_, m, s, torch.bfloat16, flip, partner, lam, box)

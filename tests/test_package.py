@@ -67,6 +67,26 @@ print(ops.layer_sum([torch.ones(2)], torch.zeros(1)).tolist(), type(encoder).__n
     assert "usage: " in python(tmp_path, site, "-m", "tools.convert", "--help")
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_copied_folder_works_as_the_document_says(tmp_path, beside):
+    pytest.importorskip("triton")
+    shutil.copytree(ROOT / "kernels", tmp_path / "fused", ignore=shutil.ignore_patterns("__pycache__"))
+    lines = (ROOT / "docs/kernels.md").read_text().split("<!-- copied -->\n```python\n")[1].split("```")[0]
+    assert len(lines.splitlines()) <= 12
+    code = f"""{lines}
+import sys
+assert logits.grad.shape == (6,) and not any(name.startswith("mff_") for name in sys.modules)
+if {beside}:
+    from mff_min.kernels.ops import triton_column
+    triton_column().layer_sum_norm(levels, logits, weight, bias, 1e-6).sum().backward()
+from fused.ops import triton_column
+triton_column().layer_sum_norm(levels, logits, weight, bias, 1e-6).sum().backward()
+print(sorted({{name.split(".")[0] for name in map(str, dir(torch.ops)) if "fused" in name or "mff" in name}}))
+"""
+    names = ["fused", "mff_min_kernels"] if beside else ["fused"]
+    assert python(tmp_path, ROOT, "-c", code) == f"{names}\n"
+
+
 @pytest.fixture
 def stand_in(tmp_path):
     """A folder with a package called kernels, as Hugging Face's is."""
