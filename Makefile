@@ -87,7 +87,7 @@ claims: $(VENV)/test-installed
 
 # The method and a run, on the oldest PyTorch and Triton that pyproject.toml allows.
 OLD = $(VENV)-oldest
-METHOD = kernels kernels_compile reference vit mim targets optim augment flops
+METHOD = kernels kernels_compile package reference vit mim targets optim augment flops
 RUN = stages sharded saving runtime progress data probe finetune
 test-oldest: $(OLD)/test-installed
 	$(OLD)/bin/python -m pytest $(patsubst %,tests/test_%.py,$(METHOD) $(RUN))

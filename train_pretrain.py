@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import kernels
 from mff_data.sources import fingerprint, open_data
 from mff_data.views import Views, advice_if_late, collate, make_loader
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
 from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.errors import UserError
+from mff_min.kernels import ops as kernels
 from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
 from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.stream import Stream

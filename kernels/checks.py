@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the ops refuse: a ValueError that names the value and what was expected, whatever the column.
 
 Shapes: B images, C H W, K masked patches, N = P * P * C, D width.

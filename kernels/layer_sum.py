@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax-weighted sum of M layer outputs (MFF, arXiv 2308.00261); specified by reference.layer_sum.
 
 No longer in memory: the products w_i x_i and the sums on the way, and dout * x_i in the backward pass. The
@@ -16,9 +17,9 @@ registers.
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op
 
-from kernels import checks, reference
+from . import checks, reference
+from .register import gradients, register
 
 LEVELS = 16                                             # lanes that hold the M <= 12 weights: a power of two
 
@@ -129,35 +130,13 @@ def result_type(xs):
     return dtype
 
 
-def twin_forward(xs: list[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-    return reference.layer_sum([x.contiguous() for x in xs], logits)
+def twin_forward(xs, logits):
+    return reference.layer_sum(xs, logits).contiguous()
 
 
-def twin_backward(dout: torch.Tensor, xs: list[torch.Tensor], logits: torch.Tensor) -> list[torch.Tensor]:
-    wide = reference.wide(dout.dtype)
-    weights = logits.flatten().to(wide).softmax(dim=0)                  # (M,)
-    dout = dout.to(wide)
-    dw = torch.stack([(dout * x.to(wide)).sum() for x in xs])           # (M,)
-    dlogits = weights * (dw - (weights * dw).sum())                     # (M,)
-    dxs = [(weight * dout).to(x.dtype).contiguous() for weight, x in zip(weights, xs, strict=True)]
-    return [*dxs, dlogits.view(logits.shape).to(logits.dtype)]
-
-
-layer_sum_op = custom_op("mff::layer_sum", twin_forward, mutates_args=(), device_types="cpu")
-layer_sum_backward_op = custom_op("mff::layer_sum_backward", twin_backward, mutates_args=(),
-                                  device_types="cpu")
-layer_sum_op.register_kernel("cuda")(launch_forward)
-layer_sum_backward_op.register_kernel("cuda")(launch_backward)
-
-
-@layer_sum_op.register_fake
-def _(xs, logits):
-    return torch.empty_like(xs[0], dtype=result_type(xs), memory_format=torch.contiguous_format)
-
-
-@layer_sum_backward_op.register_fake
-def _(dout, xs, logits):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in [*xs, logits]]
+twin_backward = gradients(reference.layer_sum)
+layer_sum_op = register("layer_sum", launch_forward, twin_forward)
+layer_sum_backward_op = register("layer_sum_backward", launch_backward, twin_backward)
 
 
 def save_inputs(ctx, inputs, output):

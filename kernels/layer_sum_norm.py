@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LayerNorm of the weighted sum of M layer outputs, in one pass; specified by reference.layer_sum_norm.
 
 No longer in memory: the sum s, in either direction, and its gradient. Saved for the backward pass: two
@@ -17,13 +18,12 @@ Shapes: B images, T tokens, M levels, R rows (the tokens of all images), D width
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.library import custom_op
 
-from kernels import checks, reference
-from kernels.layer_sum import LEVELS, accumulator, launch_logits_backward, result_type, softmax_weights
+from . import checks, reference
+from .layer_sum import LEVELS, accumulator, launch_logits_backward, result_type, softmax_weights
+from .register import gradients, register
 
 MAX_WIDTH = 8192                                        # a row lives in the registers of one program
 
@@ -117,7 +117,8 @@ def launch_forward(xs: list[torch.Tensor], logits: torch.Tensor, weight: torch.T
 
 
 def launch_backward(dy: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, xs: list[torch.Tensor],
-                    logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+                    logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+                    eps: float) -> list[torch.Tensor]:
     dy, xs, logits = dy.contiguous(), tuple(x.contiguous() for x in xs), logits.contiguous()
     dxs = tuple(torch.empty_like(x) for x in xs)
     R, D, acc = len(mean), weight.shape[0], accumulator(dy.dtype)
@@ -139,62 +140,31 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def twin_forward(xs: list[torch.Tensor], logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-                 eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = result_type(xs)
-    wide = reference.wide(dtype)
-    s = reference.layer_sum([x.to(wide) for x in xs], logits.to(wide))  # (B, T, D)
-    var, mean = torch.var_mean(s.flatten(0, -2), dim=-1, correction=0)  # (R,), (R,)
-    y = F.layer_norm(s, weight.shape, weight.to(wide), bias.to(wide), eps)      # (B, T, D)
-    return y.to(dtype).contiguous(), mean, (var + eps).rsqrt()
+def twin_forward(xs, logits, weight, bias, eps):
+    s = reference.layer_sum(xs, logits).flatten(0, -2)                  # (R, D)
+    var, mean = torch.var_mean(s.to(reference.wide(s.dtype)), dim=-1, correction=0)     # (R,), (R,)
+    y = reference.layer_sum_norm(xs, logits, weight, bias, eps)         # (B, T, D)
+    return y.contiguous(), mean, (var + eps).rsqrt()
 
 
-def twin_backward(dy: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, xs: list[torch.Tensor],
-                  logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
-    R, D, wide = len(mean), weight.shape[0], mean.dtype
-    weights = logits.flatten().to(wide).softmax(dim=0)                  # (M,)
-    rows = [x.reshape(R, D).to(wide) for x in xs]                       # M of (R, D)
-    s = sum(w * x for w, x in zip(weights, rows, strict=True))          # (R, D)
-    n = (s - mean[:, None]) * rstd[:, None]                             # (R, D)
-
-    dy = dy.reshape(R, D).to(wide)
-    g = dy * weight.to(wide)                                            # (R, D)
-    ds = (g - g.mean(dim=-1, keepdim=True) - n * (g * n).mean(dim=-1, keepdim=True)) * rstd[:, None]
-    dw = torch.stack([(ds * x).sum() for x in rows])                    # (M,)
-    dlogits = weights * (dw - (weights * dw).sum())                     # (M,)
-    dxs = [(w * ds).view(x.shape).to(x.dtype) for w, x in zip(weights, xs, strict=True)]
-    return [*dxs, dlogits.view(logits.shape).to(logits.dtype),
-            (dy * n).sum(dim=0).to(weight.dtype), dy.sum(dim=0).to(bias.dtype)]
+def twin_backward(dy, mean, rstd, *inputs):
+    return gradients(reference.layer_sum_norm)(dy, *inputs)
 
 
-layer_sum_norm_op = custom_op("mff::layer_sum_norm", twin_forward, mutates_args=(), device_types="cpu")
-layer_sum_norm_backward_op = custom_op("mff::layer_sum_norm_backward", twin_backward, mutates_args=(),
-                                       device_types="cpu")
-layer_sum_norm_op.register_kernel("cuda")(launch_forward)
-layer_sum_norm_backward_op.register_kernel("cuda")(launch_backward)
-
-
-@layer_sum_norm_op.register_fake
-def _(xs, logits, weight, bias, eps):
-    y = torch.empty_like(xs[0], dtype=result_type(xs), memory_format=torch.contiguous_format)
-    mean = y.new_empty(y.numel() // y.shape[-1], dtype=reference.wide(y.dtype))
-    return y, mean, torch.empty_like(mean)
-
-
-@layer_sum_norm_backward_op.register_fake
-def _(dy, mean, rstd, xs, logits, weight, bias):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in [*xs, logits, weight, bias]]
+layer_sum_norm_op = register("layer_sum_norm", launch_forward, twin_forward)
+layer_sum_norm_backward_op = register("layer_sum_norm_backward", launch_backward, twin_backward)
 
 
 def save_inputs(ctx, inputs, output):
-    xs, logits, weight, bias, eps = inputs
+    xs, logits, weight, bias, ctx.eps = inputs
     y, mean, rstd = output
     ctx.save_for_backward(mean, rstd, logits, weight, bias, *xs)
 
 
 def backward(ctx, dy, dmean, drstd):
     mean, rstd, logits, weight, bias, *xs = ctx.saved_tensors
-    *dxs, dlogits, dweight, dbias = layer_sum_norm_backward_op(dy, mean, rstd, xs, logits, weight, bias)
+    inputs = xs, logits, weight, bias, ctx.eps
+    *dxs, dlogits, dweight, dbias = layer_sum_norm_backward_op(dy, mean, rstd, *inputs)
     return dxs, dlogits, dweight, dbias, None
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mean squared error of predicted patches, targets read from the image; specified by reference.patch_loss.
 
 No longer in memory: the images cut into patches, the targets and their mean and variance, and every float32
@@ -17,10 +18,10 @@ Shapes: B images, C H W, P patch side, L patches, K masked patches, N = P * P * 
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op
 
-from kernels import checks, reference
-from kernels.layer_sum import accumulator
+from . import checks, reference
+from .layer_sum import accumulator
+from .register import register
 
 MAX_PATCH = 16384                                       # a patch lives in the registers of one program
 
@@ -95,35 +96,19 @@ def launch_backward(diff: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
     return dpred
 
 
-def twin_forward(pred: torch.Tensor, images: torch.Tensor, ids: torch.Tensor, patch_size: int,
-                 norm_pix: bool, mean: torch.Tensor | None,
-                 std: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def twin_forward(pred, images, ids, patch_size, norm_pix, mean, std):
     wide = reference.wide(pred.dtype)
     target = reference.target_patches(images, ids, patch_size, norm_pix, mean, std, wide)   # (B, K, N)
     diff = pred - target                                                # (B, K, N)
-    return (diff ** 2).mean(), diff.to(pred.dtype)
+    return (diff ** 2).mean(), diff.to(pred.dtype).contiguous()
 
 
-def twin_backward(diff: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
+def twin_backward(diff, dloss):
     return (diff.to(dloss.dtype) * (dloss * (2 / diff.numel()))).to(diff.dtype)
 
 
-patch_loss_op = custom_op("mff::patch_loss", twin_forward, mutates_args=(), device_types="cpu")
-patch_loss_backward_op = custom_op("mff::patch_loss_backward", twin_backward, mutates_args=(),
-                                   device_types="cpu")
-patch_loss_op.register_kernel("cuda")(launch_forward)
-patch_loss_backward_op.register_kernel("cuda")(launch_backward)
-
-
-@patch_loss_op.register_fake
-def _(pred, images, ids, patch_size, norm_pix, mean, std):
-    diff = torch.empty_like(pred, memory_format=torch.contiguous_format)
-    return pred.new_empty((), dtype=reference.wide(pred.dtype)), diff
-
-
-@patch_loss_backward_op.register_fake
-def _(diff, dloss):
-    return torch.empty_like(diff)
+patch_loss_op = register("patch_loss", launch_forward, twin_forward)
+patch_loss_backward_op = register("patch_loss_backward", launch_backward, twin_backward)
 
 
 def save_difference(ctx, inputs, output):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """uint8 images normalised and mixed, in one pass; specified by reference.prepare.
 
 No longer in memory: the float image before it is mixed, and its product with lam.
@@ -15,9 +16,9 @@ Shapes: B images, C H W.
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op
 
-from kernels import checks, reference
+from . import checks, reference
+from .register import register
 
 
 @triton.jit
@@ -68,18 +69,11 @@ def launch(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: t
     return out
 
 
-def twin(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype,
-         partner: torch.Tensor | None, lam: torch.Tensor | None, box: torch.Tensor | None) -> torch.Tensor:
-    return reference.prepare(images, mean, std, dtype, partner, lam, box).contiguous()
+def twin(*arguments):
+    return reference.prepare(*arguments).contiguous()
 
 
-prepare_op = custom_op("mff::prepare", twin, mutates_args=(), device_types="cpu")
-prepare_op.register_kernel("cuda")(launch)
-
-
-@prepare_op.register_fake
-def _(images, mean, std, dtype, partner, lam, box):
-    return torch.empty(images.shape, dtype=dtype, device=images.device)
+prepare_op = register("prepare", launch, twin)
 
 
 def prepare(images, mean, std, dtype=torch.float32, partner=None, lam=None, box=None):

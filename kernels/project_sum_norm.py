@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MFF's fusion with M - 1 projections as one matrix product; specified by reference.project_sum_norm.
 
 No longer in memory: the M - 1 projected levels, their gradients, and the sum before it is normalised.
@@ -10,8 +11,8 @@ The product is PyTorch's: a hand-written one would not be faster. reference.merg
 weights that are left, and PyTorch differentiates it.
 """
 
-from kernels import checks, reference
-from kernels.layer_sum_norm import layer_sum_norm
+from . import checks, reference
+from .layer_sum_norm import layer_sum_norm
 
 
 def project_sum_norm(xs, logits, projections, weight, bias, eps):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every op in plain PyTorch: the specification that kernels are tested against, and the path on a CPU.
 
 Shapes: B images, C H W, P patch side, L patches, T tokens, D width, M fused levels, K masked patches,
@@ -10,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels import checks
+from . import checks
 
 
 def patchify(images, patch_size):

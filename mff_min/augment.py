@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from kernels.reference import mix_share
+from mff_min.kernels.reference import mix_share
 from mff_min.rng import normal_noise
 
 BICUBIC = Image.Resampling.BICUBIC

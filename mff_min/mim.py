@@ -19,8 +19,8 @@ encoder, E width of the decoder, T = V + 1 tokens, M fused levels, N values pred
 import torch
 from torch import nn
 
-from kernels import TORCH
-from kernels.reference import take_tokens
+from mff_min.kernels.ops import TORCH
+from mff_min.kernels.reference import take_tokens
 from mff_min.vit import Block, init_linear, run_block, sincos_pos_embed
 
 

@@ -9,8 +9,8 @@ Shapes: B images, C H W, P patch side, L patches, K masked patches, N = P * P * 
 import torch
 from torch import nn
 
-from kernels import TORCH
-from kernels.reference import patch_statistics, patchify, take_tokens, target_patches, unpatchify
+from mff_min.kernels.ops import TORCH
+from mff_min.kernels.reference import patch_statistics, patchify, take_tokens, target_patches, unpatchify
 
 
 class PixelTarget(nn.Module):

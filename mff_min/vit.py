@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.reference import patchify, take_tokens
+from mff_min.kernels.reference import patchify, take_tokens
 
 CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()                    # else it is slower there than float32
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from kernels.reference import patchify, unpatchify
+from mff_min.kernels.reference import patchify, unpatchify
 from mff_min.targets import reconstruction
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)

@@ -14,8 +14,8 @@ import PIL
 import torch
 import torch.distributed as dist
 
-import kernels
 from mff_min.errors import UserError
+from mff_min.kernels import ops as kernels
 from mff_run.ranks import Ranks, watch_launcher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

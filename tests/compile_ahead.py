@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kernels import layer_sum, layer_sum_norm, patch_loss, prepare  # noqa: E402
+from mff_min.kernels import layer_sum, layer_sum_norm, patch_loss, prepare  # noqa: E402
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
            "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -105,7 +105,7 @@ def sum_case(M, D, dtype):
 def norm_case(M, D, dtype):
     xs, logits = layers(M, D, dtype)
     y, mean, rstd = layer_sum_norm.launch_forward(xs, logits, torch.empty(D), torch.empty(D), 1e-6)
-    layer_sum_norm.launch_backward(y, mean, rstd, xs, logits, torch.empty(D), torch.empty(D))
+    layer_sum_norm.launch_backward(y, mean, rstd, xs, logits, torch.empty(D), torch.empty(D), 1e-6)
 
 
 def loss_case(dtype, image_dtype, P, norm_pix):

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
     if config.option.markexpr != "gpu":
         reason = "needs a GPU: test_gpu.py runs it in a process of its own, as pytest -m gpu does"
     else:
-        from kernels import missing_for_triton
+        from mff_min.kernels.ops import missing_for_triton
         if not (missing := missing_for_triton(torch.device("cuda"))):
             return
         reason = f"needs a GPU: {missing}"

@@ -11,7 +11,7 @@ Shapes: B images, T tokens, D width, M levels, C H W, P patch side, K masked pat
 
 import torch
 
-from kernels import reference
+from mff_min.kernels import reference
 
 
 def layers(M, shape, dtype, device="cpu", parameter_dtype=torch.float32):

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import train_pretrain
-from kernels import TORCH
 from mff_min.config import parse
 from mff_min.errors import UserError
+from mff_min.kernels.ops import TORCH
 from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_run.process import run
@@ -370,7 +370,7 @@ def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
 
 
 def test_committed_figures_have_the_numbers_that_results_give():
-    """Each that a document shows is there, as SVG and as numbers, beside the demo's picture and the drawing."""
+    """Each that a document shows is there as SVG and as numbers, beside the demo's picture and a drawing."""
     folder, figures = ROOT / "docs" / "figures", generated.figures()
     stale = "run `python tests/generated.py`, as `make figures` does"
     assert len(figures) >= 2 and {path.name for path in folder.iterdir()} == {

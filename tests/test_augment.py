@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels import TORCH
 from mff_min import augment, rng
 from mff_min.augment import (
     FILL,
@@ -31,6 +30,7 @@ from mff_min.augment import (
     rand_augment,
     soft_targets,
 )
+from mff_min.kernels.ops import TORCH
 from mff_min.rng import Rng, hash64, hash64_tensor, hash_key, int64_key, normal_noise
 
 EPS = torch.finfo(torch.float32).eps

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
-import kernels
 from mff_min import vit
 from mff_min.errors import UserError
+from mff_min.kernels import ops as kernels
 from mff_run import flops
 from mff_run.flops import product_tflops
 from mff_run.world import World

@@ -12,12 +12,12 @@ from waits import waits_in_steps
 
 import tools.evaluate
 import train_finetune
-from kernels import TORCH
 from mff_data.sources import open_data
 from mff_data.views import Views, collate
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, draw_mix, mix_arguments, rand_augment
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
+from mff_min.kernels.ops import TORCH
 from mff_min.rng import MIX, Rng
 from mff_min.stream import Stream
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed

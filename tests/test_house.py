@@ -30,7 +30,7 @@ def imported(text):
 
 def is_triton_kernel(path):
     """Whether a file is imported only for the Triton column."""
-    plain = ("kernels/__init__.py", "kernels/reference.py", "kernels/checks.py")
+    plain = ("kernels/ops.py", "kernels/reference.py", "kernels/checks.py")
     return path.startswith("kernels/") and path not in plain
 
 
@@ -39,12 +39,15 @@ EXTRAS = {("safetensors", "mff_weights/checkpoint.py"), ("matplotlib", "tools/fi
 
 
 def wrong_imports(path, text):
-    """tools -> scripts -> mff_min -> kernels -> torch, exceptions by name; only what measures knows peers."""
+    """tools -> scripts -> mff_min -> kernels -> torch, exceptions by name; only what measures knows peers.
+
+    kernels is the name of a package of Hugging Face: the folder is imported as mff_min.kernels.
+    """
     in_kernels, is_kernel = path.startswith("kernels/"), is_triton_kernel(path)
     benches = path.startswith(("tools/bench/", "tools/gpu/"))
     for name in imported(text):
         if (name in {*SCRIPTS, "tools"} and not path.startswith("tools/")
-                or name == "mff_min" and in_kernels
+                or name == "kernels" or name == "mff_min" and in_kernels
                 or name == "argparse" and path != "mff_min/config.py" and not benches     # has subcommands
                 or name in PEERS | {"mff_bench"} and not benches and (name, path) not in EXTRAS
                 or name == "triton" and not is_kernel):
@@ -62,7 +65,8 @@ def test_imports_go_one_way():
     ("train_probe.py", "from tools.layers import parse_layers"),
     ("mff_min/data.py", "from mff_bench import peers"), ("train_probe.py", "import lightly"),
     ("mff_weights/families.py", "import safetensors.torch"), ("mff_weights/checkpoint.py", "import timm"),
-    ("kernels/__init__.py", "from triton import jit"), ("kernels/reference.py", "import triton.language"),
+    ("kernels/ops.py", "from kernels import reference"), ("mff_min/vit.py", "import kernels.reference"),
+    ("kernels/ops.py", "from triton import jit"), ("kernels/reference.py", "import triton.language"),
 ])
 def test_a_wrong_import_is_caught(path, text):
     assert list(wrong_imports(path, text))
@@ -79,6 +83,12 @@ assert not loaded, f"an import loads {loaded}"
 """
 
 
+def module_of(path):
+    """The name by which a file is imported: mff_min/kernels is a link to the folder kernels."""
+    name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return f"mff_min.{name}" if name.startswith("kernels.") else name
+
+
 def import_all(folder, names):
     """What a fresh process says, on either stream, while it imports these modules."""
     result = subprocess.run([sys.executable, "-c", IMPORT_ALL, *names], cwd=folder, text=True,
@@ -89,14 +99,26 @@ def import_all(folder, names):
 def test_importing_any_module_says_and_changes_nothing():
     benches = ("tools/bench/", "tools/gpu/")                            # count operations: loads Triton
     paths = [path for path in FILES if not is_triton_kernel(path) and not path.startswith(benches)]
-    names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
-    assert import_all(ROOT, names) == ""
+    assert import_all(ROOT, [module_of(path) for path in paths]) == ""
 
 
 def test_a_noisy_import_is_caught(tmp_path):
     (tmp_path / "loud.py").write_text("import torch\nprint('hello')\ntorch.manual_seed(7)\n")
     said = import_all(tmp_path, ["loud"])
     assert "hello" in said and "seeded torch's generator" in said
+
+
+# ---------------------------------------------------------------- what travels with a copy
+
+def unlicensed(path, text):
+    """Files of kernels/, which others copy, whose first line does not name the licence."""
+    if path.startswith("kernels/") and text.split("\n")[0] != "# SPDX-License-Identifier: Apache-2.0":
+        yield f"{path} names no licence"
+
+
+def test_every_kernel_names_its_licence():
+    assert complaints(unlicensed) == []
+    assert list(unlicensed("kernels/ops.py", '"""The ops."""\n'))
 
 
 # ---------------------------------------------------------------- what is compiled

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
-from kernels import reference
+from mff_min.kernels import ops as kernels
+from mff_min.kernels import reference
 
 pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
-from kernels import layer_sum, layer_sum_norm, patch_loss, prepare  # noqa: E402
+from mff_min.kernels import layer_sum, layer_sum_norm, patch_loss, prepare  # noqa: E402
 
 TWINS_AND_KERNELS = (
     (layer_sum.layer_sum_op, layer_sum.twin_forward, layer_sum.launch_forward),
@@ -206,7 +206,7 @@ def op_calls():
     yield layer_sum.layer_sum_backward_op, (dy, constant, logits.detach())
     yield layer_sum_norm.layer_sum_norm_op, (xs, logits, weight, bias, 1e-6)
     yield layer_sum_norm.layer_sum_norm_backward_op, (dy, row_mean.detach(), rstd.detach(), constant,
-                                                      logits.detach(), weight.detach(), bias.detach())
+                                                      logits.detach(), weight.detach(), bias.detach(), 1e-6)
     yield patch_loss.patch_loss_op, (pred, images, ids, 2, True, mean, std)
     yield patch_loss.patch_loss_backward_op, (torch.randn(2, 3, 12), torch.tensor(0.5))
     yield prepare.prepare_op, (bytes_, m, s, torch.bfloat16, partner, lam, box)
@@ -310,8 +310,8 @@ def test_load_never_falls_back_in_silence(monkeypatch):
 def test_the_package_works_without_triton(implementation):
     if implementation == "kernel":
         pytest.skip("says nothing about a kernel")
-    code = ("import sys; sys.modules['triton'] = None; import kernels, torch; "
-            "ops = kernels.load('auto', 'cpu'); "
+    code = ("import sys; sys.modules['triton'] = None; import torch; "
+            "from mff_min.kernels.ops import load; ops = load('auto', 'cpu'); "
             "print(ops.name, ops.layer_sum([torch.ones(2)], torch.zeros(1)).tolist())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "torch [1.0, 1.0]\n", done.stderr

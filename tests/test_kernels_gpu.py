@@ -4,8 +4,8 @@ import numerics
 import pytest
 import torch
 
-import kernels
-from kernels import reference
+from mff_min.kernels import ops as kernels
+from mff_min.kernels import reference
 from tools.bench.ops import milliseconds
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ def test_two_runs_are_bit_equal(ops):
 
 
 def test_every_op_passes_opcheck_on_cuda(ops):
-    from kernels import layer_sum, layer_sum_norm, patch_loss, prepare
+    from mff_min.kernels import layer_sum, layer_sum_norm, patch_loss, prepare
     by_name = {"layer_sum": layer_sum.layer_sum_op, "layer_sum_norm": layer_sum_norm.layer_sum_norm_op,
                "patch_loss": patch_loss.patch_loss_op}
     for name, arguments in calls(torch.float32, full=False):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import TORCH, reference, triton_column
+from mff_min.kernels import reference
+from mff_min.kernels.ops import TORCH, triton_column
 from mff_min.mim import MaskedAutoencoder, count_visible, random_masking, spread_indices
 from mff_min.optim import param_groups
 from mff_min.targets import PixelTarget

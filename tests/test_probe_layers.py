@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from run_folders import state_of
 
-from kernels import TORCH
 from mff_min.config import parse
 from mff_min.errors import Fault
+from mff_min.kernels.ops import TORCH
 from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_run.process import run

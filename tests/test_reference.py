@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import reference
+from mff_min.kernels import reference
 
 
 @pytest.mark.parametrize("H, W, radius", [(32, 48, 9), (31, 33, 6.5), (224, 224, 40)])

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
-from kernels import TORCH, reference
 from mff_data import cifar, crops, shapes
 from mff_data.sources import ImageArray
 from mff_data.views import Views, collate
 from mff_min import augment, mim, probe, targets, vit
+from mff_min.kernels import reference
+from mff_min.kernels.ops import TORCH
 from mff_run import picture
 from mff_run.finite import FiniteSteps
 from mff_run.world import World
@@ -79,7 +80,7 @@ class Witness:
 
     def call(self, frame, event, argument):
         code = frame.f_code
-        path = code.co_filename.removeprefix(f"{ROOT}/")
+        path = code.co_filename.removeprefix(f"{ROOT}/").replace("mff_min/kernels/", "kernels/")
         if (path, (code.co_firstlineno, code.co_name)) not in self.functions:
             return None
         running, letters = None, {}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import TORCH, reference
+from mff_min.kernels import reference
+from mff_min.kernels.ops import TORCH
 from mff_min.mim import random_masking
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss, reconstruction
 from mff_run.picture import grey_out, to_uint8

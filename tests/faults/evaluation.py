@@ -21,13 +21,13 @@ from faults.suite import TINY, Child, Fault, Guard, Tally, flags_of, prepared
 import train_finetune
 import train_pretrain
 import train_probe
-from kernels import TORCH
 from mff_data.shapes import SHAPES
 from mff_data.sources import ImageArray, Subset
 from mff_data.views import Views
 from mff_min import stream
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.config import parse
+from mff_min.kernels.ops import TORCH
 from mff_min.probe import pool_tokens
 from mff_min.vit import MODELS
 from mff_run.log import BadSamples

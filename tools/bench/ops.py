@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels
+from mff_min.kernels import ops as kernels
 from mff_run.files import write_json
 from mff_run.world import start_world
 from tools.bench.measure import FAILURES, NotRun, reason_of, result_path

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from kernels.reference import patchify
+from mff_min.kernels.reference import patchify
 from mff_min.mim import count_visible
 from mff_min.vit import MODELS
 from tools.bench.measure import NotRun

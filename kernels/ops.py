@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ops that models take as `ops=`: a frozen table of callables, one column for each implementation.
 
-    from kernels import load
+    from mff_min.kernels.ops import load
     ops = load("auto")
     fused = ops.layer_sum(levels, logits)
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import reference
+from . import reference
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def triton_version():
 
 def triton_column():
     """The Triton kernels, and plain PyTorch where that is as good: docs/kernels.md says where and why."""
-    from kernels.layer_sum import layer_sum
-    from kernels.layer_sum_norm import layer_sum_norm
-    from kernels.patch_loss import patch_loss
-    from kernels.prepare import prepare
-    from kernels.project_sum_norm import project_sum_norm
+    from .layer_sum import layer_sum
+    from .layer_sum_norm import layer_sum_norm
+    from .patch_loss import patch_loss
+    from .prepare import prepare
+    from .project_sum_norm import project_sum_norm
     return Ops(
         name="triton",
         prepare=prepare,
