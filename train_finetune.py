@@ -272,7 +272,7 @@ def count_on(source, crop, model, cfg, world, ops, dtype, bad_samples, columns=s
     batches = make_loader(views, keys, cfg.workers, device.type == "cuda", cfg.timeout)
     counts = count_all(score, batches, bad_samples)
     bad_samples.report(world.say)
-    return world.total(counts)
+    return world.sum(counts)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def pretrain(cfg, run):
             drawn = whole(model, lambda: build_model(cfg, device), run.world)
             if run.world.is_main:
                 draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
-            run.world.meet()                                            # a picture may outlast --timeout
+            run.world.barrier()                                            # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop
     announce(cfg, schedule, model, run.start, say)

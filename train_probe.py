@@ -173,13 +173,13 @@ def probe(cfg, run):
 
     def evaluate():
         """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""
-        world.share(head.buffers())
+        world.broadcast(head.buffers())
         head.eval()
         batches = load(val_set, "evaluation", each_once(len(val_set), cfg.batch_size, world))
         counts = count_all(lambda batch: head(extract(prepare(batch))), batches, run.bad_samples)
         head.train()
         run.bad_samples.report(say)
-        return accuracy(*world.total(counts))
+        return accuracy(*world.sum(counts))
 
     def note_accuracy(done):
         """Measure the accuracy after this many steps, and log it."""

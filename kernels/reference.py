@@ -97,7 +97,8 @@ def project_sum_norm(xs, logits, projections, weight, bias, eps):
     """
     checks.check_projections(xs, projections)
     projected = [F.linear(x, *projection) for x, projection in zip(xs[:-1], projections, strict=True)]
-    return layer_sum_norm([*projected, xs[-1]], logits, weight, bias, eps)
+    levels = [*projected, xs[-1]]                                       # M of (B, T, D)
+    return layer_sum_norm(levels, logits, weight, bias, eps)            # softmax, weighted sum, LayerNorm
 
 
 def merge_projections(xs, logits, projections):

@@ -98,30 +98,44 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images, ids_keep):
         """Fused and normalised latent of the visible patches: (B, C, H, W), ids_keep (B, V) -> (B, T, D)."""
+        # embed visible patches
         x = self.encoder.embed(images, ids_keep)                        # (B, T, D)
-        levels = self.encoder.forward_blocks(x, self.out_indices)
+
+        # apply blocks, keep the outputs of some
+        levels = self.encoder.forward_blocks(x, self.out_indices)       # M of (B, T, D)
         if self.detach_shallow:
             levels[:-1] = [level.detach() for level in levels[:-1]]
+
+        # fuse them: in MAE there is one level, and this is its norm
         return fuse(levels, self.proj_layers, self.proj_weights, self.encoder.norm, self.ops)
 
     def decode(self, latent, ids_shuffle):
         """Predictions of masked patches: latent (B, T, D) -> (B, K, N), in ids_shuffle's order (B, L)."""
         B, T, D = latent.shape
         L = ids_shuffle.shape[1]
+
+        # embed tokens, append mask tokens
         x = self.decoder_embed(latent)                                  # (B, T, E)
         mask_tokens = self.mask_token.expand(B, 1 + L - T, -1)          # (B, K, E)
         x = torch.cat([x, mask_tokens], dim=1)                          # (B, 1 + L, E)
+
+        # add positions, in shuffled order
         positions = self.decoder_pos_embed[:, 1:].expand(B, -1, -1)     # (B, L, E)
         positions = take_tokens(positions, ids_shuffle)
         x = x + torch.cat([self.decoder_pos_embed[:, :1].expand(B, -1, -1), positions], dim=1)
+
+        # apply blocks; the last one computes masked tokens only
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = run_block(block, x, self.encoder.grad_checkpointing)
-        x = run_block(last, x, self.encoder.grad_checkpointing, None, T)    # (B, K, E): the rest is not read
+        x = run_block(last, x, self.encoder.grad_checkpointing, None, T)    # (B, K, E)
+
+        # predict patches
         return self.decoder_pred(self.decoder_norm(x))                  # (B, K, N)
 
     def predict(self, images, noise):
         """What is behind the mask: pred (B, K, N), of the patches ids (B, K), and mask (B, L), 1 removed."""
+        # mask, encode what is visible, decode what is not
         ids_shuffle, mask = random_masking(noise, self.num_visible)
         latent = self.encode(images, ids_shuffle[:, :self.num_visible])                 # (B, T, D)
         return self.decode(latent, ids_shuffle), ids_shuffle[:, self.num_visible:], mask
@@ -136,7 +150,13 @@ class MaskedAutoencoder(nn.Module):
 
 
 def fuse(levels, proj_layers, proj_weights, norm, ops):
-    """MFF's weighted sum of M levels, all but the last projected, then normed: M (B, T, D) -> (B, T, D)."""
+    """MFF's fusion (arXiv 2308.00261, sec. 3.2): M levels x_0 ... x_(M-1), each (B, T, D) -> (B, T, D).
+
+        w = softmax(proj_weights)
+        y = norm(w_0 P_0(x_0) + ... + w_(M-2) P_(M-2)(x_(M-2)) + w_(M-1) x_(M-1))
+
+    P_i are the linear layers proj_layers. The last level is not projected. ops.project_sum_norm computes it.
+    """
     projections = [(proj.weight, proj.bias) for proj in proj_layers]
     return ops.project_sum_norm(levels, proj_weights, projections, norm.weight, norm.bias, norm.eps)
 

@@ -78,7 +78,7 @@ class Schedule:
     """What follows from the flags, the number of images and the number of processes."""
     num_samples: int
     global_batch: int
-    together: int                                                       # images in all ranks' micro-batches
+    images_at_once: int                                                 # images in all ranks' micro-batches
     stop: int                                                           # the step at which the run ends
     epochs: float                                                       # where lr reaches min_lr
     warmup_epochs: float
@@ -87,7 +87,7 @@ class Schedule:
     @property
     def accumulation(self):
         """Micro-batches of a process's step."""
-        return self.global_batch // self.together
+        return self.global_batch // self.images_at_once
 
     def epoch(self, step):
         return step * self.global_batch / self.num_samples
@@ -107,10 +107,10 @@ class Schedule:
         return text
 
 
-def make_schedule(num_samples, global_batch, together, epochs, steps, warmup_epochs, blr, lr, published):
+def make_schedule(num_samples, global_batch, images_at_once, epochs, steps, warmup_epochs, blr, lr, published):
     """The Schedule of a stage whose recipe has `published` = (epochs, epochs of warm-up).
 
-    together is the number of images that all processes compute at once; epochs, steps, warmup_epochs and lr
+    images_at_once is the number of images that all processes compute at once; epochs, steps, warmup_epochs and lr
     are None where they are not given. Raises UserError when the warm-up is not shorter than the run.
     """
     if epochs is None:
@@ -125,7 +125,7 @@ def make_schedule(num_samples, global_batch, together, epochs, steps, warmup_epo
         raise UserError(f"--epochs {epochs:g} of {num_samples} images is not one step of {global_batch}")
     lr = blr * global_batch / 256 if lr is None else lr
     stop = min(whole, steps or whole)
-    return Schedule(num_samples, global_batch, together, stop, epochs, warmup_epochs, lr)
+    return Schedule(num_samples, global_batch, images_at_once, stop, epochs, warmup_epochs, lr)
 
 
 def cosine_lr(epoch, lr, min_lr, warmup_epochs, epochs):

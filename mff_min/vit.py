@@ -188,12 +188,19 @@ class VisionTransformer(nn.Module):
 
         (B, C, H, W) -> (B, 1 + L, D) or (B, 1 + V, D).
         """
+        # cut patches, with the positions of each
         patches = patchify(images, self.patch_size)                     # (B, L, N)
         pos_embed = self.pos_embed[:, 1:].expand(len(images), -1, -1)   # (B, L, D)
+
+        # drop the masked ones, before any of them is projected
         if ids_keep is not None:
             patches = take_tokens(patches, ids_keep)                    # (B, V, N)
             pos_embed = take_tokens(pos_embed, ids_keep)                # (B, V, D)
+
+        # project patches, add positions
         x = self.patch_embed(patches) + pos_embed
+
+        # put the class token in front
         cls_token = self.cls_token + self.pos_embed[:, :1]              # (1, 1, D)
         return torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
 

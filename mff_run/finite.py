@@ -48,7 +48,7 @@ class FiniteSteps:
             bad = torch.stack([bad[0], self.in_a_row >= MOST_SKIPS])    # (2,)
 
         here = torch.full_like(self.first, NEVER).masked_fill(bad.any(), step)
-        first = self.world.lowest(torch.minimum(self.first, here))
+        first = self.world.min(torch.minimum(self.first, here))
         new = first < self.first
         self.first, self.bad, self.seen = first, bad.where(new, self.bad), values.where(new, self.seen)
         self.optimizer.found_inf = (skip | (first != NEVER)).float()    # as fused AdamW takes it
@@ -68,7 +68,7 @@ class FiniteSteps:
         if step == NEVER:
             return
         bad, (loss, grad_norm, lr) = self.bad.tolist(), self.seen.tolist()
-        losses, bad_losses = self.world.gather(loss), self.world.gather(bad[0])
+        losses, bad_losses = self.world.all_gather(loss), self.world.all_gather(bad[0])
         ranks = [rank for rank, is_bad in enumerate(bad_losses) if is_bad]
         path = self.folder / f"nonfinite-step-{step}.json"
         if self.world.is_main:

@@ -72,7 +72,7 @@ class BadSamples:
 
         Raises Fault when more than max_bad of the samples are bad.
         """
-        new = {name: reason for found in self.world.gather(self.new) for name, reason in found.items()}
+        new = {name: reason for found in self.world.all_gather(self.new) for name, reason in found.items()}
         self.new, first, left = {}, not self.seen, max(self.MOST_NAMED - len(self.seen), 0)
         self.seen.update(new)
         if not new:

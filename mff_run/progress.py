@@ -61,7 +61,7 @@ class Meter(Progress):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)                     # this once
             self.estimate(time.monotonic() - self.asked)
-        self.tick(self.start * self.schedule.global_batch + self.micro * self.schedule.together)
+        self.tick(self.start * self.schedule.global_batch + self.micro * self.schedule.images_at_once)
         self.asked = time.monotonic()
         if self.queued:
             self.queued.record()

@@ -30,12 +30,12 @@ def save_run(folder, world, model, step, hint, **state):
     Raises Fault on every rank, with the hint, where a weight is not finite.
     """
     broken = not all(local(parameter).isfinite().all() for parameter in model.parameters())
-    if world.highest(int(broken)):
+    if world.max(int(broken)):
         raise Fault(f"weights are not finite at step {step} and are not saved; {hint}")
     state = gathered({"model": model.state_dict(), "step": step, **state}, world.is_main)
     if world.is_main:
         save_checkpoint(folder, state)
-    world.meet()                                                        # a save may outlast --timeout
+    world.barrier()                                                        # a save may outlast --timeout
 
 
 def resumed_state(cfg, world):
@@ -52,7 +52,7 @@ def resumed_state(cfg, world):
         raise UserError(already_a_run(cfg))
     if state:
         check_same_settings(cfg, state["config"])
-    if len(set(world.gather(state["step"] if state else 0))) > 1:
+    if len(set(world.all_gather(state["step"] if state else 0))) > 1:
         raise UserError(f"the processes would resume from different steps: --output-dir {cfg.output_dir} "
                         f"must be one folder that all hosts see")
     return state
@@ -147,7 +147,7 @@ def open_folder(cfg, world, state=None):
             files.write_json(folder / "env.json", describe_environment(world))
         except OSError as error:
             raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
-    world.meet()                                                        # it exists now
+    world.barrier()                                                        # it exists now
     return folder
 
 

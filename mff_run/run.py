@@ -37,7 +37,7 @@ from mff_run.resume import (
     save_run,
     warn_of_space,
 )
-from mff_run.sharded import exchange, full, own_part
+from mff_run.sharded import full_tensor, maybe_no_sync, own_part
 from mff_run.world import describe_environment, start_world
 
 HINT = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with --clip-grad, "
@@ -156,14 +156,14 @@ class Run:
             self.bad_samples.add(batch["bad"])
             self.more = micro + 1 < self.schedule.accumulation
             yield batch
-            self.stop_signal = self.world.highest(self.signals.number)
+            self.stop_signal = self.world.max(self.signals.number)
             if self.stop_signal and self.more:
                 self.save(self.step)
                 raise Stopped(self.stop_signal, self.step, self.schedule.stop, self.folder)
 
     def accumulate(self, trained):
         """A context for a micro-batch's passes: ranks add up gradients with the step's last one alone."""
-        return exchange(trained, self.more)
+        return maybe_no_sync(trained, self.more)
 
     def guard(self, loss, lr, grad_norm):
         """Once a loss or gradient was not finite on any rank, let the optimizer's steps change nothing."""
@@ -183,7 +183,7 @@ class Run:
             self.loss = self.world.mean([loss.item()])[0]
             self.bad_samples.report(self.meter.say)
         if logs:
-            more = {name: full(value()).tolist() for name, value in shown.items()}
+            more = {name: full_tensor(value()).tolist() for name, value in shown.items()}
             self.log.write(step=done, epoch=self.schedule.epoch(done), loss=self.loss, lr=lr,
                            grad_norm=grad_norm.item(), **self.finite.counted(),
                            **self.meter.read(done, self.loss, lr), **more)

@@ -47,7 +47,7 @@ def shard(model, world, accumulates, compile):
     return model
 
 
-def exchange(trained, more):
+def maybe_no_sync(trained, more):
     """A context for a micro-batch: with more to come in this step, ranks do not add up its gradients yet."""
     if hasattr(trained, "set_requires_gradient_sync"):                  # fully_shard's
         trained.set_requires_gradient_sync(not more)
@@ -62,7 +62,7 @@ def is_part(value):
     return isinstance(value, torch.Tensor) and hasattr(value, "full_tensor")
 
 
-def full(tensor):
+def full_tensor(tensor):
     """A sharded tensor as a whole, which all ranks must ask for together; any other tensor itself."""
     return tensor.full_tensor() if is_part(tensor) else tensor
 
@@ -83,7 +83,7 @@ def gathered(value, keep):
         return [gathered(item, keep) for item in value]
     if not is_part(value):
         return value
-    value = full(value.detach())
+    value = full_tensor(value.detach())
     return value.to("cpu", copy=True) if keep else None                 # a copy leaves the padding behind
 
 

@@ -27,8 +27,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class World:
     """Who this process is among those that torchrun started; alone, it is rank 0 of 1.
 
-    step is what messages about a lost rank name. total, gather, meet and local_main_first wait for as long as
-    another rank may save, draw or evaluate, the others for --timeout.
+    step is what messages about a lost rank name. sum, all_gather, barrier and local_main_first wait for as
+    long as another rank may save, draw or evaluate; the other collectives wait for --timeout.
     """
     rank: int
     size: int
@@ -54,20 +54,20 @@ class World:
             dist.all_reduce(values)
         return (values / self.size).tolist()
 
-    def total(self, counts):
+    def sum(self, counts):
         """The sum of each of these ints over all ranks."""
         counts = torch.tensor(counts, dtype=torch.int64)
         if self.size > 1:
             dist.all_reduce(counts, group=self.patient)
         return counts.tolist()
 
-    def share(self, tensors):
+    def broadcast(self, tensors):
         """Give every rank the values that rank 0 has in these tensors."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def highest(self, value):
+    def max(self, value):
         """The highest of all ranks' ints."""
         if self.size == 1:
             return value
@@ -75,29 +75,29 @@ class World:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 
-    def lowest(self, tensor):
+    def min(self, tensor):
         """The lowest of all ranks' values, element by element, on their device: nothing waits for it."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return tensor
 
-    def gather(self, value):
+    def all_gather(self, value):
         """The list of all ranks' values, which may be any plain object."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.patient)
         return values
 
-    def meet(self):
+    def barrier(self):
         """Wait until all ranks are here."""
-        self.total([0])
+        self.sum([0])
 
     def local_main_first(self, work):
         """work() on one process of each host, then on the others, which find its files there."""
         if self.local_rank == 0:
             result = work()
-        self.meet()
+        self.barrier()
         return result if self.local_rank == 0 else work()
 
 

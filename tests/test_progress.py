@@ -42,7 +42,7 @@ def test_durations_read_as_a_clock():
 def test_an_evaluation_counts_neither_as_training_nor_as_waiting(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    schedule = Schedule(1000, 64, together=64, stop=10, epochs=1, warmup_epochs=0, lr=1.0)
+    schedule = Schedule(1000, 64, images_at_once=64, stop=10, epochs=1, warmup_epochs=0, lr=1.0)
     meter = Meter(schedule, 0, ALONE)
     now[0] += 4
     with meter.paused():

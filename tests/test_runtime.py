@@ -122,7 +122,7 @@ def test_a_process_alone_is_rank_0_of_1_and_averages_itself(monkeypatch):
         monkeypatch.delenv(key, raising=False)
     with start_world("cpu") as world:
         assert world == ALONE and world.is_main
-        assert world.mean([1.5, 2.0]) == [1.5, 2.0] and world.highest(3) == 3 and world.gather("x") == ["x"]
+        assert world.mean([1.5, 2.0]) == [1.5, 2.0] and world.max(3) == 3 and world.all_gather("x") == ["x"]
 
 
 def test_automatic_dtype_is_float32_on_a_cpu():

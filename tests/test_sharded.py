@@ -26,7 +26,7 @@ from mff_min.targets import PixelTarget
 from mff_min.vit import VisionTransformer
 from mff_run.log import read_log
 from mff_run.process import run
-from mff_run.sharded import exchange, full, gathered, shard, whole
+from mff_run.sharded import full_tensor, gathered, maybe_no_sync, shard, whole
 from mff_run.world import World
 
 SMALL = ("train_pretrain.py --model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 "
@@ -164,7 +164,7 @@ def test_autocast_compile_and_recomputation_are_those_of_the_model(world, symbol
             losses.append(model(images, noise))
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=4 * torch.finfo(dtype).eps)
-    norms = [full(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
              for model in models]
     assert norms[0].item() == pytest.approx(norms[1].item(), rel=4 * torch.finfo(dtype).eps)
     assert symbols == []                                                # though blocks differ in tokens
@@ -177,7 +177,7 @@ def test_the_whole_model_is_a_plain_one_with_the_same_weights(world):
     got = whole(shard(model, world, accumulates=False, compile=False), small_model, world)
     assert type(got) is MaskedAutoencoder
     assert all(torch.equal(value, want[name]) for name, value in got.state_dict().items())
-    assert gathered({"a": [full(model.mask_token), 1, (2, "b")]}, keep=False)["a"][1:] == [1, (2, "b")]
+    assert gathered({"a": [full_tensor(model.mask_token), 1, (2, "b")]}, keep=False)["a"][1:] == [1, (2, "b")]
     assert set(gathered(model.state_dict(), keep=False).values()) == {None}
 
 
@@ -190,7 +190,7 @@ def test_a_step_that_accumulates_gathers_and_adds_up_once():
         world, found = World(0, 2, 0, torch.device("cpu")), []
         model = shard(small_model(), world, accumulates=micro_batches > 1, compile=False)
         for micro in range(micro_batches):
-            with CommDebugMode() as made, exchange(model, micro + 1 < micro_batches):
+            with CommDebugMode() as made, maybe_no_sync(model, micro + 1 < micro_batches):
                 model(torch.rand(2, 3, 16, 16), torch.rand(2, 16)).backward()
             found.append({str(op).split(".")[-1]: n for op, n in made.get_comm_counts().items()})
         dist.destroy_process_group()

@@ -173,7 +173,7 @@ def test_mfu_is_logged_where_a_peak_is_known(pretrain, tmp_path, capsys, monkeyp
 def test_waiting_for_data_is_said_once_with_what_would_help(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    meter = Meter(Schedule(100, 8, together=8, stop=10, epochs=1, warmup_epochs=0, lr=1.0), 0,
+    meter = Meter(Schedule(100, 8, images_at_once=8, stop=10, epochs=1, warmup_epochs=0, lr=1.0), 0,
                   World(0, 1, 0, torch.device("cpu")))
 
     def slow():
@@ -199,7 +199,7 @@ def test_data_that_arrives_while_the_gpu_still_computes_costs_no_time(monkeypatc
 
         def query(self):
             return self.done
-    meter = Meter(Schedule(100, 8, together=8, stop=10, epochs=1, warmup_epochs=0, lr=1.0), 0,
+    meter = Meter(Schedule(100, 8, images_at_once=8, stop=10, epochs=1, warmup_epochs=0, lr=1.0), 0,
                   World(0, 1, 0, torch.device("cpu")))
     meter.queued = Event()
     meter.next(iter([{}]))
@@ -435,7 +435,7 @@ def test_few_images_are_said_to_be_seen_more_than_once(pretrain, capsys):
 
 
 def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command(capsys):
-    schedule = Schedule(10_000, 64, together=32, stop=1000, epochs=6.4, warmup_epochs=1, lr=1.0)
+    schedule = Schedule(10_000, 64, images_at_once=32, stop=1000, epochs=6.4, warmup_epochs=1, lr=1.0)
     meter = Meter(schedule, 0, World(0, 1, 0, torch.device("cpu")))
     meter.estimate(100.0)
     said = capsys.readouterr().out
