@@ -107,11 +107,12 @@ class Schedule:
         return text
 
 
-def make_schedule(num_samples, global_batch, images_at_once, epochs, steps, warmup_epochs, blr, lr, published):
+def make_schedule(num_samples, global_batch, images_at_once, epochs, steps, warmup_epochs, blr, lr,
+                  published):
     """The Schedule of a stage whose recipe has `published` = (epochs, epochs of warm-up).
 
-    images_at_once is the number of images that all processes compute at once; epochs, steps, warmup_epochs and lr
-    are None where they are not given. Raises UserError when the warm-up is not shorter than the run.
+    images_at_once is the number of images in the micro-batches of all processes. epochs, steps, warmup_epochs
+    and lr are None where they are not given. Raises UserError when the warm-up is not shorter than the run.
     """
     if epochs is None:
         epochs = steps * global_batch / num_samples if steps else published[0]
