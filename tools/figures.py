@@ -171,6 +171,11 @@ def draw(figure, command="", **files):
     with rc_context(style):
         canvas = Canvas(dpi=100, layout="constrained")                  # so that a pixel is 0.01 of an inch
         lay_out(figure, canvas)
+        for _ in range(2):                                              # the first may change the ticks
+            canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")
+        for axes in canvas.axes:                                        # the solver's last digits vary
+            axes.set_position(np.round(axes.get_position(original=True).bounds, 6))
         for kind, file in files.items():
             canvas.savefig(file, format=kind, dpi=200, metadata=metadata[kind])
     return canvas
