@@ -72,6 +72,51 @@ def test_a_wrong_import_is_caught(path, text):
     assert list(wrong_imports(path, text))
 
 
+# What each room may import beside itself; kernels is the folder that mff_min.kernels is.
+ROOMS = {"kernels": set(), "mff_min": set(), "mff_data": {"mff_min"}, "mff_run": {"mff_min"},
+         "mff_weights": {"mff_min", "mff_data", "mff_run"},
+         "stages": {"mff_min", "mff_data", "mff_run", "mff_weights"},
+         "tools": {"mff_min", "mff_data", "mff_run", "mff_weights", "stages"}}
+
+
+def room_of(name):
+    """The room of a path's or a module's first part: "stages" for train_pretrain."""
+    return "stages" if name.startswith("train_") else name
+
+
+def wrong_directions(path, text):
+    """Imports of a room that this one may not know."""
+    room = room_of(path.split("/")[0])
+    for name in {room_of(name) for name in imported(text)} & ROOMS.keys() - ROOMS[room] - {room}:
+        yield f"{path} imports {name}"
+    if room == "stages" and any(room_of(name) == room for name in imported(text)):
+        yield f"{path} imports a stage"
+
+
+def test_rooms_know_only_the_rooms_below_them():
+    assert complaints(wrong_directions) == []
+    assert {room_of(path.split("/")[0]) for path in FILES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path, text", [
+    ("mff_min/vit.py", "from mff_run.run import Run"), ("mff_run/log.py", "import mff_data.views"),
+    ("mff_data/views.py", "from mff_run import files"), ("mff_weights/checkpoint.py", "import train_probe"),
+    ("train_probe.py", "from tools import study"), ("train_probe.py", "import train_pretrain"),
+    ("kernels/ops.py", "from mff_min.vit import Block"),
+])
+def test_a_wrong_direction_is_caught(path, text):
+    assert list(wrong_directions(path, text))
+
+
+def test_the_core_is_the_method_and_opens_no_file():
+    core = {path: text for path, text in FILES.items() if path.startswith("mff_min/")}
+    assert sum(len(text.splitlines()) for text in core.values()) < 1500
+    for path, text in core.items():
+        called = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
+        opens = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "load", "save"}
+        assert not {name for name in called if name.split(".")[-1] in opens}, path
+
+
 IMPORT_ALL = """
 import importlib, sys, torch
 state = torch.get_rng_state()
