@@ -17,6 +17,7 @@ from mff_min.errors import UserError
 from tools.figures import (
     COLOURS,
     ON_CELLS,
+    STYLE,
     Figure,
     HeatMap,
     Panel,
@@ -223,10 +224,12 @@ def test_names_at_the_ends_of_lines_are_apart_and_in_order():
 
 def faults_of_layout(canvas):
     """What of a drawing is outside of it, and which of its parts lie over one another."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    FigureCanvasAgg(canvas).draw()
+    with rc_context(STYLE):                                             # ticks are chosen when they are drawn
+        FigureCanvasAgg(canvas).draw()
+        parts = {f"panel {i}": axes.get_tightbbox() for i, axes in enumerate(canvas.axes)}
     width, height = canvas.canvas.get_width_height()
-    parts = {f"panel {i}": axes.get_tightbbox() for i, axes in enumerate(canvas.axes)}
     parts |= {text.get_text()[:20]: text.get_window_extent() for text in canvas.texts if text.get_text()}
     parts |= dict(zip(["legend"], (legend.get_window_extent() for legend in canvas.legends), strict=False))
     for name, box in parts.items():

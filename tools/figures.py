@@ -149,6 +149,13 @@ def colour_of(colour, dark=False):
 
 # ---------------------------------------------------------------- drawing
 
+STYLE = {"svg.hashsalt": "mff_min", "text.parse_math": False, "font.family": "DejaVu Sans",
+         "font.size": 9, "axes.titlesize": 10, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+         "axes.formatter.useoffset": False, "axes.spines.top": False, "axes.spines.right": False,
+         "grid.color": colour_of("grid"), "legend.frameon": False}
+STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
+                       colour_of("ink"))
+
 
 def draw(figure, command="", **files):
     """The drawing, as a figure of matplotlib, written to files: png=FILE, svg=FILE. Its colours are light.
@@ -160,15 +167,9 @@ def draw(figure, command="", **files):
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
-    style = {"svg.hashsalt": "mff_min", "text.parse_math": False, "font.family": "DejaVu Sans",
-             "font.size": 9, "axes.titlesize": 10, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
-             "axes.formatter.useoffset": False, "axes.spines.top": False, "axes.spines.right": False,
-             "grid.color": colour_of("grid"), "legend.frameon": False}
-    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"),
-                           colour_of("ink"))
     metadata = {"png": {"Command": command},
                 "svg": {"Date": None, "Title": figure.title, "Description": command}}
-    with rc_context(style):
+    with rc_context(STYLE):
         canvas = Canvas(dpi=100, layout="constrained")                  # so that a pixel is 0.01 of an inch
         lay_out(figure, canvas)
         for _ in range(2):                                              # the first may change the ticks
@@ -264,7 +265,7 @@ def put_tags(axes, panel, height):
     """Write the names at the ends of lines, the highest line's at the top."""
     lines = sorted((line for line in panel.series if line.tag), key=lambda line: line.points[-1][1])
     low, high = axes.get_ylim()
-    places = apart([(line.points[-1][1] - low) / (high - low) for line in lines], 13 / (height - 80))
+    places = apart([(line.points[-1][1] - low) / (high - low) for line in lines], 14 / (height - 90))
     for line, place in zip(lines, places, strict=True):
         axes.text(line.points[-1][0], place, f"  {line.tag}", color=colour_of(line.colour), size=8,
                   va="center", transform=axes.get_xaxis_transform())
