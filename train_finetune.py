@@ -119,15 +119,15 @@ def finetune(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
     cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
-    state = run.resume(cfg)
+    run.resume(cfg)
 
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
     check_labels(cfg.data, train_set, val_set)
     classes = train_set.classes
-    if state:
-        check_classes(classes, state["classes"], want=f"the run in {cfg.output_dir}")
+    if run.state:
+        check_classes(classes, run.state["classes"], want=f"the run in {cfg.output_dir}")
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
     run.check_data(fingerprint(train_set))
@@ -171,12 +171,11 @@ def finetune(cfg, run):
     kept = {"classes": lambda: classes}
     if average:
         kept["average"] = average.state_dict
-        if state and "average" in state:
-            average.load_state_dict(state["average"])
+        if run.state and "average" in run.state:
+            average.load_state_dict(run.state["average"])
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
         trained = torch.compile(trained, dynamic=False)
-    state = None                                                        # frees gigabytes
     run.open(len(train_set) + len(val_set))
     run.begin(schedule, stream, train_set, model, optimizer, scaler, dtype=dtype,
               flops=classifier_flops(model, model.head, False), advice=advice_if_late(train_set, cfg.workers),

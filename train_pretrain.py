@@ -147,7 +147,7 @@ def pretrain(cfg, run):
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     model = build_model(cfg, device)
-    state = run.resume(cfg)
+    run.resume(cfg)
 
     # ------------------------------------------------------------ data
     train_set = run.world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
@@ -167,7 +167,7 @@ def pretrain(cfg, run):
         return model.ops.prepare(pixels, mean, std), noise, pixels
 
     # ------------------------------------------------------------ optimizer
-    if cfg.init_from and not state:
+    if cfg.init_from and not run.state:
         load_initial_weights(model, cfg.init_from, say)
     run.restore_model(model)
     if cfg.fsdp:                                                        # takes the parameters' place

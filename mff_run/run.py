@@ -65,8 +65,8 @@ class RunFlags:
 class Run:
     """One run of a stage on this process, from its flags; a context.
 
-    world is who this process is; state what the run goes on from, or None; start the step that it goes on
-    from; folder the run's, after begin.
+    world says who this process is. state is what the run goes on from, or None; begin drops it, since it may
+    be gigabytes. start is the step that the run goes on from. folder is the run's, after open.
     """
 
     def __init__(self, cfg):
@@ -88,14 +88,13 @@ class Run:
     # ------------------------------------------------------------ before the loop
 
     def resume(self, cfg):
-        """The state that the run goes on from, the same on all ranks, or None; the folder is now ours.
+        """Read what the run goes on from, if it does: state, the same on all ranks. The folder is now ours.
 
-        cfg is the configuration, with what the checkpoint has told. Raises UserError, as resumed_state does.
+        cfg is the configuration, with what a checkpoint has told. Raises UserError, as resumed_state does.
         """
         self.cfg, self.state = cfg, resumed_state(cfg, self.world)
         if self.state:
             self.start, self.loss = self.state["step"], self.state["loss"]
-        return self.state
 
     def check_data(self, fingerprint):
         """Raise UserError where a resumed run would go on with images of another fingerprint."""
@@ -135,7 +134,7 @@ class Run:
         self.log = Log(self.folder, world, self.start)
         half, skips = bool(scaler and scaler.is_enabled()), (self.state or {}).get("skips")
         self.finite = FiniteSteps(optimizer, world, self.folder, stream, source, hint, half, skips)
-        self.state = None                                               # frees gigabytes
+        self.state = None
 
     # ------------------------------------------------------------ the loop
 
