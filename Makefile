@@ -87,10 +87,8 @@ claims: $(VENV)/test-installed
 
 # The method and a run, on the oldest PyTorch and Triton that pyproject.toml allows.
 OLD = $(VENV)-oldest
-METHOD = kernels kernels_compile package reference vit mim targets optim augment flops
-RUN = stages sharded saving runtime progress data probe finetune
 test-oldest: $(OLD)/test-installed
-	$(OLD)/bin/python -m pytest $(patsubst %,tests/test_%.py,$(METHOD) $(RUN))
+	$(OLD)/bin/python -m pytest tests/method tests/run tests/data/test_data.py tests/test_package.py
 
 # On a machine with a GPU, with the Python that is there: everything that waits for one, in less than ten minutes.
 gpu:

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from sources import ROOT
 
 from mff_run.log import read_log
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("img_per_s", "data_wait", "mfu", "seconds")                    # may differ between equal runs
 
 

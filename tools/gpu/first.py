@@ -70,8 +70,8 @@ def all_parts(out, batch):
     step = (f"--cases vit_b --stages pretrain --dtypes bfloat16 --batch {batch} --no-waiting --rounds 5 "
             f"--minutes {{minutes}}").split()
     return [[Part("machine", module("tools.gpu.machine"), 30)],
-            [Part("kernels", tests("tests/test_kernels_gpu.py"), 150),
-             Part("stages", tests("tests/test_stages.py", "tests/test_augment.py"), 160)],
+            [Part("kernels", tests("tests/method/test_kernels_gpu.py"), 150),
+             Part("stages", tests("tests/run/test_pretrain.py", "tests/method/test_augment.py"), 160)],
             [Part("attention", bench(out, "attention", "--minutes", "0.6"), 60)],
             [Part("eager", profile(out, batch, "eager"), 50)],
             [Part("compiled", profile(out, batch, "compiled"), 100)],

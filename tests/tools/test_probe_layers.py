@@ -3,13 +3,13 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from run_folders import state_of
+from sources import ROOT
 
 from mff_min.config import parse
 from mff_min.errors import Fault
@@ -20,8 +20,6 @@ from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
 from tools import probe_layers
 from tools.probe_layers import features_of_layers
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

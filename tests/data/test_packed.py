@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from images import furthest, noise_image
 from PIL import Image
-from test_data import furthest, noise_image
+from sources import ROOT
 
 import train_pretrain
 from mff_data import crops, packed
@@ -27,8 +28,6 @@ from mff_min.errors import Fault, UserError
 from mff_min.rng import Rng
 from mff_min.stream import Stream
 from tools import pack
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

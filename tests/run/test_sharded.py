@@ -1,6 +1,6 @@
 """--fsdp: the same training as without it, checkpoints that any number of processes goes on from, bad input.
 
-Two processes with DDP give the bits of one that accumulates (test_stages.py), so one process stands for DDP
+Two processes with DDP give the bits of one that accumulates (test_run.py), so one process stands for DDP
 here. How far rounding alone moves weights is measured too: between micro-batches of 8 and of 4 images.
 """
 
@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from run_folders import ROOT, log_of, state_of, torchrun
+from run_folders import log_of, state_of, torchrun
+from sources import ROOT
 from torch.distributed.tensor.debug import CommDebugMode
 
 import train_pretrain

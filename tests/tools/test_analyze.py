@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sources import ROOT
 
 import train_pretrain
 from mff_min.config import parse
@@ -27,7 +28,6 @@ from tools import analyze
 from tools.examine import look_at
 from tools.figures import numbers_of
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE_4 = {1: "last", 2: "0,11", 4: "0,4,8,11", 6: "spread", 12: "all"}  # the paper's, by number of levels
 
 

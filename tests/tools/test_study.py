@@ -16,9 +16,9 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from run_folders import same_bits
+from sources import ROOT
 
 from mff_min.config import parse
 from mff_min.errors import UserError

@@ -6,15 +6,13 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from faults import __main__ as runner
 from faults.suite import Child, Ended, Fault, Guard, Outcome, Tally, fork, share_out
+from sources import ROOT
 
 from mff_min.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def survive(folder, quick):

@@ -41,7 +41,7 @@ def test_the_tests_with_the_mark_gpu_pass_in_a_process_of_their_own():
 
 def test_without_a_gpu_each_of_them_is_skipped_with_the_reason():
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider",
-               "tests/test_kernels_gpu.py"]
+               "tests/method/test_kernels_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" not in done.stdout
     assert "needs a GPU: PyTorch finds no CUDA device" in done.stdout

@@ -3,16 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from sources import ROOT
 
 from mff_data import shapes
 from mff_data.shapes import SHAPES, TEXTURES, load_shapes, render
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden" / "shapes.npz"                # from: python -m tests.test_shapes
+GOLDEN = ROOT / "tests/golden/shapes.npz"       # by PYTHONPATH=tests python -m tests.data.test_shapes
 GOLDEN_INDICES = [0, 1, 40, 12345]
 
 

@@ -9,12 +9,12 @@ import os
 import signal
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import generated
 import pytest
 import torch
+from sources import ROOT
 from torch.utils.data import Dataset, default_collate
 
 from mff_min import vit
@@ -27,7 +27,6 @@ from tools.bench import __main__ as bench
 from tools.bench import attention, contenders, data, everything, imports, measure, ops, step
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("M", [1, 2, 6, 12])

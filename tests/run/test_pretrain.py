@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
+from sources import ROOT
 from waits import waits_in_steps
 
 import train_pretrain
@@ -30,7 +30,6 @@ from mff_run.process import Stopped, run
 from mff_run.progress import Meter
 from mff_run.world import World
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
          "--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --picture-images 2 "
          "--device cpu").split()

@@ -1,13 +1,13 @@
 """Fine-tuning: what is loaded and what is new, interruptions, ranks, averages, measuring, and bad input."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from run_folders import assert_same_run, same_bits, state_of, torchrun
+from sources import ROOT
 from waits import waits_in_steps
 
 import tools.evaluate
@@ -27,7 +27,6 @@ from mff_run.log import read_log
 from mff_run.process import run
 from mff_weights.pretrained import build_vit, load_classifier, load_for_tuning, read_pretrained
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --lr 1e-3 "
          "--steps 4 --device cpu").split()
 

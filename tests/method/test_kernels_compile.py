@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from sources import ROOT
 
 pytest.importorskip("triton")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -17,7 +17,7 @@ STREAMING = ("layer_sum_forward", "layer_sum_backward", "layer_sum_norm_forward"
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """A row for each kernel, case and target, from a process in which Triton compiles."""
-    script = Path(__file__).with_name("compile_ahead.py")
+    script = ROOT / "tests" / "compile_ahead.py"
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
     command = [sys.executable, script, *TARGETS]

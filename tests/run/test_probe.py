@@ -2,15 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from images import furthest, noise_image
 from PIL import Image
 from run_folders import assert_same_run, log_of, same_bits, state_of, torchrun
-from test_data import furthest, noise_image
+from sources import ROOT
 from waits import waits_in_steps
 
 import train_probe
@@ -27,7 +27,6 @@ from mff_run.log import read_log
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
          "--device cpu").split()
 

@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numerics
 import numpy as np
 import pytest
 import torch
+from sources import ROOT
 
 from mff_min.kernels import ops as kernels
 from mff_min.kernels import reference
@@ -29,7 +29,6 @@ TWINS_AND_KERNELS = (
     (prepare.prepare_op, prepare.twin, prepare.launch),
 )
 TRITON = kernels.triton_column()
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=["twin", "kernel"], autouse=True)

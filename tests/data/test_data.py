@@ -10,6 +10,7 @@ import pytest
 import torch
 from faults.signals import gone
 from faults.suite import Child
+from images import furthest, noise_image
 from PIL import Image
 
 from mff_data import views
@@ -23,10 +24,6 @@ from mff_run.log import BadSamples
 from mff_run.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-
-
-def noise_image(height, width, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.fixture
@@ -312,11 +309,6 @@ def test_random_resized_crop_is_pillows_crop_and_bicubic_resize():
     top, left, h, w = random_resized_box(60, 80, Fixed(0.25, 0.5, 0.5, 0.5))
     want = image.crop((left, top, left + w, top + h)).resize((24, 32), Image.Resampling.BICUBIC)
     assert got.shape == (32, 24, 3) and furthest(got, want) <= 2        # rounded twice: see test_packed
-
-
-def furthest(a, b):
-    """The largest difference between the values of two images."""
-    return np.abs(np.asarray(a, dtype=int) - np.asarray(b)).max()
 
 
 def test_simple_crop_keeps_the_scale_and_pads_by_reflection():
