@@ -189,19 +189,13 @@ def finetune(cfg, run):
             found |= {f"ema_{name}": value for name, value in accuracy(*counts).items()}
         return found
 
-    def note_accuracy(done):
-        """Measure the accuracy after this many steps, and log it."""
-        with run.paused():
-            metrics = evaluate()
-        run.note(done, metrics, shown(metrics))
-
     # ------------------------------------------------------------ loop
     say(f"{pretrained.config['model']}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters "
         f"from {'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of "
         f"{cfg.data}, {len(classes)} classes\n{schedule.plan(run.start)}")
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     if run.evaluation_missed(cfg.eval_every):
-        note_accuracy(run.start)
+        run.note_accuracy(run.start, evaluate)
     for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
@@ -231,7 +225,7 @@ def finetune(cfg, run):
         evaluates = schedule.evaluation_due(step + 1, cfg.eval_every)
         run.end_step(loss, lr, grad_norm, save=evaluates)
         if evaluates and step + 1 < schedule.stop:
-            note_accuracy(step + 1)
+            run.note_accuracy(step + 1, evaluate)
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=run.loss, **evaluate())

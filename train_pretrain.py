@@ -1,6 +1,6 @@
 """Pre-train a ViT by predicting masked pixels: MAE, PixMIM, MFF_MAE, MFF_PixMIM (arXiv 2308.00261, table 1).
 
-    torchrun train_pretrain.py --model vit_b                            MFF_MAE on the embedded images
+    python train_pretrain.py --model vit_b                              MFF_MAE on the embedded images
     torchrun --nproc-per-node=8 train_pretrain.py --model vit_b --data IMAGENET --batch-size 512 --workers 12
 
 The methods are combinations of independent flags:
@@ -83,9 +83,10 @@ class Config(RunFlags):
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # these change only how it is reached, as do those of RunFlags
+    # these do not change the result; nor do the flags of RunFlags
     output_dir: str = knob("runs/pretrain", "the run's folder")
     batch_size: int = knob(64, "images of one micro-batch in one process", above=0)
+    compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
     fsdp: bool = knob(False, "parameters and optimizer state spread over the processes (fully_shard)")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     picture_every: int = knob(0, "steps between pictures; 0: ten over the run", least=0)
@@ -174,7 +175,8 @@ def pretrain(cfg, run):
         trained = shard(model, run.world, schedule.accumulation > 1, cfg.compile)
     else:
         several = run.world.size > 1
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
+        options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)   # the target's never change
+        trained = DistributedDataParallel(model, **options) if several else model
         if cfg.compile:
             trained = torch.compile(trained, dynamic=False)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
@@ -185,7 +187,9 @@ def pretrain(cfg, run):
               advice=advice_if_late(train_set, cfg.workers))
 
     def draw(step):
-        """Write a picture of what the model predicts for a few held-out images."""
+        """Write a picture of what the model predicts for a few held-out images, where that is pixels."""
+        if not isinstance(model.target, PixelTarget):
+            return
         with run.paused():
             drawn = whole(model, lambda: build_model(cfg, device), run.world)
             if run.world.is_main:
@@ -230,9 +234,9 @@ def pretrain(cfg, run):
         most = min(512, schedule.stop * cfg.global_batch)               # a short run is judged in short time
         metrics |= evaluate(cfg, final, val_set, to_device, dtype, most)
         kind = "held-out" if val_set.is_split else "training"
-        run.finish(metrics, f"loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images, where "
-                            f"predicting the mean of each masked patch gives "
-                            f"{metrics['val_loss_of_means']:.4f}\n"
+        means = metrics.get("val_loss_of_means")
+        than = f", where predicting the mean of each masked patch gives {means:.4f}" if means else ""
+        run.finish(metrics, f"loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images{than}\n"
                             f"  {run.folder}/reconstruction.png   what the model sees behind the mask\n"
                             f"  {run.folder}/encoder.pt           the encoder, with timm's parameter names\n"
                             f"  {run.folder}/log.jsonl            loss, learning rate and fusion weights")
@@ -265,8 +269,9 @@ def held_out(cfg, source, indices, num_patches):
 
 @torch.no_grad()
 def evaluate(cfg, model, source, to_device, dtype, most):
-    """The loss on `most` images at most, each counted once, and that of predicting patches by their mean."""
+    """The loss on `most` images at most, each counted once; of pixels also that of predicting means."""
     chosen, totals, replaced = spaced(most, source), torch.zeros(2, dtype=torch.float64), 0
+    of_pixels = isinstance(model.target, PixelTarget)
     for first in range(0, len(chosen), cfg.batch_size):
         indices = chosen[first:first + cfg.batch_size]
         batch = held_out(cfg, source, indices, model.encoder.num_patches)
@@ -274,11 +279,12 @@ def evaluate(cfg, model, source, to_device, dtype, most):
         with autocast(images.device, dtype):
             loss = model(images, noise, pixels)
         ids = random_masking(noise, model.num_visible)[0][:, model.num_visible:]
-        of_means = model.target.loss_of_means(ids, images)
-        totals += torch.tensor([loss.item(), of_means.item()]) * len(indices)
+        of_means = model.target.loss_of_means(ids, images).item() if of_pixels else 0.0
+        totals += torch.tensor([loss.item(), of_means]) * len(indices)
         replaced += len(batch["bad"])
     val_loss, of_means = (totals / len(chosen)).tolist()
-    return dict(val_loss=val_loss, val_loss_of_means=of_means, val_images=len(chosen), val_replaced=replaced)
+    found = dict(val_loss=val_loss, val_images=len(chosen), val_replaced=replaced)
+    return found | ({"val_loss_of_means": of_means} if of_pixels else {})
 
 
 @torch.no_grad()

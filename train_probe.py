@@ -169,7 +169,7 @@ def probe(cfg, run):
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
     run.begin(schedule, stream, train_set, head, optimizer, dtype=dtype, copies=2,
               flops=classifier_flops(encoder, head.head, True), advice=advice_if_late(train_set, cfg.workers),
-              hint="a lower --blr may help")
+              hint="a lower --blr may help", whole_steps=True)
 
     def evaluate():
         """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""
@@ -181,17 +181,11 @@ def probe(cfg, run):
         run.bad_samples.report(say)
         return accuracy(*world.sum(counts))
 
-    def note_accuracy(done):
-        """Measure the accuracy after this many steps, and log it."""
-        with run.paused():
-            metrics = evaluate()
-        run.note(done, metrics, shown(metrics))
-
     # ------------------------------------------------------------ loop
     say(schedule.plan(run.start))
     batches = iter(load(train_set, "single_draw", stream))
     if run.evaluation_missed(cfg.eval_every):
-        note_accuracy(run.start)
+        run.note_accuracy(run.start, evaluate)
     for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)
         set_lr(optimizer, lr)
@@ -212,7 +206,7 @@ def probe(cfg, run):
         evaluates = schedule.evaluation_due(step + 1, cfg.eval_every)
         run.end_step(loss, lr, grad_norm, save=evaluates)
         if evaluates and step + 1 < schedule.stop:
-            note_accuracy(step + 1)
+            run.note_accuracy(step + 1, evaluate)
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=run.loss, **evaluate())

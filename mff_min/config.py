@@ -88,7 +88,10 @@ def parse(config_class, argv=None):
     """The configuration that the command line asks for. Bad flags end the process: one line, exit code 2."""
     parser = _Parser(description=(sys.modules[config_class.__module__].__doc__ or "").strip(),
                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    changes = parser.add_argument_group("flags that change the result")
+    others = parser.add_argument_group("flags that do not")
     for field in dataclasses.fields(config_class):
+        group = changes if field.metadata["changes_result"] else others
         flag = "--" + field.name
         names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
@@ -100,11 +103,11 @@ def parse(config_class, argv=None):
         text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
         common = dict(default=field.default, help=text)
         if field.type is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         else:
             kind, choices = field.metadata["type"] or _plain_type(field.type), field.metadata["choices"]
             metavar = None if choices else field.name.upper()
-            parser.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
+            group.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
     values = vars(parser.parse_args(argv))
     return config_class(**{name: tuple(value) if isinstance(value, list) else value
                            for name, value in values.items()})

@@ -1,7 +1,8 @@
 """What is to be predicted, and how predictions become pictures again.
 
 A target is a module with two things: dim, how many values a patch's prediction has, and
-loss(pred, ids, images, pixels), a scalar. MaskedAutoencoder asks for no more.
+loss(pred, ids, images, pixels), a scalar. MaskedAutoencoder asks for no more. Only of a PixelTarget does
+train_pretrain.py draw pictures and say what predicting means would lose.
 
 Shapes: B images, C H W, P patch side, L patches, K masked patches, N = P * P * C.
 """
@@ -77,6 +78,7 @@ def reconstruction(pred, targets, ids, patch_size, norm_pix):
     contrast, which come back from the true patch: without them it is no picture.
     """
     patches = patchify(targets, patch_size)                             # (B, L, N)
+    assert pred.shape[-1] == patches.shape[-1]                          # else a part would be pasted
     if norm_pix:
         mean, std = patch_statistics(take_tokens(patches, ids).float())
         pred = pred * std + mean

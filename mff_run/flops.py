@@ -27,7 +27,7 @@ def step_flops(model):
     encoder, (N, E) = model.encoder, model.decoder_pred.weight.shape
     D, L, V = encoder.embed_dim, encoder.num_patches, model.num_visible
     T, K = V + 1, L - V
-    embed, fusion = 2 * V * N * D, 2 * len(model.proj_layers) * T * D * D
+    embed, fusion = 2 * V * encoder.patch_embed.proj.weight.numel(), 2 * len(model.proj_layers) * T * D * D
     blocks = sum(block_flops(block, T, T) for block in encoder.blocks)
     blocks += sum(block_flops(block, L + 1, L + 1) for block in model.decoder_blocks[:-1])
     blocks += block_flops(model.decoder_blocks[-1], L + 1, K)

@@ -1,10 +1,13 @@
 """What surrounds a training loop: folder, resume, log, bad samples, signals, the NaN guard, progress, saving.
 
-A Run is no trainer. It never calls the model, the loss, the optimizer or the schedule. A stage does:
+A Run is no trainer. It never calls the model, the loss, backward() or optimizer.step(). A stage does:
 
     with Run(cfg) as run:
         run.resume(cfg)                                                 # what there is to go on from
-        ...                                                             # data, model, optimizer
+        run.check_data(fingerprint)                                     # it is the same data
+        run.restore_model(model)
+        run.restore_optimizer(optimizer)
+        run.open(num_images)                                            # the folder
         run.begin(schedule, stream, train_set, model, optimizer, ...)
         for step in run.steps():
             for batch in run.micro_batches(batches):
@@ -13,6 +16,7 @@ A Run is no trainer. It never calls the model, the loss, the optimizer or the sc
                     micro_loss.backward()
             run.guard(loss, lr, grad_norm)                              # NaN, Inf: no step changes a weight
             optimizer.step()
+            optimizer.zero_grad()
             run.end_step(loss, lr, grad_norm)                           # logs, saves, stops where that is due
         run.finish(metrics, text)
 """
@@ -23,6 +27,7 @@ from dataclasses import asdict, dataclass
 
 from mff_min.config import knob
 from mff_min.optim import load_optimizer
+from mff_min.probe import shown
 from mff_run.files import write_json
 from mff_run.finite import FiniteSteps
 from mff_run.flops import peak_img_per_s
@@ -46,8 +51,7 @@ HINT = ("--resume auto goes on from the last checkpoint; --allow-change clip_gra
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The flags of every stage that change only how its result is reached."""
-    output_dir: str = knob("runs/run", "the run's folder")
+    """The flags of every stage that do not change its result; a stage adds its own output_dir."""
     resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
     allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
     workers: int = knob(0, "loader processes for each training process", least=0)
@@ -55,7 +59,7 @@ class RunFlags:
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     deterministic: bool = knob(False, "the same bits in every run on a GPU too, for some speed")
-    compile: bool = knob(False, "torch.compile the model, or with --fsdp each block")
+    compile: bool = knob(False, "torch.compile the model; of a probe, the encoder")
     timeout: float = knob(600.0, "seconds that a step waits for another rank or a loader process", above=0)
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
@@ -90,7 +94,8 @@ class Run:
     def resume(self, cfg):
         """Read what the run goes on from, if it does: state, the same on all ranks. The folder is now ours.
 
-        cfg is the configuration, with what a checkpoint has told. Raises UserError, as resumed_state does.
+        cfg is the configuration, completed by the encoder's checkpoint. Raises UserError, as resumed_state
+        does.
         """
         self.cfg, self.state = cfg, resumed_state(cfg, self.world)
         if self.state:
@@ -119,17 +124,19 @@ class Run:
         self.bad_samples = BadSamples(self.folder, self.world, num_images, self.cfg.max_bad)
 
     def begin(self, schedule, stream, source, model, optimizer, scaler=None, *, flops, dtype, advice,
-              hint=HINT, copies=3, **kept):
+              hint=HINT, copies=3, whole_steps=False, **kept):
         """Prepare the loop; the folder is open.
 
-        source has the names of the samples that stream orders. flops, of one image in dtype, is what the
-        log's mfu is made of. advice is printed where data is late, hint where a loss is not finite. A
-        checkpoint is `copies` times as large as the model. kept are functions, by name, that return what else
-        a checkpoint holds.
+        source has the names of the samples that stream orders. flops is the work of one image: the log's mfu
+        uses it, with the matrix rate in dtype. advice is printed where data is late, hint where a loss is not
+        finite. A checkpoint is `copies` times as large as the model. With whole_steps a signal waits for the
+        step's end: the model's own buffers have seen its micro-batches. kept are functions, by name, that
+        return what else a checkpoint holds.
         """
         world = self.world
         self.schedule, self.model, self.optimizer, self.scaler = schedule, model, optimizer, scaler
         self.flops, self.dtype, self.advice, self.hint, self.kept = flops, dtype, advice, hint, kept
+        self.whole_steps = whole_steps
         warn_of_space(self.folder, world, model, copies)
         self.log = Log(self.folder, world, self.start)
         half, skips = bool(scaler and scaler.is_enabled()), (self.state or {}).get("skips")
@@ -156,7 +163,7 @@ class Run:
             self.more = micro + 1 < self.schedule.accumulation
             yield batch
             self.stop_signal = self.world.max(self.signals.number)
-            if self.stop_signal and self.more:
+            if self.stop_signal and self.more and not self.whole_steps:
                 self.save(self.step)
                 raise Stopped(self.stop_signal, self.step, self.schedule.stop, self.folder)
 
@@ -168,11 +175,11 @@ class Run:
         """Once a loss or gradient was not finite on any rank, let the optimizer's steps change nothing."""
         self.finite.guard(self.step + 1, lr, loss, grad_norm)
 
-    def end_step(self, loss, lr, grad_norm, save=False, **shown):
+    def end_step(self, loss, lr, grad_norm, save=False, **values):
         """Log, save and stop where that is due after an optimizer step; save: it is due in any case.
 
-        loss is this rank's, a tensor; shown are functions that return tensors for the log, by name. Only
-        steps that are logged or saved wait for the device.
+        loss is this rank's, a tensor; values are functions that return tensors for the log, by name.
+        Only steps that are logged or saved wait for the device.
         """
         done, cfg = self.step + 1, self.cfg
         ends, logs = done == self.schedule.stop, done % cfg.log_every == 0 or done == 1
@@ -182,7 +189,7 @@ class Run:
             self.loss = self.world.mean([loss.item()])[0]
             self.bad_samples.report(self.meter.say)
         if logs:
-            more = {name: full_tensor(value()).tolist() for name, value in shown.items()}
+            more = {name: full_tensor(value()).tolist() for name, value in values.items()}
             self.log.write(step=done, epoch=self.schedule.epoch(done), loss=self.loss, lr=lr,
                            grad_norm=grad_norm.item(), **self.finite.counted(),
                            **self.meter.read(done, self.loss, lr), **more)
@@ -215,10 +222,12 @@ class Run:
         """A context whose time counts neither as training nor as waiting for data."""
         return self.meter.paused() if self.meter else contextlib.nullcontext()
 
-    def note(self, done, metrics, text):
-        """Log and print what was measured after so many steps."""
+    def note_accuracy(self, done, evaluate):
+        """Log and print what evaluate() returns after so many steps."""
+        with self.paused():
+            metrics = evaluate()
         self.log.write(step=done, epoch=self.schedule.epoch(done), **metrics)
-        (self.meter or self.world).say(f"epoch {self.schedule.epoch(done):.1f}: {text}")
+        (self.meter or self.world).say(f"epoch {self.schedule.epoch(done):.1f}: {shown(metrics)}")
 
     def record(self, metrics):
         """Write metrics.json: what was measured, with the flags and the environment."""

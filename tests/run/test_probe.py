@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from mff_min.vit import MODELS, VisionTransformer
 from mff_run import run as run_module
 from mff_run.flops import classifier_flops
 from mff_run.log import read_log
-from mff_run.process import run
+from mff_run.process import Stopped, run
+from mff_run.progress import Meter
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
 
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
@@ -229,6 +231,23 @@ def test_mfu_is_logged_where_a_peak_is_known(probe, tmp_path, monkeypatch):
     flops = classifier_flops(encoder, head, frozen=True)
     line = read_log(tmp_path / "a" / "log.jsonl")[0]
     assert line["mfu"] == pytest.approx(line["img_per_s"] * flops / 0.5e12)
+
+
+def test_a_signal_inside_an_accumulation_waits_for_the_step_whose_batches_the_head_has_seen(
+        probe, tmp_path, monkeypatch):
+    flags = ["--steps", "4", "--batch-size", "4"]                       # four micro-batches per step
+    probe(*flags, to="whole")
+    next_batch, count = Meter.next, iter(range(99))
+
+    def next_and_signal(meter, batches):
+        if next(count) == 9:                                            # the second one of the third step
+            signal.raise_signal(signal.SIGTERM)
+        return next_batch(meter, batches)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="signal 15 at step 3 of 4"):
+        patch.setattr(Meter, "next", next_and_signal)
+        probe(*flags, to="cut")
+    probe(*flags, "--resume", "auto", to="cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
