@@ -534,7 +534,7 @@ sys.argv = sys.argv[2:]
 if sys.argv[0] == "tools.study":
     from tools import study
     from mff_min.config import parse
-    from mff_min.runtime import run
+    from mff_run.process import run
     study.PRESETS["minutes"] = {TINY}
     run(study.main, parse(study.Config))
 else:
