@@ -75,8 +75,8 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.encoder.pos_embed.requires_grad_(False)
 
-        # One scalar logit per level, equal at the start. The shape is mmpretrain's, and it matters: logits of more
-        # than one dimension get weight decay, which pulls them to uniform (docs/parity.md, MFF).
+        # One scalar logit per level, equal at the start. The shape is mmpretrain's, and it matters: logits of
+        # more than one dimension get weight decay, which pulls them to uniform (docs/parity.md, MFF).
         M = len(self.out_indices)
         self.proj_layers = nn.ModuleList(nn.Linear(D, D) for _ in range(M - 1))
         self.proj_weights = nn.Parameter(torch.ones(M, 1, 1, 1), requires_grad=M > 1)
