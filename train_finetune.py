@@ -52,7 +52,7 @@ class Config(RunFlags):
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")
-    subset: str = opt("", "a file that names the training images to use, one a line (low-shot)")
+    subset: str = opt("", "a file that names the training images to use, one per line (low-shot)")
     img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)
     mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
@@ -84,7 +84,7 @@ class Config(RunFlags):
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # these change only how it is reached, as do those of RunFlags
+    # these do not change the result; nor do the flags of RunFlags
     output_dir: str = knob("runs/finetune", "the run's folder")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)

@@ -13,7 +13,7 @@ Every block, and both labels of the embedded images: python -m tools.probe_layer
 
 Published for vit_b after 800 epochs of ImageNet: MAE 65.1, PixMIM 67.5, MFF_MAE 67.0. The probe normalises
 each micro-batch of --batch-size images by its own statistics, on each rank alone, as published: so the result
-depends on --batch-size, and from rank 0's running statistics comes the evaluation's normalisation.
+depends on --batch-size, and evaluation normalises by rank 0's running statistics.
 
 Shapes: B images of a micro-batch, n images of a split, D width.
 """
@@ -71,7 +71,7 @@ class Config(RunFlags):
     dtype: str = opt("auto", "of the encoder; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
-    # these change only how it is reached, as do those of RunFlags
+    # these do not change the result; nor do the flags of RunFlags
     output_dir: str = knob("runs/probe", "the run's folder")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
 
@@ -198,7 +198,7 @@ def probe(cfg, run):
                 micro_loss.backward()
             loss += micro_loss.detach()
 
-        grad_norm = clip_grad_norm(head, 0.0)                           # LARS scales its steps by itself
+        grad_norm = clip_grad_norm(head, 0.0)                           # 0 does not clip: the norm is logged
         run.guard(loss, lr, grad_norm)                                  # NaN, Inf: no step changes a weight
         optimizer.step()
         optimizer.zero_grad()

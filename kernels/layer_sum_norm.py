@@ -2,7 +2,7 @@
 """LayerNorm of the weighted sum of M layer outputs, in one pass; specified by reference.layer_sum_norm.
 
 No longer in memory: the sum s, in either direction, and its gradient. Saved for the backward pass: two
-numbers a row.
+numbers per row.
 
     forward     s = sum_i w_i x_i           n = (s - mean(s)) / std(s)      y = n * weight + bias
     backward    g = dy * weight             ds = (g - mean(g) - n mean(g n)) / std(s)
@@ -95,7 +95,7 @@ def layer_sum_norm_backward(dy, mean, rstd, xs, dxs, logits, weight, shares, aff
 
 
 def launch_shape(D):
-    """BLOCK for a row and the warps of its program: 8 numbers a thread, 16 bytes of bfloat16."""
+    """BLOCK for a row and the warps of its program: 8 numbers per thread, 16 bytes of bfloat16."""
     block = triton.next_power_of_2(D)
     return block, min(max(block // 256, 1), 16)
 

@@ -1,4 +1,4 @@
-"""Files that list images: a name a line, and text lists with labels.
+"""Files that list images: a name per line, and text lists with labels.
 
 Paths in them were written by others: absolute ones and those that leave their folder by ".." are refused.
 
@@ -24,7 +24,7 @@ def read_lines(path):
 
 
 def read_list(path):
-    """[(path, label)] of a text list: a path, a space and a label a line; a tab where labels have spaces."""
+    """[(path, label)] of a text list: path, space and label on each line; a tab where labels have spaces."""
     entries = []
     for number, line in read_lines(path):
         image, _, label = line.rpartition("\t" if "\t" in line else " ")

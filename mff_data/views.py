@@ -88,16 +88,17 @@ class Views(Dataset):
     def view(self, image, epoch, index):
         """image, the crop of this image: Pillow's, which may not be decoded yet, or an array."""
         draws = rng.Rng(self.seed, rng.CROP, epoch, index)
-        crop = crops.CROPS[self.crop](image, self.size, draws)        # (H, W, C)
+        crop = crops.CROPS[self.crop](image, self.size, draws)          # (H, W, C)
         if self.augment:
             crop = self.augment(crops.to_pillow(crop), rng.Rng(self.seed, rng.AUGMENT, epoch, index))
-            crop = np.array(crops.to_array(crop))                     # (H, W, C)
+            crop = np.array(crops.to_array(crop))                       # (H, W, C)
         return dict(image=torch.from_numpy(crop).permute(2, 0, 1))
 
 
 def collate(items):
-    """A batch of what Views gives: stacked, but bad, one list of all, and replaced (B,), where it names some.
+    """Stack the items.
 
+    `bad` becomes one flat list; `replaced` (B,) marks items whose own file could not be read.
     image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
@@ -196,7 +197,7 @@ def warn_once(text):
 
 
 def make_loader(views, stream, workers, pin_memory, timeout=0.0):
-    """A DataLoader over the stream, one thread a worker; timeout: seconds to wait for them, or 0.
+    """A DataLoader over the stream, one thread per worker; timeout: seconds to wait for them, or 0.
 
     Raises UserError where shared memory is certain to be too small for them.
     """

@@ -6,7 +6,7 @@ the encoder's one final norm. So the shallow blocks hand the decoder its low-lev
 deep ones need not carry it. Downstream the fusion is dropped: what is transferred is the plain encoder.
 
 With one level in out_indices the fusion is the identity and the model is MAE. PixMIM (arXiv 2303.02416)
-changes only the target and the crop: targets.py and augment.py.
+changes only the target and the crop: targets.py and mff_data/crops.py.
 
 What is unusual about this implementation: the decoder works on tokens in shuffled order (its positions are
 shuffled instead), its last block computes masked tokens only, and only they are predicted and scored. All of
@@ -75,8 +75,8 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.encoder.pos_embed.requires_grad_(False)
 
-        # One scalar logit a level, equal at the start. The shape is mmpretrain's, and it matters: having more
-        # than one dimension the logits get weight decay, which pulls them to uniform (docs/parity.md, MFF).
+        # One scalar logit per level, equal at the start. The shape is mmpretrain's, and it matters: logits of
+        # more than one dimension get weight decay, which pulls them to uniform (docs/parity.md, MFF).
         M = len(self.out_indices)
         self.proj_layers = nn.ModuleList(nn.Linear(D, D) for _ in range(M - 1))
         self.proj_weights = nn.Parameter(torch.ones(M, 1, 1, 1), requires_grad=M > 1)

@@ -11,9 +11,9 @@ from mff_min.errors import Fault
 
 
 def check_measured(values, what):
-    """Raise Fault where a row of values (B, ...) holds what is no finite number; waits for the device.
+    """Raise Fault if a row of values (B, ...) has a number that is not finite; waits for the device.
 
-    what names the values: a probe of them, or their largest, would be a number like any other.
+    Scores that are not finite raise a Fault; they are never counted as answers. what names the values.
     """
     bad = values.flatten(1).isfinite().all(dim=1).logical_not()         # (B,)
     if bad.any():
@@ -40,7 +40,7 @@ class LinearProbe(nn.Module):
 
 
 def pool_tokens(x, pool):
-    """One feature an image, (B, T, D) -> (B, D): the class token ("token") or the others' mean ("avg")."""
+    """One feature per image, (B, T, D) -> (B, D): the class token ("token") or the others' mean ("avg")."""
     return x[:, 0] if pool == "token" else x[:, 1:].mean(dim=1)
 
 

@@ -8,7 +8,7 @@ What is unusual about this one:
 - positions are fixed sin-cos by default, heights and widths may differ, and any number of channels will do.
 
 Shapes: B images, C H W, P patch side, L patches, V visible patches, D width, T tokens (class token first),
-Q of which ask, h heads, d head width, N = P * P * C.
+Q updated tokens, h heads, d head width, N = P * P * C.
 """
 
 import torch
@@ -57,7 +57,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, first=0):
-        """What the tokens from `first` on gather from all: (B, T, D) -> (B, Q, D), Q = T - first."""
+        """Self-attention. Only tokens first, first + 1, ... are updated; all tokens serve as keys and values.
+
+        (B, T, D) -> (B, Q, D), Q = T - first.
+        """
         B, T, D = x.shape
         if first:
             q_weight, kv_weight = self.qkv.weight.split((D, 2 * D))     # (D, D), (2 * D, D)
@@ -84,7 +87,7 @@ def attend(q, k, v):
 
 
 def attend_by_products(q, k, v):
-    """attend as its equation says it."""
+    """The two products and the softmax as written."""
     weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)          # (B, h, Q, T)
     return weights @ v                                                  # (B, h, Q, d)
 

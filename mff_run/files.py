@@ -193,7 +193,7 @@ def read_checkpoint(path, needs=()):
     return state
 
 
-# ---------------------------------------------------------------- one run a folder
+# ---------------------------------------------------------------- one run per folder
 
 
 def lock(folder, say):

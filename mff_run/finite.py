@@ -1,7 +1,5 @@
 """Losses and gradients that are not finite never reach the weights, and no step waits for its device.
 
-Nor is what is measured of weights that are not finite taken for an accuracy.
-
 Shapes: B images.
 """
 
@@ -55,11 +53,11 @@ class FiniteSteps:
 
     @property
     def skips(self):
-        """[all, those in a row up to now] of the steps that float16 skipped, else None; reads the device."""
+        """[skipped steps in all, skipped steps in a row], or None without float16; reads the device."""
         return [self.skipped.item(), self.in_a_row.item()] if self.half else None
 
     def counted(self):
-        """What the log says of them."""
+        """The log's entry: how many steps float16 skipped."""
         return {"skipped_steps": self.skips[0]} if self.half else {}
 
     def check(self):

@@ -9,7 +9,7 @@ from mff_run import files
 
 
 class Log:
-    """log.jsonl, one JSON object a line, written by rank 0. A resumed run drops the lines after its step.
+    """log.jsonl, one JSON object per line, written by rank 0. A resumed run drops the lines after its step.
 
     evaluated says whether the evaluation at that step is among the others.
     """

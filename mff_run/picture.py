@@ -49,7 +49,7 @@ def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix,
 
 
 def grid(columns, title, scale=1):
-    """A picture of {caption: (B, H, W, 3) uint8}, a labelled column for each entry and a row an image."""
+    """A picture of {caption: (B, H, W, 3) uint8}, one labelled column per entry, one row per image."""
     B, H, W, _ = next(iter(columns.values())).shape
     H, W = H * scale, W * scale
     font = ImageFont.load_default(13)

@@ -21,7 +21,11 @@ from mff_run.files import read_checkpoint, seal_of, write_tensors
 from mff_run.sharded import gathered, local
 from mff_run.world import describe_environment
 
+RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
+
+
 # ---------------------------------------------------------------- checkpoints
+
 
 def save_run(folder, world, model, step, hint, **state):
     """Write last.pt, all that a run needs to go on from this step, on rank 0; all ranks call this together.
@@ -35,7 +39,7 @@ def save_run(folder, world, model, step, hint, **state):
     state = gathered({"model": model.state_dict(), "step": step, **state}, world.is_main)
     if world.is_main:
         save_checkpoint(folder, state)
-    world.barrier()                                                        # a save may outlast --timeout
+    world.barrier()                                                     # a save may outlast --timeout
 
 
 def resumed_state(cfg, world):
@@ -147,7 +151,7 @@ def open_folder(cfg, world, state=None):
             files.write_json(folder / "env.json", describe_environment(world))
         except OSError as error:
             raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
-    world.barrier()                                                        # it exists now
+    world.barrier()                                                     # it exists now
     return folder
 
 
@@ -158,8 +162,6 @@ def warn_of_space(folder, world, model, copies):
     if free < need:
         world.say(f"warning: {free / 1e9:.1f} GB are free in {folder}, and two checkpoints take "
                   f"{need / 1e9:.1f} GB")
-
-RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
 
 
 def save_checkpoint(folder, state):

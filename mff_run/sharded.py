@@ -3,8 +3,8 @@
 What is unusual here: a checkpoint knows nothing of it. Rank 0 gathers whole tensors and writes the file that
 other runs write, and every rank cuts its own part out of that file, so that any number of processes, sharded
 or not, goes on from it. For that a process must find room for the whole file in its host's memory: 12 bytes
-a parameter with AdamW, 8 GB for vit_h. And each device must hold all parameters once, at the start; rank 0's
-does so again whenever it draws or evaluates.
+per parameter with AdamW, 8 GB for vit_h. And each device must hold all parameters once, at the start; rank
+0's does so again whenever it draws or evaluates.
 
 The arithmetic is DDP's. Parameters are gathered in float32, and autocast rounds them as it does there;
 fully_shard's own mixed precision would also round the residual stream and the norms' parameters.

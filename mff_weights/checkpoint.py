@@ -258,7 +258,7 @@ def find_grid(weights, img_size=None):
         if len(grid) == 2 and min(grid) > 0 and grid[0] * grid[1] == count:
             return grid
     raise UserError(f"checkpoint {weights.path} has positions of shape {tuple(positions.shape)}: expected "
-                    f"one for the class token and one a patch of a square, or of an image of --img-size "
+                    f"one for the class token and one per patch of a square, or of an image of --img-size "
                     f"HEIGHTxWIDTH")
 
 

@@ -29,7 +29,7 @@ class Pretrained:
 def read_pretrained(path):
     """The Pretrained in the folder of a run (in its last.pt, else in its encoder.pt) or in a checkpoint.
 
-    It may be of any family of checkpoint.py. Raises UserError.
+    It may be of any family in families.py. Raises UserError.
     """
     weights = read_weights(path)
     refuse_losses(weights.path, {"unexpected": weights.unknown})

@@ -169,7 +169,8 @@ def stages():
 
 ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",
          "mff_min": "the method: ViT, masking, fusion, targets, augmentation, optimizers",
-         "kernels": "every op in plain PyTorch, and the Triton kernels beside it",
+         "kernels": "every op in plain PyTorch, and the Triton kernels beside it "
+                    "(imported as `mff_min.kernels`)",
          "mff_data": "where images come from: folders, packs, CIFAR, embedded images",
          "mff_run": "what keeps a run alive: checkpoints, logs, processes, signals",
          "mff_weights": "weights of five families of names",

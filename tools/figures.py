@@ -39,8 +39,8 @@ class Series:
     """A line through (x, y) points, with an error bar at each where there are errors.
 
     errors are half lengths of the bars, or () for none. dash is the length of strokes and gaps, 0 for a solid
-    line. Points have dots unless the line is dashed, which is a level; without line, dots alone. tag is a
-    short name at the line's end.
+    line. Points have dots, unless the line is dashed: a dashed line marks a constant. Without line, there
+    are dots alone. tag is a short name at the line's end.
     """
     name: str
     points: list

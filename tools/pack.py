@@ -1,4 +1,4 @@
-"""Pack a folder of images into one memory-mapped file a split, so that no image is decoded again and again.
+"""Pack a folder of images into one memory-mapped file per split, so that no image is decoded again and again.
 
     python -m tools.pack IMAGENET PACK                              the shorter side at 256 pixels
     python -m tools.pack IMAGENET PACK --short-side 224 --resample bilinear   what --crop simple shows at 224

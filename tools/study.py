@@ -290,7 +290,7 @@ def check_flags(unit, flags, path, cfg):
 
 
 def as_text(results):
-    """The results as JSON, a record a line."""
+    """The results as JSON, one record per line."""
     lines = ",\n  ".join(json.dumps(record) for record in results["records"])
     head = json.dumps({key: value for key, value in results.items() if key != "records"}, indent=1)
     return f'{head[:-2]},\n "records": [\n  {lines}\n ]\n}}\n'
@@ -602,7 +602,7 @@ def measure(cfg, units, results, folder, jobs):
     """Seconds that a unit of each stage takes: of those that are finished, or from a few steps of each stage.
 
     With --minutes no steps are spent on that, and stages may be missing. The steps run as many at a time as
-    the units will, once a study. A probe's time is that of its forward passes, a third of a step of
+    the units will, once per study. A probe's time is that of its forward passes, a third of a step of
     fine-tuning each, and as much again for what follows them.
     """
     path, where = folder / "costs.json", f"{jobs} jobs on {os.cpu_count()} cores"

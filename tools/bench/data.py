@@ -1,4 +1,4 @@
-"""Pipelines from files to batches, images a second of one core: ours beside torchvision's and timm's.
+"""Pipelines from files to batches, images per second of one core: ours beside torchvision's and timm's.
 
 Each runs in a loader with one worker, as in training, and what counts is the CPU time of that worker for each
 batch: reading the files, which the system has in memory, decoding, cropping, stacking, and writing the batch
@@ -146,7 +146,7 @@ PIPELINES = {                                                           # the fi
 
 
 def bench_pipelines(name, folder, options, budget, world):
-    """The group of one stage's input: each pipeline's images a second."""
+    """The group of one stage's input: each pipeline's images per second."""
     count, samples, problems = options.images, {}, {}
     for who, build in PIPELINES[name].items():
         try:

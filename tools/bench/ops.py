@@ -230,7 +230,7 @@ def timed(function, arguments):
 
 
 def copy_rate(device):
-    """Bytes a second, read and written, of a plain copy of 1 GiB."""
+    """Bytes per second, read and written, of a plain copy of 1 GiB."""
     x = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x), device)[0] / 1e3)

@@ -1,4 +1,4 @@
-"""One step of each stage, ours beside its peers': images a second, MFU, peak memory; and waiting for data.
+"""One step of each stage, ours beside its peers': images per second, MFU, peak memory; and waiting for data.
 
 A step is forward, backward and the optimizer's, on images that are normalised and on the device already. MFU
 is the work that the method needs, counted on our model, whose encoder sees visible tokens alone, over the
