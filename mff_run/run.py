@@ -151,6 +151,7 @@ class Run:
 
     def micro_batches(self, batches):
         """This step's micro-batches. A signal between two of them ends the run: a step may take minutes."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]   # BatchNorm's change with each pass
         for micro in range(self.schedule.accumulation):
             batch = self.meter.next(batches)
             self.bad_samples.add(batch["bad"])
@@ -158,6 +159,8 @@ class Run:
             yield batch
             self.stop_signal = self.world.max(self.signals.number)
             if self.stop_signal and self.more:
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 self.save(self.step)
                 raise Stopped(self.stop_signal, self.step, self.schedule.stop, self.folder)
 
