@@ -78,13 +78,14 @@ figures: $(VENV)/figures-installed
 	test -f runs/demo/metrics.json || $(MAKE) demo
 	$(MAKE) record-demo
 
-# The method against timm and the published arrays, and what every run promises.
+# The method against timm and the published arrays, and what every run promises: some five minutes on two cores.
 CORE = tests/method tests/run
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest $(CORE)
+	$(BIN)/python -m pytest $(CORE) -m "not slow"
 
 test-rest: $(VENV)/test-installed
+	$(BIN)/python -m pytest $(CORE) -m slow
 	$(BIN)/python -m pytest $(CORE:%=--ignore=%)
 
 test-all: $(VENV)/test-installed

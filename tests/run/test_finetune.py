@@ -278,6 +278,7 @@ PLAIN = ("--mixup 0 --cutmix 0 --rand-augment 0 --drop-path 0 --layer-decay 1 --
          "--lr 2e-3").split()
 
 
+@pytest.mark.slow
 def test_a_subset_trains_on_what_it_names_and_keeps_all_classes(finetune, imagenet, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("# two of ten\nn02/n02_0.png\nn05_1.png\n\n")
     flags = ["--data", str(imagenet), *PLAIN]
@@ -286,6 +287,7 @@ def test_a_subset_trains_on_what_it_names_and_keeps_all_classes(finetune, imagen
     assert finetune(*flags, to="all")["acc1"] == 100
 
 
+@pytest.mark.slow
 def test_robustness_finds_the_logit_of_each_folder(finetune, evaluate, imagenet, tmp_path, capsys):
     """Three of five classes, and labels from 0 that are not the checkpoint's."""
     finetune("--data", str(imagenet), *PLAIN)
@@ -305,6 +307,7 @@ def test_robustness_finds_the_logit_of_each_folder(finetune, evaluate, imagenet,
     assert saved["acc1"] == pytest.approx(100 / 3)
 
 
+@pytest.mark.slow
 def test_corruptions_are_measured_and_a_part_of_them_has_no_mce(finetune, evaluate, imagenet, tmp_path,
                                                                 capsys):
     finetune("--data", str(imagenet), *PLAIN)

@@ -269,6 +269,7 @@ runpy.run_path("train_pretrain.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_compile(pretrain, tmp_path, cache):
     (tmp_path / "compiled.py").write_text(COMPILED)
     command = [*SMALL, "--steps", "2", "--lr", "1e-3", "--cache-dir", str(cache), "--batch-size", "4"]

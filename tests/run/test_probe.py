@@ -259,6 +259,7 @@ def test_neighbours_print_their_number(probe, capsys):
     assert "5 neighbours of 100: acc1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_validation_image_is_counted_once_on_two_ranks(pretrained, tmp_path, cache):
     """103 images do not divide by two; the head is trained on one rank, and both evaluate it."""
     flags = ["--checkpoint", str(pretrained), *SMALL, "--data", "shapes:515", "--steps", "6",
