@@ -5,7 +5,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 
 .PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures \
-    gpu gpu-study record-gpu-study test claims test-oldest faults record-faults lint clean
+    gpu gpu-study record-gpu-study test test-rest test-all claims test-oldest \
+    faults record-faults lint clean
 
 SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
     --global-batch 32 --batch-size 32 --lr 3e-3
@@ -77,7 +78,17 @@ figures: $(VENV)/figures-installed
 	test -f runs/demo/metrics.json || $(MAKE) demo
 	$(MAKE) record-demo
 
+# The method against timm and the published arrays, and what every run promises: some five minutes on two cores.
+CORE = tests/method tests/run
+
 test: $(VENV)/test-installed
+	$(BIN)/python -m pytest $(CORE) -m "not slow"
+
+test-rest: $(VENV)/test-installed
+	$(BIN)/python -m pytest $(CORE) -m slow
+	$(BIN)/python -m pytest $(CORE:%=--ignore=%)
+
+test-all: $(VENV)/test-installed
 	$(BIN)/python -m pytest
 
 # The lines of README.md's table of claims, in one process: under two minutes on two free cores.
@@ -88,7 +99,7 @@ claims: $(VENV)/test-installed
 # The method and a run, on the oldest PyTorch and Triton that pyproject.toml allows.
 OLD = $(VENV)-oldest
 test-oldest: $(OLD)/test-installed
-	$(OLD)/bin/python -m pytest tests/method tests/run tests/data/test_data.py tests/test_package.py
+	$(OLD)/bin/python -m pytest $(CORE) tests/data/test_data.py tests/test_package.py -m "not slow"
 
 # On a machine with a GPU, with the Python that is there: everything that waits for one, in less than ten minutes.
 gpu:

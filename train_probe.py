@@ -169,7 +169,7 @@ def probe(cfg, run):
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
     run.begin(schedule, stream, train_set, head, optimizer, dtype=dtype, copies=2,
               flops=classifier_flops(encoder, head.head, True), advice=advice_if_late(train_set, cfg.workers),
-              hint="a lower --blr may help", whole_steps=True)
+              hint="a lower --blr may help")
 
     def evaluate():
         """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""

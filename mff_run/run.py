@@ -124,19 +124,17 @@ class Run:
         self.bad_samples = BadSamples(self.folder, self.world, num_images, self.cfg.max_bad)
 
     def begin(self, schedule, stream, source, model, optimizer, scaler=None, *, flops, dtype, advice,
-              hint=HINT, copies=3, whole_steps=False, **kept):
+              hint=HINT, copies=3, **kept):
         """Prepare the loop; the folder is open.
 
         source has the names of the samples that stream orders. flops is the work of one image: the log's mfu
         uses it, with the matrix rate in dtype. advice is printed where data is late, hint where a loss is not
-        finite. A checkpoint is `copies` times as large as the model. With whole_steps a signal waits for the
-        step's end: the model's own buffers have seen its micro-batches. kept are functions, by name, that
-        return what else a checkpoint holds.
+        finite. A checkpoint is `copies` times as large as the model. kept are functions, by name, that return
+        what else a checkpoint holds.
         """
         world = self.world
         self.schedule, self.model, self.optimizer, self.scaler = schedule, model, optimizer, scaler
         self.flops, self.dtype, self.advice, self.hint, self.kept = flops, dtype, advice, hint, kept
-        self.whole_steps = whole_steps
         warn_of_space(self.folder, world, model, copies)
         self.log = Log(self.folder, world, self.start)
         half, skips = bool(scaler and scaler.is_enabled()), (self.state or {}).get("skips")
@@ -157,13 +155,16 @@ class Run:
 
     def micro_batches(self, batches):
         """This step's micro-batches. A signal between two of them ends the run: a step may take minutes."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]   # BatchNorm's change with each pass
         for micro in range(self.schedule.accumulation):
             batch = self.meter.next(batches)
             self.bad_samples.add(batch["bad"])
             self.more = micro + 1 < self.schedule.accumulation
             yield batch
             self.stop_signal = self.world.max(self.signals.number)
-            if self.stop_signal and self.more and not self.whole_steps:
+            if self.stop_signal and self.more:
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 self.save(self.step)
                 raise Stopped(self.stop_signal, self.step, self.schedule.stop, self.folder)
 

@@ -9,6 +9,7 @@ import pytest
 from sources import ROOT
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 STREAMING = ("layer_sum_forward", "layer_sum_backward", "layer_sum_norm_forward", "layer_sum_norm_backward",
              "patch_loss_backward")

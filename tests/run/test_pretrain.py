@@ -1,4 +1,4 @@
-"""The stages as users run them: losses, interruptions, ranks, what a run leaves behind, and bad input."""
+"""Pre-training as users run it: methods, losses, what ends a process, data, bad input. See also test_run."""
 
 import errno
 import json
@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from run_folders import assert_same_run, same_bits, state_of, torchrun
+from run_folders import assert_same_run, state_of, torchrun
 from sources import ROOT
-from waits import waits_in_steps
 
 import train_pretrain
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
 from mff_min.optim import Schedule
 from mff_min.vit import MODELS, VisionTransformer
-from mff_run import run as run_module
 from mff_run.files import write_atomically
 from mff_run.flops import step_flops
 from mff_run.log import read_log
@@ -84,6 +82,12 @@ def test_every_method_trains_and_leaves_a_run_that_explains_itself(pretrain, tmp
             assert picture.size == (6 + columns * (128 + 6), 46 + 2 * (128 + 6))
 
 
+def test_the_run_says_what_an_image_costs(pretrain, capsys):
+    pretrain("--steps", "1")
+    model = train_pretrain.build_model(parse(train_pretrain.Config, SMALL), torch.device("cpu"))
+    assert f"{step_flops(model) / 1e9:.3g} GFLOP an image" in capsys.readouterr().out
+
+
 def test_encoder_is_exported_with_timms_names(pretrain, tmp_path):
     pretrain("--steps", "2")
     state = torch.load(tmp_path / "a" / "encoder.pt", weights_only=True)["model"]
@@ -109,15 +113,6 @@ def test_dtype_compile_and_recomputation_change_the_loss_by_rounding_alone(pretr
     assert half != want and half == pytest.approx(want, rel=2 ** -8)
 
 
-def test_ten_compiled_steps_have_the_losses_of_eager_ones(pretrain, tmp_path, symbols):
-    flags = ["--steps", "10", "--lr", "1e-3", "--log-every", "1"]       # in bfloat16: test_mim
-    pretrain(*flags, to="eager")
-    pretrain(*flags, "--compile", to="compiled")
-    eager, compiled = ([line["loss"] for line in read_log(tmp_path / name / "log.jsonl")[:-1]]
-                       for name in ("eager", "compiled"))               # all but the line of the end
-    assert len(eager) == 10 and compiled == pytest.approx(eager, rel=1e-5) and symbols == []
-
-
 def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
     pretrain("--steps", "2", "--lr", "1e-3", to="free")
     pretrain("--steps", "2", "--lr", "1e-3", "--clip-grad", "1e-4", to="clipped")
@@ -129,44 +124,6 @@ def test_clipping_bounds_the_update_and_not_the_logged_norm(pretrain, tmp_path):
 
 
 # ---------------------------------------------------------------- what a step costs
-
-
-@pytest.fixture
-def waits(pretrain, monkeypatch):
-    """waits(*flags): what would wait for the GPU in each of the six steps of a run that logs the first."""
-    flags = "--steps 6 --log-every 99 --save-every 99 --picture-every 99".split()
-    return lambda *more: waits_in_steps(train_pretrain, lambda: pretrain(*flags, *more), monkeypatch)
-
-
-@pytest.mark.parametrize("flags", ["", "--clip-grad 0.1", "--low-pass-radius 40", "--dtype bfloat16"])
-def test_steps_that_are_not_logged_never_wait_for_the_gpu(waits, flags):
-    first, *others, last = waits(*flags.split())
-    assert others == [[]] * 4
-    assert {"item", "tolist", "_local_scalar_dense"} <= set(first)      # what it would see
-
-
-def test_a_wait_that_creeps_into_the_loop_is_caught(waits, monkeypatch):
-    autocast = train_pretrain.autocast
-
-    def nosy(device, dtype):
-        return autocast(device, dtype) if torch.ones(1) > 0 else None
-    monkeypatch.setattr(train_pretrain, "autocast", nosy)
-    assert all(step for step in waits()[1:-1])
-
-
-def test_mfu_is_logged_where_a_peak_is_known(pretrain, tmp_path, capsys, monkeypatch):
-    pretrain("--steps", "2", to="unknown")
-    assert "MFU" not in capsys.readouterr().out
-    monkeypatch.setattr(run_module, "peak_img_per_s", lambda flops, dtype, world: 0.5e12 / flops)
-    pretrain("--steps", "2", to="known")
-    said = capsys.readouterr().out
-    for line in read_log(tmp_path / "unknown" / "log.jsonl"):
-        assert "mfu" not in line
-    model = train_pretrain.build_model(parse(train_pretrain.Config, SMALL), torch.device("cpu"))
-    for line in read_log(tmp_path / "known" / "log.jsonl")[:2]:
-        assert line["mfu"] == pytest.approx(line["img_per_s"] * step_flops(model) / 0.5e12)
-        assert f"  {100 * line['mfu']:.1f} % MFU" in said
-    assert f"{step_flops(model) / 1e9:.3g} GFLOP an image" in said
 
 
 def test_waiting_for_data_is_said_once_with_what_would_help(capsys, monkeypatch):
@@ -209,38 +166,6 @@ def test_data_that_arrives_while_the_gpu_still_computes_costs_no_time(monkeypatc
 
 
 # ---------------------------------------------------------------- interruptions
-
-
-@pytest.fixture
-def interrupted(pretrain, monkeypatch):
-    """interrupted(n, *flags, to) lets the run die as it asks for micro-batch n, with nothing tidied up."""
-    def call(n, *flags, to):
-        make_loader = train_pretrain.make_loader
-
-        class Killed(BaseException):
-            pass
-
-        def deadly(*arguments):
-            for i, batch in enumerate(make_loader(*arguments)):
-                if i == n:
-                    raise Killed
-                yield batch
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train_pretrain, "make_loader", deadly)
-            pretrain(*flags, to=to)
-    return call
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_resume_equals_no_interruption(pretrain, interrupted, tmp_path, workers):
-    # 16 steps of 16 images are 2.6 epochs.
-    flags = ["--steps", "16", "--lr", "1e-3", "--clip-grad", "0.5", "--workers", workers]
-    pretrain(*flags, to="whole")
-    # dies before the first step, then inside the accumulations of steps 4, 7 and 11: epochs 1, 1 and 2
-    for n in (0, 7, 7, 9):
-        interrupted(n, *flags, "--resume", "auto", to="parts")
-    pretrain(*flags, "--resume", "auto", to="parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_without_the_saved_optimizer_the_resumed_run_would_differ(pretrain, tmp_path):
@@ -288,24 +213,6 @@ def test_a_signal_to_the_whole_group_ends_the_run_with_a_checkpoint(tmp_path, ca
     assert read_log(tmp_path / "a" / "log.jsonl")[-1]["step"] == step
 
 
-def test_a_signal_inside_an_accumulation_drops_the_step_and_the_run_goes_on_as_if_nothing_was(
-        pretrain, tmp_path, monkeypatch):
-    flags, make_loader = ["--steps", "6", "--lr", "1e-3"], train_pretrain.make_loader
-
-    def signalled(*arguments):
-        for i, batch in enumerate(make_loader(*arguments)):
-            if i == 8:                                                  # the first of step 5's two
-                signal.raise_signal(signal.SIGTERM)
-            yield batch
-    pretrain(*flags, to="whole")
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="signal 15 at step 4 of 6"):
-        patch.setattr(train_pretrain, "make_loader", signalled)
-        pretrain(*flags, to="parts")
-    assert state_of(tmp_path / "parts")["step"] == 4
-    pretrain(*flags, "--resume", "auto", to="parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
 class FullDisk:
     """A file that takes nothing."""
 
@@ -351,24 +258,7 @@ def test_half_a_file_never_bears_the_final_name(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(pretrain, tmp_path):
-    with pytest.raises(Fault, match="loss is .* at step"):
-        pretrain("--steps", "30", "--lr", "1e30", "--warmup-epochs", "0", "--save-every", "1")
-    assert all(value.isfinite().all() for value in state_of(tmp_path / "a")["model"].values())
-
-
 # ---------------------------------------------------------------- ranks
-
-
-def test_pre_training_on_two_ranks_equals_one_with_accumulation_to_the_bit(tmp_path, cache):
-    command = ["train_pretrain.py", *SMALL, "--steps", "7", "--lr", "1e-3", "--cache-dir", str(cache)]
-    command += ["--output-dir"]
-    assert "in 1 micro-batches" in torchrun(2, *command, str(tmp_path / "two"))
-    assert "in 2 micro-batches" in torchrun(1, *command, str(tmp_path / "one"))
-    two, one = (state_of(tmp_path / to) for to in ("two", "one"))
-    assert same_bits(two["model"], one["model"]) and same_bits(two["optimizer"], one["optimizer"])
-    for a, b in zip(*(read_log(tmp_path / to / "log.jsonl") for to in ("two", "one")), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)          # one adds micro-batches in float32
 
 
 COMPILED = """
@@ -379,6 +269,7 @@ runpy.run_path("train_pretrain.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_compile(pretrain, tmp_path, cache):
     (tmp_path / "compiled.py").write_text(COMPILED)
     command = [*SMALL, "--steps", "2", "--lr", "1e-3", "--cache-dir", str(cache), "--batch-size", "4"]
@@ -474,9 +365,6 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(on_gpu, tmp_pat
 @pytest.mark.parametrize("flags, message", [
     ("--mask-ration 0.5", "unknown flag --mask-ration; did you mean --mask-ratio?"),
     ("--model vit_x", "invalid choice: 'vit_x'"),
-    ("--batch-size many", "invalid int value: 'many'"),
-    ("--batch-size 0", "--batch-size 0: expected more than 0"),
-    ("--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
     ("--img-size 1x2x3", "expected a side in pixels, or HEIGHTxWIDTH"),
     ("--mask-ratio 1.5", "mask_ratio 1.5 is outside (0, 1)"),
     ("--mask-ratio 0", "mask_ratio 0.0 is outside (0, 1)"),
@@ -486,23 +374,12 @@ def test_two_deterministic_runs_on_a_gpu_are_the_same_to_the_bit(on_gpu, tmp_pat
     ("--out-indices 2,12", "must lie in 0 ... 11"),
     ("--out-indices 2,4", "end with the last block, 11"),
     ("--out-indices some", "--out-indices some: expected spread, last, all, or e.g. 0,4,11"),
-    ("--data /nowhere", "data folder /nowhere does not exist"),
-    ("--data shapes:none", "expected shapes or shapes:COUNT"),
-    ("--data cifar10:/nowhere", "/nowhere/data_batch_1.bin does not exist"),
-    ("--global-batch 17", "is not a multiple of --batch-size 8 times 1 processes; the nearest that is: 16"),
-    ("--epochs 2 --warmup-epochs 2", "--warmup-epochs 2: expected less than the run's 2 epochs"),
-    ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu: expected auto, cpu, cuda or"),
-    ("--epochs inf", "--epochs inf: expected a finite number"), ("--std nan,1,1", "is not a list of numbers"),
-    (f"--seed {2 ** 80}", "expected a finite number"), ("--epochs 1e-9", "is not one step of 16"),
-    ("--resume /nowhere.pt", "checkpoint /nowhere.pt does not exist"),
+    ("--std nan,1,1", "is not a list of numbers"),
     ("--in-chans 1", "--mean has 3 numbers: expected 1"),
     ("--std 1,0,1", "--std 0.0: expected more than 0"),
     ("--decoder-num-heads 3", "embed_dim 16 is not a multiple of num_heads 3"),
     ("--decoder-embed-dim 18 --decoder-num-heads 1", "embed_dim 18 is not a multiple of 4"),
     ("--init-from LICENSE", "checkpoint LICENSE is a text of"),
-    ("--output-dir LICENSE/x", "--output-dir LICENSE/x cannot be written"),
-    (f"--output-dir /tmp/{'n' * 300} --resume auto", "nnn cannot be read: File name too long"),
-    (f"--data /tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
     (f"--init-from /tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, capfd, monkeypatch, flags, message):
@@ -515,17 +392,6 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, capfd, monkeyp
     assert stop.value.code == 2 and len(errors) == 1
     assert errors[0].startswith("error: ") and message in errors[0]
     assert not (tmp_path / "a").exists()
-
-
-def test_an_old_run_is_not_overwritten(pretrain, tmp_path):
-    pretrain("--steps", "2")
-    before = state_of(tmp_path / "a")
-    with pytest.raises(UserError, match="already holds a run: add --resume auto"):
-        pretrain("--steps", "2")
-    with pytest.raises(UserError, match=r"a run, of other settings:\n.*\n  seed     0      1\nadd --resume"):
-        pretrain("--steps", "2", "--seed", "1")
-    assert same_bits(state_of(tmp_path / "a"), before)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["seed"] == 0
 
 
 def test_a_checkpoint_of_another_model_is_named_with_the_keys_that_differ(pretrain, tmp_path):
@@ -548,6 +414,8 @@ def test_settings_that_may_change_do(pretrain, tmp_path):
              "weight-decay,steps")
     groups = state_of(tmp_path / "a")["optimizer"]["param_groups"]
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+    flags += ["--steps", "6", "--weight-decay", "0.3"]
+    assert pretrain(*flags, "--batch-size", "4", "--resume", "auto")["step"] == 6
 
 
 def test_a_checkpoint_is_not_resumed_over_another_run(pretrain, tmp_path):
@@ -555,15 +423,6 @@ def test_a_checkpoint_is_not_resumed_over_another_run(pretrain, tmp_path):
         pretrain("--steps", "2", to=to)
     with pytest.raises(UserError, match="holds another run than --resume"):
         pretrain("--steps", "2", "--resume", str(tmp_path / "a" / "last.pt"), to="b")
-
-
-def test_a_run_goes_on_with_the_settings_it_began_with(pretrain, tmp_path):
-    pretrain("--steps", "2")
-    message = (r"began with other settings:\n  setting  saved  now\n  steps    2      3\n"
-               r"  seed     0      7\ngive the same flags again, or --allow-change steps,seed$")
-    with pytest.raises(UserError, match=message):
-        pretrain("--steps", "3", "--seed", "7", "--workers", "1", "--resume", "auto")
-    assert pretrain("--steps", "2", "--workers", "1", "--batch-size", "4", "--resume", "auto")["step"] == 2
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(pretrain, tmp_path):

@@ -87,6 +87,7 @@ def assert_equal_within_rounding(folder, plain):
     assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_train_as_ddp_does_within_rounding(command, plain):
     words, folder = command("sharded", "--batch-size", "8", "--clip-grad", "0.5", "--fsdp")
     assert "in 1 micro-batches" in torchrun(2, *words)
@@ -116,6 +117,7 @@ def slurm(tmp_path):
                              SLURM_JOB_ID="7", SLURM_JOB_NODELIST="this", SLURM_SUBMIT_DIR=str(ROOT))
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_two_sharded_ones_and_they_from_it(command, plain, slurm, tmp_path):
     """And the time limit of recipes/slurm.sh ends a run with all ranks' step saved and the job requeued."""
     flags = ["--clip-grad", "0.5", "--allow-change", "steps"]
