@@ -118,7 +118,7 @@ def launch_forward(xs: list[torch.Tensor], logits: torch.Tensor, weight: torch.T
 
 def launch_backward(dy: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, xs: list[torch.Tensor],
                     logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-                    eps: float) -> list[torch.Tensor]:
+                    eps: float) -> list[torch.Tensor]:                  # eps: for the twin; here rstd has it
     dy, xs, logits = dy.contiguous(), tuple(x.contiguous() for x in xs), logits.contiguous()
     dxs = tuple(torch.empty_like(x) for x in xs)
     R, D, acc = len(mean), weight.shape[0], accumulator(dy.dtype)

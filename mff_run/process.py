@@ -63,9 +63,9 @@ def run(main, cfg):
     try:
         main(cfg)
     except (UserError, Fault, Lost) as error:
-        leave(error, f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3)
+        leave(f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3, error)
     except Stopped as error:
-        leave(error, f"stopped: {error}", 128 + error.number)
+        leave(f"stopped: {error}", 128 + error.number, error)
     except (RuntimeError, EOFError, OSError) as error:
         text = advice(error, cfg) or advice(error.__context__, cfg)     # a worker's death may break a save
         if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
@@ -73,11 +73,10 @@ def run(main, cfg):
             text += "; what was saved before is whole" + ", and --resume auto goes on from there" * resumable
         if not text:
             raise
-        leave(error, f"error: {text}", 3)
+        leave(f"error: {text}", 3, error)
     except KeyboardInterrupt as error:
         hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
-        text = f"stopped: interrupted{hint}"
-        leave(error, text, 130)
+        leave(f"stopped: interrupted{hint}", 130, error)
     finally:
         end_children()
 
@@ -90,11 +89,8 @@ def own_words(error):
     return text
 
 
-def leave(error, text, code):
-    """Print why to stderr, unless another rank has done so of this error, and end the process.
-
-    error is None where nothing was raised.
-    """
+def leave(text, code, error=None):
+    """Print why to stderr, unless another rank has done so of the error raised, and end the process."""
     sys.stdout.flush()
     if not getattr(error, "told", False):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line

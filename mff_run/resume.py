@@ -155,6 +155,24 @@ def open_folder(cfg, world, state=None):
     return folder
 
 
+def open_measuring_folder(cfg, world):
+    """open_folder for a tool that measures: what it writes replaces the records of an earlier measurement.
+
+    Raises UserError where the folder holds a run, whose records are not to be replaced.
+    """
+    if checkpoints_in(cfg.output_dir):
+        raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
+                        f"--output-dir")
+    return open_folder(cfg, world)
+
+
+def record(folder, cfg, world, metrics):
+    """Write metrics.json: what was measured, with the flags and the environment."""
+    if world.is_main:
+        about = dict(config=dataclasses.asdict(cfg), environment=describe_environment(world))
+        files.write_json(folder / "metrics.json", metrics | about)
+
+
 def warn_of_space(folder, world, model, copies):
     """Say so where the disk has no room for two checkpoints, each so many times as large as the model."""
     need = 2 * copies * sum(value.numel() * value.element_size() for value in model.parameters())

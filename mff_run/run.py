@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass
 from mff_min.config import knob
 from mff_min.optim import load_optimizer
 from mff_min.probe import shown
-from mff_run.files import write_json
 from mff_run.finite import FiniteSteps
 from mff_run.flops import peak_img_per_s
 from mff_run.log import BadSamples, Log
@@ -38,12 +37,13 @@ from mff_run.resume import (
     check_same_data,
     load_state,
     open_folder,
+    record,
     resumed_state,
     save_run,
     warn_of_space,
 )
 from mff_run.sharded import full_tensor, maybe_no_sync, own_part
-from mff_run.world import describe_environment, start_world
+from mff_run.world import start_world
 
 HINT = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with --clip-grad, "
         "a lower --lr or --dtype float32 may help")
@@ -232,9 +232,7 @@ class Run:
 
     def record(self, metrics):
         """Write metrics.json: what was measured, with the flags and the environment."""
-        if self.world.is_main:
-            about = dict(config=asdict(self.cfg), environment=describe_environment(self.world))
-            write_json(self.folder / "metrics.json", metrics | about)
+        record(self.folder, self.cfg, self.world, metrics)
 
     def finish(self, metrics, text):
         """Log, print and record what the run ended with."""

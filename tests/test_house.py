@@ -49,7 +49,7 @@ def wrong_imports(path, text):
         if (name in {*SCRIPTS, "tools"} and not path.startswith("tools/")
                 or name == "kernels" or name == "mff_min" and in_kernels
                 or name == "argparse" and path != "mff_min/config.py" and not benches     # has subcommands
-                or name in PEERS | {"mff_bench"} and not benches and (name, path) not in EXTRAS
+                or name in PEERS and not benches and (name, path) not in EXTRAS
                 or name == "triton" and not is_kernel):
             yield f"{path} imports {name}"
 
@@ -62,8 +62,8 @@ def test_imports_go_one_way():
     ("train_probe.py", "from train_pretrain import main"), ("mff_min/vit.py", "import train_pretrain as x"),
     ("kernels/layer_sum.py", "from mff_min.vit import Block"), ("mff_min/vit.py", "import argparse"),
     ("train_probe.py", "def f():\n    import torchvision.ops"), ("mff_min/vit.py", "import triton"),
-    ("train_probe.py", "from tools.layers import parse_layers"),
-    ("mff_min/data.py", "from mff_bench import peers"), ("train_probe.py", "import lightly"),
+    ("train_probe.py", "from tools.probe_layers import parse_layers"),
+    ("mff_data/views.py", "from tools.bench import peers"), ("train_probe.py", "import lightly"),
     ("mff_weights/families.py", "import safetensors.torch"), ("mff_weights/checkpoint.py", "import timm"),
     ("kernels/ops.py", "from kernels import reference"), ("mff_min/vit.py", "import kernels.reference"),
     ("kernels/ops.py", "from triton import jit"), ("kernels/reference.py", "import triton.language"),

@@ -230,6 +230,9 @@ def missing(figure, each):
         return "fusion_weights in log.jsonl, which train_pretrain.py writes"
     if figure == "curves" and not each.log:
         return "log.jsonl with a line of training"
+    for key in {"weights": ("global_batch", "model"), "curves": ("global_batch",)}.get(figure, ()):
+        if key not in each.config:
+            return f"{key} in its config"
     if figure == "layers" and "margins" not in each.metrics:
         return "metrics.json of tools.probe_layers"
     if figure == "cka" and each.findings and not each.findings.cka:

@@ -6,8 +6,7 @@
 The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head.
 """
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,11 +14,10 @@ from mff_data.sources import check_classes, open_data
 from mff_min.config import check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_min.probe import accuracy, shown
-from mff_run.files import write_json
 from mff_run.log import BadSamples
 from mff_run.process import run
-from mff_run.resume import open_folder
-from mff_run.world import describe_environment, pick_dtype, pick_ops, start_world
+from mff_run.resume import open_measuring_folder, record
+from mff_run.world import pick_dtype, pick_ops, start_world
 from mff_weights.pretrained import build_like, load_classifier, read_pretrained, settings_of
 from tools.robustness import RobustnessSet, open_robustness, summarise, table
 from train_finetune import count_on
@@ -84,10 +82,7 @@ def measure(cfg, world):
                         f"--data {cfg.data} has {len(classes)} classes: expected the data it was trained on")
     sets = (open_robustness(cfg.robustness, classes) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
-    if (Path(cfg.output_dir) / "last.pt").exists():
-        raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
-                        f"--output-dir")
-    folder = open_folder(cfg, world)
+    folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
     dtype, ops = pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)
     found = {}
@@ -101,9 +96,7 @@ def measure(cfg, world):
         world.say(table(kind, metrics))
     else:
         metrics = accuracy(*found["val"])
-    if world.is_main:
-        about = dict(config=asdict(cfg), environment=describe_environment(world))
-        write_json(folder / "metrics.json", metrics | about)
+    record(folder, cfg, world, metrics)
     return metrics
 
 

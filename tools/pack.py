@@ -75,7 +75,7 @@ def main(cfg):
     except OSError as error:
         raise Fault(f"{error}; {KEPT}") from None
     except KeyboardInterrupt:
-        leave(None, "stopped: interrupted; the same line goes on from there", 130)
+        leave("stopped: interrupted; the same line goes on from there", 130)
 
 
 def pack(cfg):

@@ -13,8 +13,7 @@ Shapes: B images, n images of a split, D width.
 
 import math
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -25,12 +24,11 @@ from mff_min.errors import UserError
 from mff_min.mim import fuse
 from mff_min.probe import accuracy, collect_features, count_hits, logistic_scores, pixel_features, pool_tokens
 from mff_min.rng import ORDER, permutation
-from mff_run.files import write_json
 from mff_run.log import BadSamples
 from mff_run.process import run
 from mff_run.progress import Progress
-from mff_run.resume import open_folder
-from mff_run.world import autocast, describe_environment, pick_dtype, pick_ops, start_world
+from mff_run.resume import open_measuring_folder, record
+from mff_run.world import autocast, pick_dtype, pick_ops, start_world
 from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
 
 
@@ -143,10 +141,7 @@ def probe_layers(cfg, world, baselines):
         encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
     sources = [open_data(cfg.data, split, cfg.cache_dir, world.say) for split in ("train", "val")]
     check_labels(cfg.data, *sources)
-    if (Path(cfg.output_dir) / "last.pt").exists():
-        raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
-                        f"--output-dir")
-    folder = open_folder(cfg, world)
+    folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(map(len, sources)), cfg.max_bad)
 
     def measure(batch):
@@ -168,13 +163,14 @@ def probe_layers(cfg, world, baselines):
         views = Views(source, "evaluation", settings["img_size"], encoder.in_chans, 0, cfg.seed)
         loader = make_loader(views, batches, cfg.workers, device.type == "cuda", cfg.timeout)
         progress = Progress(len(keys), 0, world, text=f"features of {text}")
-        features, main = collect_features(measure, loader, bad_samples, progress)
+        features, classes = collect_features(measure, loader, bad_samples, progress)
         bad_samples.report(world.say)
-        kept = main >= 0 if text == "train" else main >= -1             # an unreadable one is a wrong answer
-        labels = {name: torch.as_tensor(values[chosen]).long().where(main >= 0, -1)[kept]
+        kept = classes >= (0 if text == "train" else -1)                # an unreadable one is a wrong answer
+        labels = {name: torch.as_tensor(values[chosen]).long().where(classes >= 0, -1)[kept]
                   for name, values in source.labels.items()}
         subsets.append(({key: x[kept].to(device) for key, x in features.items()}, labels))
     (train, train_labels), (val, val_labels) = subsets
+    train_images, val_images = (len(next(iter(features.values()))) for features in (train, val))
 
     rows, started = [], time.monotonic()
     for name, labels in train_labels.items():
@@ -184,15 +180,15 @@ def probe_layers(cfg, world, baselines):
             counts = count_hits(scores, val_labels[name].to(device))
             rows.append(dict(label=name, kind=kind, layer=layer, **accuracy(*counts)))
         rows.append(dict(label=name, kind="chance", layer="chance", acc1=100 / num_classes, acc1_error=0.0))
-    world.say(f"{len(rows)} logistic regressions in {time.monotonic() - started:.0f} s on {len(main)} "
+    world.say(f"{len(rows)} logistic regressions in {time.monotonic() - started:.0f} s on {val_images} "
               f"validation images\n{table_of_layers(rows)}")
     margins = {name: margin(rows, name) for name in train_labels if baselines}
     for name, found in margins.items():
         world.say(margin_line(name, found))
-    metrics = dict(pool=cfg.pool, train_images=len(labels), rows=rows, margins=margins)
-    about = dict(config=asdict(cfg), environment=describe_environment(world))
-    write_json(folder / "metrics.json", metrics | about)
-    world.say(f"python -m tools.analyze {cfg.output_dir} --figures layers draws it")
+    metrics = dict(pool=cfg.pool, train_images=train_images, rows=rows, margins=margins)
+    record(folder, cfg, world, metrics)
+    if baselines:
+        world.say(f"python -m tools.analyze {cfg.output_dir} --figures layers draws it")
     return metrics
 
 

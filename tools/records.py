@@ -79,11 +79,8 @@ def open_run(path, name, say):
         raise UserError(f"{path} is no folder of a run: it holds no config.json")
     if not isinstance(log, list) or not all(isinstance(line, dict) for line in log):
         raise UserError(f"{path} is of no run: its log is no list of objects")
-    if not isinstance(config or {}, dict):
+    if not isinstance(config, dict):
         raise UserError(f"{path} is of no run: its config is no object")
-    for key in ("model", "global_batch"):
-        if key not in (config or {}):
-            raise UserError(f"{path} is of no run: its config has no {key}")
     lines = [line for line in log if "step" in line and "lr" in line]
     return Run(name, path, config, lines, metrics)
 

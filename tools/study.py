@@ -478,7 +478,7 @@ def run_units(cfg, units, folder, path, results, device, signals):
             keep()
             text = f"{part['units']} units finished in this part, {len(left) + len(running)} left"
             if signals.number:
-                leave(None, f"stopped: signal {signals.number}: {text}; the same command goes on",
+                leave(f"stopped: signal {signals.number}: {text}; the same command goes on",
                       128 + signals.number)
             print(f"stopped after {refused or f'{cfg.minutes:g} minutes'}: {text}; the same command goes on",
                   flush=True)

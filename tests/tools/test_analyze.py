@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from sources import ROOT
 
+import train_finetune
 import train_pretrain
+import train_probe
 from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.kernels.ops import TORCH
@@ -24,7 +26,7 @@ from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
-from tools import analyze
+from tools import analyze, probe_layers
 from tools.examine import look_at
 from tools.figures import numbers_of
 
@@ -190,6 +192,28 @@ def test_a_record_draws_what_its_folder_draws(tmp_path):
     found = [analyzed(path, "--figures", "weights,curves", "--output-dir", tmp_path / "out")
              for path in (tmp_path / "a", tmp_path / "a.json")]
     assert [found[0][name]["panels"] for name in found[0]] == [found[1][name]["panels"] for name in found[1]]
+
+
+def test_the_line_that_probe_layers_prints_draws_its_layers(pretrained, cache, tmp_path, capsys):
+    flags = "--layers 0,11 --data shapes:100 --device cpu --batch-size 50 --checkpoint".split()
+    flags += [str(pretrained), "--output-dir", str(tmp_path / "layers"), "--cache-dir", str(cache)]
+    probe_layers.main(parse(probe_layers.Config, flags))
+    words, = re.findall("^python -m tools.analyze (.*) draws it$", capsys.readouterr().out, re.M)
+    found = analyzed(*shlex.split(words))["layers"]
+    assert [panel["title"] for panel in found["panels"]] == ["label: shape", "label: texture"]
+    probe_layers.main(parse(probe_layers.Config, flags), baselines=False)      # a part of a study
+    assert "tools.analyze" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [train_probe, train_finetune])
+def test_curves_are_drawn_of_the_stages_that_begin_with_an_encoder(stage, pretrained, cache, tmp_path):
+    flags = "--data shapes:100 --global-batch 16 --batch-size 16 --steps 2 --log-every 1 --lr 1 --device cpu"
+    flags = [*flags.split(), "--checkpoint", str(pretrained), "--output-dir", str(tmp_path / "a"),
+             "--cache-dir", str(cache)]
+    stage.main(parse(stage.Config, flags))
+    found = analyzed(tmp_path / "a")                                    # all that there is material for
+    assert list(found) == ["curves"]
+    assert [x for x, _ in found["curves"]["panels"][0]["series"][0]["points"]] == [16, 32]
 
 
 @pytest.mark.parametrize("paths, names", [
@@ -430,6 +454,8 @@ def bad(tmp_path_factory, pretrained):
     (folder / "list" / "config.json").write_text("[1]")
     make_run(folder / "config")
     (folder / "config" / "config.json").write_text("{}")
+    make_run(folder / "nomodel")
+    (folder / "nomodel" / "config.json").write_text('{"global_batch": 8}')
     make_run(folder / "other")
     (folder / "text.json").write_text("{}")
     for name, value in (("log", [1, 2]), ("log-object", {"step": 1}), ("config", "model, global_batch")):
@@ -446,8 +472,10 @@ def bad(tmp_path_factory, pretrained):
 @pytest.mark.parametrize("flags, message", [
     ("BAD/nowhere", "BAD/nowhere is no folder of a run: it holds no config.json"),
     ("BAD/norun", "BAD/norun is no folder of a run: it holds no config.json"),
-    ("BAD/text.json", "BAD/text.json is of no run: its config has no model"),
-    ("BAD/config", "BAD/config is of no run: its config has no model"),
+    ("BAD/text.json", "BAD/text.json is of no run: its config is no object"),
+    ("BAD/config --figures curves", "--figures curves: BAD/config lacks global_batch in its config"),
+    ("BAD/config --figures weights", "--figures weights: BAD/config lacks global_batch in its config"),
+    ("BAD/nomodel --figures weights", "--figures weights: BAD/nomodel lacks model in its config"),
     ("BAD/log.json", "BAD/log.json is of no run: its log is no list of objects"),
     ("BAD/log-object.json", "BAD/log-object.json is of no run: its log is no list of objects"),
     ("BAD/config.json", "BAD/config.json is of no run: its config is no object"),

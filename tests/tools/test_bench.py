@@ -381,11 +381,11 @@ def test_all_runs_its_subjects(benched, monkeypatch, tmp_path):
 
 
 def test_a_stopped_all_leaves_no_process_behind(tmp_path, monkeypatch):
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "bench.py").write_text("import os, pathlib, time\n"
-                                       "pathlib.Path('pid').write_text(str(os.getpid()))\n"
-                                       "os.kill(os.getppid(), 15)\n"
-                                       "time.sleep(600)\n")
+    (tmp_path / "tools" / "bench").mkdir(parents=True)
+    (tmp_path / "tools" / "bench" / "__main__.py").write_text("import os, pathlib, time\n"
+                                                              "pathlib.Path('pid').write_text(str(os.getpid()))\n"
+                                                              "os.kill(os.getppid(), 15)\n"
+                                                              "time.sleep(600)\n")
     monkeypatch.setattr(everything, "ROOT", tmp_path)
     old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

@@ -92,6 +92,27 @@ def test_parts_that_fail_and_hang_stop_no_other_and_leave_what_they_printed(firs
     assert command_of(child) == "" and "fine" in capfd.readouterr().out
 
 
+def test_each_part_of_a_group_ends_by_itself(first, tmp_path):
+    """A part that waits to be looked at until the one before it ends would take as long as that one."""
+    group = [first.Part("long", python("import time; time.sleep(5)"), 60),
+             first.Part("short", python("1"), 60),
+             first.Part("over", python("import time; time.sleep(600)"), 0.5)]
+    long, short, over = first.run_parts([group], tmp_path / "out", seconds=100)
+    assert (long["state"], short["state"], over["state"]) == ("passed", "passed", "failed")
+    assert short["seconds"] < long["seconds"] / 2 and over["seconds"] < long["seconds"] / 2
+
+
+def test_the_table_is_written_beside_the_older_one_and_takes_its_place(first, tmp_path):
+    out = tmp_path / "out"
+    link = python(f"import os; os.link({str(out / 'gpu_first.json')!r}, {str(tmp_path / 'older.json')!r})")
+    groups = [[first.Part("one", python("1"), 60)], [first.Part("link", link, 60)]]
+    rows = first.run_parts(groups, out, seconds=100)
+    assert [row["state"] for row in rows] == ["passed", "passed"]
+    assert json.loads((out / "gpu_first.json").read_text())["parts"] == rows
+    assert json.loads((tmp_path / "older.json").read_text())["parts"] == rows[:1]
+    assert {path.name for path in out.iterdir()} == {"gpu_first.txt", "gpu_first.json"}
+
+
 def command_of(pid):
     """What a process was started with; "" of one that has ended."""
     try:
@@ -105,11 +126,20 @@ def test_every_part_has_a_command_that_exists_and_all_fit_into_the_time(first, t
     for part in sum(groups, []):
         words = part.command[len(first.PYTHON):]
         assert words[0] == "-m" and importlib.util.find_spec(words[1]), words
+        paths = [ROOT / word for word in words if word.startswith("tests/")]
+        assert all("pytest.mark.gpu" in path.read_text() for path in paths), paths
+        assert bool(paths) == (words[1] == "pytest"), words
     fixed = [group for group in groups if all("{minutes}" not in part.command for part in group)]
     assert sum(max(part.most for part in group) for group in fixed) <= 590 - 110        # for step and ops
     assert [part.name for part in first.chosen(groups, ["ops", "machine"])[1]] == ["ops"]
     with pytest.raises(SystemExit, match="error: --parts opps: expected some of machine,kernels,"):
         first.chosen(groups, ["opps"])
+
+
+def test_a_mode_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        profile_step.parser().parse_args(["--mode", "fast"])
+    assert stop.value.code == 2 and "invalid choice: 'fast'" in capsys.readouterr().err
 
 
 def test_a_profile_names_the_dearest_kernels_of_every_mode(tmp_path, symbols, capfd):

@@ -9,7 +9,7 @@
     python -m tools.bench all       # all of it, smaller, within nine minutes
 
 Each writes results/<subject>_<device>.json, the raw times among it. A peer that is not installed, and what
-did not fit into --minutes, is a row that says so. What is measured, and how, is in docs/speed.md.
+did not fit into --minutes, is a row that says so. The files beside this one say what is measured, and how.
 """
 
 import argparse

@@ -32,6 +32,7 @@ WORK = ROOT / "runs" / "gpu"
 PYTHON = shlex.split(os.environ.get("PYTHON", "")) or [sys.executable]
 SECONDS = 590.0                                                         # of all parts together
 GRACE = 5.0                                                             # seconds from SIGTERM to SIGKILL
+POLL = 0.05                                                             # seconds between looks at all parts
 LEAST = 10.0                                                            # seconds: in less a part only begins
 
 
@@ -91,8 +92,9 @@ def run_group(group, end):
     try:
         for part in begun:
             start(part)
-        for part in begun:
-            wait(part)
+        running = begun
+        while running := [part for part in running if is_running(part)]:
+            time.sleep(POLL)
     finally:                                                            # Ctrl-C: nothing goes on by itself
         for part in begun:
             end_group(part, signal.SIGKILL)
@@ -113,20 +115,18 @@ def start(part):
                                         env={"PYTHONUNBUFFERED": "1", **os.environ, **caches})
 
 
-def wait(part):
-    """Wait until a part ends, and end it and all that it started when its time is over."""
-    try:
-        part.process.wait(max(part.began + part.most - time.monotonic(), 0))
-    except subprocess.TimeoutExpired:
+def is_running(part):
+    """Whether a part still runs. When its time is over it is asked to end, and GRACE later it is killed."""
+    runs, late = part.process.poll() is None, time.monotonic() - part.began - part.most
+    if runs and late > 0 and not part.overran:
         part.overran = True
         end_group(part, signal.SIGTERM)
-        try:
-            part.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
+    if runs and late < GRACE:
+        return True
     end_group(part, signal.SIGKILL)                                     # itself, or workers that outlived it
     part.process.wait()
     part.ended = time.monotonic()
+    return False
 
 
 def end_group(part, number):
@@ -177,7 +177,9 @@ def run_parts(groups, out, seconds):
             print("\n".join(text.splitlines()[-25:]), flush=True)       # its end: what it found
         rows += new
         found = dict(seconds=round(time.monotonic() - began), parts=rows)
-        (out / "gpu_first.json").write_text(json.dumps(found, indent=1))
+        unfinished = out / "gpu_first.json.tmp"                         # whole, however this process ends
+        unfinished.write_text(json.dumps(found, indent=1))
+        os.replace(unfinished, out / "gpu_first.json")
     return rows
 
 
