@@ -144,7 +144,8 @@ def seal_of(path):
         end = file.read()
     record = end.rfind(b"PK\5\6")                                       # the archive's last
     comment = end[record + 20:] if record >= 0 else b""                 # its length, and itself
-    sealed = LENGTH + SEAL in end or comment.startswith(LENGTH) or comment[2:].startswith(SEAL)
+    torn = record >= 0 and int.from_bytes(comment[:2], "little") != len(comment) - 2
+    sealed = torn or LENGTH + SEAL in end or comment.startswith(LENGTH) or comment[2:].startswith(SEAL)
     return end[-len(LENGTH + SEAL) - 64:] if sealed else b""
 
 

@@ -90,7 +90,7 @@ def compared(metrics, scores, labels):
 class OneOf(World):
     """A rank of several that are run one after the other: what it counts is its own share."""
 
-    def total(self, counts):
+    def sum(self, counts):
         return counts
 
 

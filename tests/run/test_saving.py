@@ -86,6 +86,16 @@ def test_every_altered_byte_is_found(path):
     assert same_bits(read_checkpoint(path), STATE)
 
 
+@pytest.mark.parametrize("length", [2, 3, 5, 9, 30])
+def test_a_seal_whose_beginning_is_overwritten_is_no_missing_seal(path, length):
+    content = bytearray(path.read_bytes())
+    start = content.rindex(b"sha256:") - 2                              # the comment's length comes first
+    content[start:start + length] = bytes(length)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged: its SHA-256 is not the one"):
+        read_checkpoint(path)
+
+
 def test_a_file_without_a_seal_is_read_and_for_a_run_this_is_said(tmp_path):
     torch.save(STATE, tmp_path / "last.pt")
     assert seal_of(tmp_path / "last.pt") == b"" and same_bits(read_checkpoint(tmp_path / "last.pt"), STATE)
