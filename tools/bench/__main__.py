@@ -9,12 +9,7 @@
     python -m tools.bench all       # all of it, smaller, within nine minutes
 
 Each writes results/<subject>_<device>.json, the raw times among it. A peer that is not installed, and what
-<<<<<<< HEAD
 did not fit into --minutes, is a row that says so. The files beside this one say what is measured, and how.
-=======
-did not fit into --minutes, is a row that says so. The other files of tools/bench say what is
-measured, and how.
->>>>>>> wt-mends
 """
 
 import argparse
