@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 from faults.killed import chosen, command, gone_on, points_of, uninterrupted, watched
 from faults.suite import STAGES, Fault, Guard, Tally, fork, prepared, share_out
 
-from mff_run import files, resume, world
+from mff_run import files, resume
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS)
 
@@ -166,7 +167,7 @@ FAULTS = [Fault("a write, fsync or rename that fails", 4, refused_calls),
 def append_carelessly():
     def append(path, values):
         with getattr(files, "open", open)(path, "a") as file:
-            file.write(world.json.dumps(values) + "\n")
+            file.write(json.dumps(values) + "\n")
     files.append_line = append
 
 
