@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import checks, reference
-from .register import gradients, register
+from .register import gradient_shapes, gradients, register
 
 LEVELS = 16                                             # lanes that hold the M <= 12 weights: a power of two
 
@@ -136,7 +136,8 @@ def twin_forward(xs, logits):
 
 twin_backward = gradients(reference.layer_sum)
 layer_sum_op = register("layer_sum", launch_forward, twin_forward)
-layer_sum_backward_op = register("layer_sum_backward", launch_backward, twin_backward)
+layer_sum_backward_op = register("layer_sum_backward", launch_backward, twin_backward,
+                                 lambda dout, *inputs: gradient_shapes(*inputs))
 
 
 def save_inputs(ctx, inputs, output):

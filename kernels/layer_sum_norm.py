@@ -23,7 +23,7 @@ import triton.language as tl
 
 from . import checks, reference
 from .layer_sum import LEVELS, accumulator, launch_logits_backward, result_type, softmax_weights
-from .register import gradients, register
+from .register import gradient_shapes, gradients, register
 
 MAX_WIDTH = 8192                                        # a row lives in the registers of one program
 
@@ -152,7 +152,8 @@ def twin_backward(dy, mean, rstd, *inputs):
 
 
 layer_sum_norm_op = register("layer_sum_norm", launch_forward, twin_forward)
-layer_sum_norm_backward_op = register("layer_sum_norm_backward", launch_backward, twin_backward)
+layer_sum_norm_backward_op = register("layer_sum_norm_backward", launch_backward, twin_backward,
+                                      lambda dy, mean, rstd, *inputs: gradient_shapes(*inputs))
 
 
 def save_inputs(ctx, inputs, output):

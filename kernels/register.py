@@ -14,12 +14,16 @@ from torch.library import custom_op, infer_schema
 NAMESPACE = __package__.replace(".", "_")               # so that two copies of this folder do not collide
 
 
-def register(name, launch, twin):
-    """The op called name, with the signature of launch. Both sides return contiguous tensors of their own."""
+def register(name, launch, twin, fake=None):
+    """The op called name, with the signature of launch. Both sides return contiguous tensors of their own.
+
+    fake tells shapes and types in the twin's place: a twin that is gradients must not, since autograd within
+    a backward pass of torch.compile would wait for the GPU's own thread of autograd, for ever.
+    """
     schema = infer_schema(launch, mutates_args=())
     op = custom_op(f"{NAMESPACE}::{name}", twin, mutates_args=(), device_types="cpu", schema=schema)
     op.register_kernel("cuda")(launch)
-    op.register_fake(twin)
+    op.register_fake(fake or twin)
     return op
 
 
@@ -31,6 +35,13 @@ def gradients(function):
             found = pool.submit(differentiate, function, dout, inputs).result()
         return [x.clone(memory_format=torch.contiguous_format) for x in found]
     return backward
+
+
+def gradient_shapes(*inputs):
+    """Empty tensors like what gradients finds for these inputs."""
+    tensors = [x for item in inputs for x in (item if isinstance(item, list) else [item])]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors
+            if isinstance(x, torch.Tensor)]
 
 
 def differentiate(function, dout, inputs):
