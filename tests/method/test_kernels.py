@@ -314,3 +314,21 @@ def test_the_package_works_without_triton(implementation):
             "print(ops.name, ops.layer_sum([torch.ones(2)], torch.zeros(1)).tolist())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "torch [1.0, 1.0]\n", done.stderr
+
+
+@pytest.mark.parametrize("module", ["layer_sum", "layer_sum_norm"])
+def test_shapes_of_a_backward_op_need_no_autograd(monkeypatch, module):
+    """In torch.compile's backward pass on a GPU, autograd would wait for the thread that it runs on."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from mff_min.kernels import layer_sum, layer_sum_norm, register
+    monkeypatch.setattr(register, "differentiate", lambda *given: pytest.fail("autograd was run"))
+    with FakeTensorMode():
+        x, logits, row = torch.empty(2, 3, 8), torch.empty(2, 1, 1, 1), torch.empty(8)
+        if module == "layer_sum":
+            found = layer_sum.layer_sum_backward_op(x, [x, x], logits)
+        else:
+            mean, rstd = torch.empty(6), torch.empty(6)
+            found = layer_sum_norm.layer_sum_norm_backward_op(x, mean, rstd, [x, x], logits, row, row, 1e-6)
+    want = [x, x, logits] if module == "layer_sum" else [x, x, logits, row, row]
+    assert [each.shape for each in found] == [each.shape for each in want]
