@@ -155,7 +155,9 @@ class Run:
 
     def micro_batches(self, batches):
         """This step's micro-batches. A signal between two of them ends the run: a step may take minutes."""
-        buffers = [buffer.clone() for buffer in self.model.buffers()]   # BatchNorm's change with each pass
+        buffers = []                                                    # each pass changes BatchNorm's
+        if self.schedule.accumulation > 1:                              # else no signal comes in between
+            buffers = [buffer.clone() for buffer in self.model.buffers()]
         for micro in range(self.schedule.accumulation):
             batch = self.meter.next(batches)
             self.bad_samples.add(batch["bad"])
