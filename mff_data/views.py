@@ -157,6 +157,20 @@ def end_worker(error, unsent):
     os._exit(1)
 
 
+def kill_workers():
+    """Kill the daemons of this process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                       # PyTorch's raises at a killed worker
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+@cache
+def end_workers_at_exit(process):
+    """This process kills its workers at its end: Python waits for them, and they ignore its SIGTERM."""
+    multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
+
+
 def advice_if_late(source, workers):
     """What would help a run that waits for its data."""
     if not workers:
@@ -203,6 +217,7 @@ def make_loader(views, stream, workers, pin_memory, timeout=0.0):
     """
     if workers:
         check_shared_memory(views, stream, workers)
+        end_workers_at_exit(os.getpid())
     return DataLoader(views, batch_sampler=stream, num_workers=workers, collate_fn=collate,
                       worker_init_fn=begin_worker, timeout=timeout if workers else 0,
                       pin_memory=pin_memory, persistent_workers=False, prefetch_factor=2 if workers else None,

@@ -1,7 +1,6 @@
 """How a stage ends: signals, bad input, faults, and the exit code of each."""
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import sys
@@ -57,7 +56,7 @@ class StopSignals:
 def run(main, cfg):
     """main(cfg) as a process: bad input ends in one line and code 2, a fault in 3, a signal n in 128 + n.
 
-    Any other error ends in Python's traceback and code 1. However main ends, so do the processes it started.
+    Any other error ends in Python's traceback and code 1.
     """
     resumable = hasattr(cfg, "resume")
     try:
@@ -77,8 +76,6 @@ def run(main, cfg):
     except KeyboardInterrupt as error:
         hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
         leave(f"stopped: interrupted{hint}", 130, error)
-    finally:
-        end_children()
 
 
 def own_words(error):
@@ -95,14 +92,6 @@ def leave(text, code, error=None):
     if not getattr(error, "told", False):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
     raise SystemExit(code)
-
-
-def end_children():
-    """Kill what this process has started: Python's exit waits for that, and workers ignore SIGTERM."""
-    if children := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # PyTorch's raises at a killed worker
-        for child in children:
-            child.kill()
 
 
 def advice(error, cfg):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mff_data.decode import DECODE_ERRORS, reason_of
 from mff_data.packed import Journal, Packed, check_same, encode, files_of, journal_of, open_packed, plan_of
 from mff_data.sources import ImageFolder
-from mff_data.views import begin_worker
+from mff_data.views import begin_worker, end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError, amount, printable
 from mff_run.files import lock
@@ -148,6 +148,7 @@ def announce(sources, journals, settings, output):
 def write_records(source, journal, workers, settings):
     """Write the records that are missing, block by block."""
     first, count = len(journal.entries), len(source)
+    end_workers_at_exit(os.getpid())
     loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
                         num_workers=workers, collate_fn=unchanged, generator=torch.Generator(),
                         worker_init_fn=begin_worker, prefetch_factor=64 if workers else None)

@@ -227,6 +227,15 @@ def test_a_worker_that_cannot_send_something_ends_instead_of_losing_it(folder, m
     assert "t pickle" in said and ("Nowhere: planted" in said) == (bad == "error")
 
 
+def test_a_process_ends_also_where_nobody_has_ended_its_workers(folder):
+    def leave():
+        batches = iter(load(folder, 2))
+        batches.itself = batches                                        # no garbage before Python's exit
+        next(batches)
+        raise SystemExit(5)
+    assert Child(leave).end(20).code == 5
+
+
 def test_workers_end_with_a_trainer_that_is_killed_also_when_they_wait_to_send_something(folder, monkeypatch):
     def read(views, epoch, index):
         image = torch.zeros(3, 32, 24, dtype=torch.uint8)

@@ -16,7 +16,6 @@ from faults.suite import STAGES, Fault, Guard, Tally, fork, share_out, stage
 import train_pretrain
 from mff_data import views
 from mff_min import mim, stream
-from mff_run import process
 
 STEPS = ("--steps", 12, "--picture-every", 4)                           # more batches than workers prefetch
 LIMIT = 20.0                                                            # s: a run that takes longer hangs
@@ -137,8 +136,8 @@ FAULTS = [
 
 
 def leave_children_alone():
-    """A run ends without a look at the processes that it has started."""
-    process.end_children = lambda: None
+    """Python's exit finds the workers alive."""
+    views.kill_workers = lambda: None
 
 
 def measure_no_shared_memory():
