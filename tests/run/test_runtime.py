@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import signal
 import time
 
@@ -11,6 +12,7 @@ import torch
 from faults.signals import gone
 from faults.suite import fork
 
+from mff_data.views import end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_run.log import Log, read_log
@@ -140,6 +142,7 @@ class Unforeseen(BaseException):
     (SystemExit(3), 3, ""), (UserError("bad input"), 2, "error: bad"), (KeyboardInterrupt(), 130, "stopped")])
 def test_whatever_leaves_a_run_its_workers_are_ended_and_do_not_keep_the_process(tmp_path, error, code, said):
     def main(cfg):
+        end_workers_at_exit(os.getpid())                                # as make_loader does
         started = [multiprocessing.get_context("fork").Process(target=work, daemon=True) for _ in "ab"]
         for process in started:
             process.start()
