@@ -10,6 +10,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,10 +77,12 @@ def test_a_pack_of_original_pixels_shows_what_its_folder_shows(folder, crop):
     assert same_views(*sources(folder, "--short-side", "0"), crop, (24, 32))
 
 
-@pytest.mark.parametrize("resample, crop, size", [("bicubic", "evaluation", 28), ("bicubic", "center", 32),
-                                                  ("bilinear", "simple", 32)])
-def test_a_pack_of_the_size_that_a_crop_begins_with_shows_what_its_folder_shows(folder, resample, crop, size):
-    both = sources(folder, "--short-side", "32", "--resample", resample)
+@pytest.mark.parametrize("resample, crop, size, short_side", [
+    ("bicubic", "evaluation", 28, 32), ("bicubic", "evaluation", 30, 34), ("bicubic", "evaluation", 225, 225),
+    ("bicubic", "center", 32, 32), ("bilinear", "simple", 32, 32)])
+def test_a_pack_of_the_size_that_a_crop_begins_with_shows_what_its_folder_shows(
+        folder, resample, crop, size, short_side):
+    both = sources(folder, "--short-side", str(short_side), "--resample", resample)
     assert same_views(*both, crop, (size, size))
     assert not same_views(*both, "random_resized", (size, size))        # parts of fewer pixels
 
@@ -450,6 +453,12 @@ def test_a_pack_smaller_than_the_crop_is_refused(folder):
     Views(source, "evaluation", (28, 28), 3, 1, 0)
     with pytest.raises(UserError, match="short side 32, and the crop evaluation of 29x32 needs 33"):
         Views(source, "evaluation", (29, 32), 3, 1, 0)
+    source = SimpleNamespace(short_side=256)                            # of a pack with the default flags
+    for side in (224, 225, 256):
+        Views(source, "evaluation", (side, side), 3, 1, 0)
+    with pytest.raises(UserError, match="short side 256, and the crop evaluation of 384x384 needs 384: expected a "
+                                        "smaller --img-size, or a pack made with a larger --short-side"):
+        Views(source, "evaluation", (384, 384), 3, 1, 0)
 
 
 SMALL = ("--model vit_test --img-size 32 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "

@@ -120,7 +120,7 @@ def test_single_draw_draws_one_box_and_cuts_it_to_the_image():
 
 def test_the_evaluation_crop_is_the_middle_224_of_256():
     image = noise_image(300, 500)
-    want = image.resize((round(500 * 256 / 300), 256), Image.Resampling.BICUBIC)
+    want = image.resize((int(500 * 256 / 300), 256), Image.Resampling.BICUBIC)
     left = round((want.width - 224) / 2)
     want = want.crop((left, 16, left + 224, 240))
     assert np.array_equal(np.asarray(evaluation(image, (224, 224))), np.asarray(want))
