@@ -391,7 +391,8 @@ def test_the_simple_crop_is_torchvisions_at_every_corner(size, monkeypatch):
                 monkeypatch.setattr(transforms.RandomCrop, "get_params", staticmethod(place))
                 crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
                 want = np.asarray(crop(transforms.Resize(size)(image)))
-                assert np.array_equal(simple(image, (size, size), Fixed(down, right, 0.9))[..., 0], want), shape
+                got = simple(image, (size, size), Fixed(down, right, 0.9))[..., 0]
+                assert np.array_equal(got, want), shape
 
 
 @pytest.mark.parametrize("size, want", [
