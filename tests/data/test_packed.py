@@ -486,8 +486,8 @@ def test_a_pack_smaller_than_the_crop_is_refused(folder):
     source = SimpleNamespace(short_side=256)                            # of a pack with the default flags
     for side in (224, 225, 256):
         Views(source, "evaluation", (side, side), 3, 1, 0)
-    message = ("short side 256, and the crop evaluation of 384x384 needs 384: expected a smaller --img-size, or "
-               "a pack made with a larger --short-side")
+    message = ("short side 256, and the crop evaluation of 384x384 needs 384: expected a smaller --img-size, "
+               "or a pack made with a larger --short-side")
     with pytest.raises(UserError, match=message):
         Views(source, "evaluation", (384, 384), 3, 1, 0)
 
