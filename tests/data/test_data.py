@@ -397,9 +397,10 @@ def test_the_simple_crop_is_torchvisions_at_every_corner(size, monkeypatch):
 
 @pytest.mark.parametrize("size, want", [
     ((224, 224), (256, 256)), ((225, 225), (225, 225)), ((96, 96), (109, 109)), ((384, 384), (384, 384)),
+    ((32, 32), (36, 36)), ((48, 48), (54, 54)), ((64, 64), (73, 73)), ((112, 112), (128, 128)),
     ((96, 192), (109, 219)), ((224, 448), (256, 512)), ((448, 224), (512, 256)), ((256, 448), (256, 448)),
 ])
-def test_rectangles_are_cut_from_what_their_shorter_side_decides(size, want):
+def test_crops_are_cut_from_what_their_shorter_side_decides(size, want):
     assert cut_from(size) == want
     image = resize_to_cover(noise_image(300, 401), want, Image.Resampling.BICUBIC)
     slack = image.height - want[0], image.width - want[1]

@@ -199,6 +199,9 @@ def test_where_pillow_takes_rows_first_parts_differ_by_what_is_stated(name, most
     assert max(far for shrinks, far in found if not shrinks) <= BOUND
     worst = max(far for shrinks, far in found if shrinks)
     assert BOUND < worst <= most if PILLOW >= 13 else worst <= BOUND
+    pillow = Image.fromarray(image[:229, :223]).resize((224, 224), crops.BICUBIC)
+    far = furthest(crops.resized_part(image, (0, 0, 229, 223), (224, 224)), pillow)
+    assert (far > BOUND) == (PILLOW >= 13)
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
