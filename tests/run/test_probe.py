@@ -126,6 +126,16 @@ def test_the_evaluation_crop_is_the_middle_224_of_256():
     assert np.array_equal(np.asarray(evaluation(image, (224, 224))), np.asarray(want))
 
 
+@pytest.mark.parametrize("flags, crops", [
+    (["--steps", "2"], ["single_draw", "evaluation"]), (["--knn", "3"], ["evaluation", "evaluation"]),
+    (["--cache", "1", "--steps", "2"], ["single_draw", "evaluation"])])
+def test_every_way_to_probe_measures_on_the_evaluation_crop(probe, monkeypatch, flags, crops):
+    seen, views = [], train_probe.Views
+    monkeypatch.setattr(train_probe, "Views", lambda *a, **more: seen.append(a[1]) or views(*a, **more))
+    probe(*flags)
+    assert seen == crops
+
+
 # ---------------------------------------------------------------- where the encoder comes from
 
 
