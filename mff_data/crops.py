@@ -20,7 +20,6 @@ from mff_min.augment import MODES
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 BITS_PER_SAMPLE = 258                                                   # a tag of TIFF
-EVALUATION_MARGIN = 256 / 224
 
 
 def random_resized(image, size, rng):
@@ -54,22 +53,30 @@ def simple(image, size, rng):
     return flip(reflected(image, top, left, size), rng)
 
 
-def center(image, size, rng=None, margin=1.0):
-    """The middle of the image at the scale at which `margin` times the crop just fits; nothing random."""
-    height, width = size
-    image = to_array(resize_to_cover(image, cut_from(size, margin), BICUBIC))
-    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
-    return np.array(image[top:top + height, left:left + width])
-
-
-def cut_from(size, margin):
-    """(height, width) of what center cuts a crop of this size out of."""
-    return round(size[0] * margin), round(size[1] * margin)
+def center(image, size, rng=None):
+    """The middle of the image at the scale at which the crop just fits; nothing random."""
+    return middle(resize_to_cover(image, size, BICUBIC), size)
 
 
 def evaluation(image, size, rng=None):
-    """The crop that accuracies are measured on: shorter side to 256 for a crop of 224, then the middle."""
-    return center(image, size, margin=EVALUATION_MARGIN)
+    """The crop that accuracies are measured on: the middle of the image at the scale of cut_from."""
+    return middle(resize_to_cover(image, cut_from(size), BICUBIC), size)
+
+
+def cut_from(size):
+    """(height, width) of what evaluation cuts a crop of this size out of, by MAE's rule.
+
+    Up to 224 pixels it is side / 0.875, the fraction cut off: 256 for 224. Above 224 it is the crop itself.
+    The shorter side decides for both sides of a rectangle, of which MAE has none.
+    """
+    return tuple(side * 8 // 7 for side in size) if min(size) <= 224 else size
+
+
+def middle(image, size):
+    """The middle of an image that is not smaller than size; of odd margins as torchvision's CenterCrop."""
+    (height, width), image = size, to_array(image)
+    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
+    return np.array(image[top:top + height, left:left + width])
 
 
 CROPS = {"random_resized": random_resized, "inception": inception, "single_draw": single_draw,
@@ -191,11 +198,11 @@ def reflection(at, size):
 def resize_to_cover(image, size, resample):
     """The image scaled by Pillow, aspect kept, to the smallest size that covers (height, width).
 
-    An image of that size is returned as it is. Raises ValueError where that is more than MAX_PIXELS.
+    One side fits exactly; of the other a fraction of a pixel is cut off, as in torchvision's Resize. An image
+    of that size is returned as it is. Raises ValueError where that is more than MAX_PIXELS.
     """
     (height, width), (H, W) = size, sides(image)
-    factor = max(height / H, width / W)
-    new = max(height, round(H * factor)), max(width, round(W * factor))
+    new = (height, height * W // H) if height * W >= width * H else (width * H // W, width)
     if new == (H, W):
         return image
     if new[0] * new[1] > MAX_PIXELS:                                    # a line of pixels, say

@@ -22,7 +22,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mff_data import crops
-from mff_data.crops import EVALUATION_MARGIN, cut_from
 from mff_data.decode import DECODE_ERRORS, reason_of
 from mff_data.sources import ImageFiles
 from mff_min import augment, rng
@@ -40,7 +39,7 @@ class Views(Dataset):
     """
 
     def __init__(self, source, crop, size, in_chans, num_noise, seed, augment=None, reprob=0.0):
-        needed = min(cut_from(size, EVALUATION_MARGIN) if crop == "evaluation" else size)
+        needed = min(crops.cut_from(size) if crop == "evaluation" else size)
         if 0 < source.short_side < needed:
             raise UserError(f"the pack has images of short side {source.short_side}, and the crop {crop} of "
                             f"{size[0]}x{size[1]} needs {needed}: expected a smaller --img-size, or a pack "

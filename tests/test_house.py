@@ -4,6 +4,8 @@ Each checker is a function from text to a list of complaints, and is shown somet
 """
 
 import ast
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,10 @@ from pathlib import Path
 import generated
 import pytest
 from sources import FILES, ROOT, SCRIPTS, comments, complaints
+
+from mff_min.config import check_batches, parse
+from mff_min.mim import parse_out_indices
+from mff_min.vit import MODELS
 
 # ---------------------------------------------------------------- imports
 
@@ -284,6 +290,29 @@ def test_a_wrong_command_is_caught(line, complaint):
     command, = commands(markdown)
     found = wrong_words(command, SCRIPTS, ["demo", "test"])
     assert len(found) == 1 and complaint in found[0] if complaint else found == []
+
+
+RECIPES = sorted({path.name for path in ROOT.glob("recipes/*.sh")} - {"slurm.sh"})    # that is of any stage
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_gives_its_stages_what_they_accept(name, tmp_path):
+    """Its commands for eight processes, with a torchrun that only writes down what it is given."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" END >> "$SAID"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    given = dict(IMAGENET="/data", DATA="/data", CHECKPOINT="runs/mff_mae", LIST="1percent.txt")
+    said, path = tmp_path / "said", f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", f"recipes/{name}"], cwd=ROOT, check=True,
+                   env=os.environ | given | dict(PATH=path, SAID=str(said)))
+    ran = [text.strip().splitlines() for text in said.read_text().split("END\n")[:-1]]
+    assert ran
+    for words in ran:
+        at = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "tools.evaluate")
+        stage = importlib.import_module(words[at].removesuffix(".py"))
+        cfg = parse(stage.Config, words[at + 1:])
+        check_batches(getattr(cfg, "global_batch", 8 * cfg.batch_size), cfg.batch_size, 8)
+        if hasattr(cfg, "out_indices"):
+            assert parse_out_indices(cfg.out_indices, MODELS[cfg.model]["depth"])
 
 
 @pytest.mark.parametrize("name", generated.NAMES)

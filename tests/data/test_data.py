@@ -14,7 +14,16 @@ from images import furthest, noise_image
 from PIL import Image
 
 from mff_data import views
-from mff_data.crops import center, random_resized, random_resized_box, resize_to_cover, simple, to_mode
+from mff_data.crops import (
+    center,
+    cut_from,
+    evaluation,
+    random_resized,
+    random_resized_box,
+    resize_to_cover,
+    simple,
+    to_mode,
+)
 from mff_data.sources import ImageFolder, open_data
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.errors import Fault, UserError
@@ -335,6 +344,68 @@ def test_center_crop_has_the_size_asked_for_and_nothing_random(size):
     image = noise_image(45, 70)
     assert center(image, size).shape == (*size, 3)
     assert center(image, size).tobytes() == center(image, size).tobytes()
+
+
+# (width, height): even and odd, both ways round, a line nearly, and the sizes of crops and one pixel beside
+SHAPES = [(500, 375), (333, 500), (499, 331), (640, 427), (97, 64), (64, 97), (400, 7), (31, 523), (1, 3),
+          (96, 96), (109, 110), (225, 224), (256, 257), (384, 385), (255, 255), (513, 512)]
+
+
+def grey_noise(width, height):
+    return noise_image(height, width, seed=width + height).convert("L")
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 96, 112, 128, 160, 192, 223, 224, 225, 256, 384, 448, 512])
+def test_the_evaluation_and_center_crops_are_torchvisions_byte_for_byte(size):
+    """MAE's evaluation: int(size / 0.875) up to 224 pixels, the size itself above, then CenterCrop."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    few = [(size + i, size + j) for i in range(3) for j in range(3)]    # odd margins, and none
+    for shape in SHAPES + few:
+        image = grey_noise(*shape)
+        for crop, first in (evaluation, int(size / 0.875) if size <= 224 else size), (center, size):
+            resize = transforms.Resize(first, transforms.InterpolationMode.BICUBIC)
+            want = np.asarray(transforms.CenterCrop(size)(resize(image)))
+            assert np.array_equal(crop(image, (size, size))[..., 0], want), (crop.__name__, shape)
+
+
+def test_sizes_of_a_thousand_shapes_are_torchvisions():
+    resize = pytest.importorskip("torchvision.transforms").Resize(37)
+    draws = Rng(5)
+    for _ in range(1000):
+        image = Image.new("L", (draws.integer(1, 90), draws.integer(1, 90)))
+        assert resize_to_cover(image, (37, 37), Image.Resampling.BILINEAR).size == resize(image).size
+
+
+@pytest.mark.parametrize("size", [31, 32, 96])
+def test_the_simple_crop_is_torchvisions_at_every_corner(size, monkeypatch):
+    """PixMIM's: Resize, which is bilinear, and RandomCrop with a padding of 4 by reflection."""
+    transforms = pytest.importorskip("torchvision.transforms")
+    for shape in [(500, 375), (333, 500), (97, 64), (64, 97), (400, 7), (96, 96), (31, 33)]:
+        image = grey_noise(*shape)
+        for down in (0.0, 0.5, 0.999):
+            for right in (0.0, 0.5, 0.999):
+                def place(padded, output_size, at=(down, right)):
+                    top, left = (int(share * (side - size + 1))
+                                 for share, side in zip(at, reversed(padded.size), strict=True))
+                    return top, left, *output_size
+                monkeypatch.setattr(transforms.RandomCrop, "get_params", staticmethod(place))
+                crop = transforms.RandomCrop(size, padding=4, padding_mode="reflect")
+                want = np.asarray(crop(transforms.Resize(size)(image)))
+                got = simple(image, (size, size), Fixed(down, right, 0.9))[..., 0]
+                assert np.array_equal(got, want), shape
+
+
+@pytest.mark.parametrize("size, want", [
+    ((224, 224), (256, 256)), ((225, 225), (225, 225)), ((96, 96), (109, 109)), ((384, 384), (384, 384)),
+    ((32, 32), (36, 36)), ((48, 48), (54, 54)), ((64, 64), (73, 73)), ((112, 112), (128, 128)),
+    ((96, 192), (109, 219)), ((224, 448), (256, 512)), ((448, 224), (512, 256)), ((256, 448), (256, 448)),
+])
+def test_crops_are_cut_from_what_their_shorter_side_decides(size, want):
+    assert cut_from(size) == want
+    image = resize_to_cover(noise_image(300, 401), want, Image.Resampling.BICUBIC)
+    slack = image.height - want[0], image.width - want[1]
+    assert min(slack) == 0 and abs(image.width * 300 - image.height * 401) <= 401
+    assert evaluation(noise_image(300, 401), size).shape == (*size, 3)
 
 
 # ---------------------------------------------------------------- files

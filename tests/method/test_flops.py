@@ -1,10 +1,13 @@
 """FLOPs of a step by formula are those that PyTorch counts; the rate that MFU refers to is sustained."""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sources import ROOT
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mff_min.mim import MaskedAutoencoder, spread_indices
@@ -126,3 +129,28 @@ def test_a_run_says_what_its_mfu_refers_to(monkeypatch, capsys, name, dtype, sha
 
 def test_a_cpu_has_no_peak(capsys):
     assert flops.peak_img_per_s(1e9, torch.float32, World(0, 1, 0, CPU)) == 0 == len(capsys.readouterr().out)
+
+
+# (model, levels) of a recipe's pre-training, and how many images of ImageNet-1K an epoch has.
+RECIPES = {"linear_probe": ("vit_b", None), "vit_s": ("vit_s", spread_indices(12)),
+           "fused_levels": ("vit_b", (10, 11))}
+EPOCH = 1_281_167
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_state_the_cost_that_the_formula_gives(name):
+    model, levels = RECIPES[name]
+    with torch.device("meta"):
+        encoder, head = VisionTransformer(224, **MODELS[model]), nn.Linear(MODELS[model]["embed_dim"], 1000)
+        of_epochs = {90: classifier_flops(encoder, head, True), 100: classifier_flops(encoder, head, False)}
+        if levels:
+            of_epochs[800] = step_flops(build(model, 224, levels))
+    found = re.findall(r"(\d+) epochs: ([\d,]+) M images of 224 pixels, ([\d.]+) GFLOP each: (\d+) GPU hours",
+                       (ROOT / "recipes" / f"{name}.sh").read_text())
+    assert len(found) == (3 if levels else 1)
+    for epochs, millions, each, hours in found:
+        images, flops = int(epochs) * EPOCH, of_epochs[int(epochs)]
+        assert f"{images / 1e6:,.0f}" == millions and f"{flops / 1e9:.1f}" == each
+        assert round(images * flops / 1e14 / 3600) == int(hours)        # at 100 TFLOP/s
+    if name == "vit_s":
+        assert f"{step_flops(build(model, 224, (11,))) / 1e9:.1f}" == "37.8"            # MAE's

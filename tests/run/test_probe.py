@@ -120,10 +120,20 @@ def test_single_draw_draws_one_box_and_cuts_it_to_the_image():
 
 def test_the_evaluation_crop_is_the_middle_224_of_256():
     image = noise_image(300, 500)
-    want = image.resize((round(500 * 256 / 300), 256), Image.Resampling.BICUBIC)
+    want = image.resize((int(500 * 256 / 300), 256), Image.Resampling.BICUBIC)
     left = round((want.width - 224) / 2)
     want = want.crop((left, 16, left + 224, 240))
     assert np.array_equal(np.asarray(evaluation(image, (224, 224))), np.asarray(want))
+
+
+@pytest.mark.parametrize("flags, crops", [
+    (["--steps", "2"], ["single_draw", "evaluation"]), (["--knn", "3"], ["evaluation", "evaluation"]),
+    (["--cache", "1", "--steps", "2"], ["single_draw", "evaluation"])])
+def test_every_way_to_probe_measures_on_the_evaluation_crop(probe, monkeypatch, flags, crops):
+    seen, views = [], train_probe.Views
+    monkeypatch.setattr(train_probe, "Views", lambda *a, **more: seen.append(a[1]) or views(*a, **more))
+    probe(*flags)
+    assert seen == crops
 
 
 # ---------------------------------------------------------------- where the encoder comes from
