@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")                           # small models: threads do not help
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]                      # for the t
 
 def pytest_configure(config):
     """Choose between the two kinds of process before a test module is imported."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:               # started by a script in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for_gpu = config.option.markexpr == "gpu"
     os.environ["TRITON_INTERPRET"] = "0" if for_gpu else "1"
     if not for_gpu:
