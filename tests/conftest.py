@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]                      # for the t
 
 def pytest_configure(config):
     """Choose between the two kinds of process before a test module is imported."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:               # started by a script in the background
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:               # a script began it in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for_gpu = config.option.markexpr == "gpu"
     os.environ["TRITON_INTERPRET"] = "0" if for_gpu else "1"
