@@ -17,12 +17,10 @@ import torch
 from mff_min.config import check_reachable
 from mff_min.errors import Fault, UserError, printable
 from mff_run import files
-from mff_run.files import read_checkpoint, seal_of, write_tensors
+from mff_run.files import seal_of, write_tensors
 from mff_run.sharded import gathered, local
+from mff_run.state import is_like, read_state
 from mff_run.world import describe_environment
-
-RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
-
 
 # ---------------------------------------------------------------- checkpoints
 
@@ -30,8 +28,8 @@ RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a
 def save_run(folder, world, model, step, hint, **state):
     """Write last.pt, all that a run needs to go on from this step, on rank 0; all ranks call this together.
 
-    state holds RUN_STATE's other entries and what else the stage needs. What is sharded is written whole.
-    Raises Fault on every rank, with the hint, where a weight is not finite.
+    state holds the other entries of RUN_STATE in state.py, and what else the stage needs. What is sharded is
+    written whole. Raises Fault on every rank, with the hint, where a weight is not finite.
     """
     broken = not all(local(parameter).isfinite().all() for parameter in model.parameters())
     if world.max(int(broken)):
@@ -120,10 +118,12 @@ def check_same_data(cfg, state, seen):
 def load_state(model, state, origin):
     """Load parameters by name. UserError names the first that differ."""
     own = model.state_dict()
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{origin} holds more than tensors: expected parameters by name")
     problems = [f"{name} has shape {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
                 for name in own if name in state and state[name].shape != own[name].shape]
+    problems += [f"{name} holds other values than finite ones of {own[name].dtype}" for name in own
+                 if name in state and not problems and not is_like(state[name], own[name])]
     problems += [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is unknown here" for name in state if name not in own]
     if problems:
@@ -201,10 +201,10 @@ def find_checkpoint(folder, resume, say):
     if resume != "auto":
         if candidates and Path(resume).resolve().parent != Path(folder).resolve():
             raise UserError(f"{folder} holds another run than --resume {resume}: name another --output-dir")
-        return read_checkpoint(resume, RUN_STATE) | dict(path=Path(resume))
+        return read_state(resume) | dict(path=Path(resume))
     for path in candidates:
         try:
-            state = read_checkpoint(path, RUN_STATE)
+            state = read_state(path)
         except UserError as error:
             say(f"warning: {error}")
             continue
