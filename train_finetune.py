@@ -171,8 +171,7 @@ def finetune(cfg, run):
     kept = {"classes": lambda: classes}
     if average:
         kept["average"] = average.state_dict
-        if run.state and "average" in run.state:
-            average.load_state_dict(run.state["average"])
+        run.restore_model(average, "average")
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
     if cfg.compile:
         trained = torch.compile(trained, dynamic=False)

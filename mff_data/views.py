@@ -25,7 +25,7 @@ from mff_data import crops
 from mff_data.decode import DECODE_ERRORS, reason_of
 from mff_data.sources import ImageFiles
 from mff_min import augment, rng
-from mff_min.errors import Fault, UserError, amount, printable, shared_memory
+from mff_min.errors import STOP_SIGNALS, Fault, UserError, amount, printable, shared_memory
 
 
 class Views(Dataset):
@@ -143,7 +143,7 @@ def begin_worker(worker):
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                      # PR_SET_PDEATHSIG
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
 

@@ -1,6 +1,9 @@
 """What ends a run, and how names and sizes are written in a message."""
 
 import shutil
+import signal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 
 
 class UserError(Exception):

@@ -138,17 +138,8 @@ def cosine_lr(epoch, lr, min_lr, warmup_epochs, epochs):
 
 
 def load_optimizer(optimizer, saved):
-    """Load an optimizer's state; each group keeps its own lr_scale and weight_decay, which may have changed.
-
-    Raises UserError where the groups are others than those saved.
-    """
-    kept = [{name: group[name] for name in ("lr_scale", "weight_decay")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved)
-    except ValueError as error:
-        raise UserError(f"the resumed optimizer does not fit: {error}") from None
-    for group, own in zip(optimizer.param_groups, kept, strict=True):
-        group |= own
+    """Load what an optimizer saved of its parameters; the settings of its groups stay its own."""
+    optimizer.load_state_dict(saved | dict(param_groups=optimizer.state_dict()["param_groups"]))
 
 
 def clip_grad_norm(model, max_norm):

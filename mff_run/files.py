@@ -5,11 +5,13 @@ of it, whatever is killed when. A file of tensors is the zip archive that torch.
 of its other bytes as its comment: PyTorch reads it as ever, and here an altered bit is noticed.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -17,11 +19,14 @@ from pathlib import Path
 
 import torch
 
-from mff_min.errors import UserError, listed, printable
+from mff_min.errors import Fault, UserError, listed, printable
 from mff_run.torchfile import look_through
 
 SEAL = b"sha256:"                                                       # then 64 digits: the zip's comment
 LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
+
+TEMPORARY = re.compile(r"(?:(?:last|encoder|classifier)\.pt|(?:config|env|metrics|nonfinite-step-\d+)\.json"
+                       r"|log\.jsonl|reconstruction[-\d]*\.png)\.tmp\.(\d+)")
 
 # ---------------------------------------------------------------- writing
 
@@ -167,6 +172,7 @@ def check_seal(path):
 
 def read_checkpoint(path, needs=()):
     """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
+    check_regular(path)
     try:
         check_seal(path)
         look_through(path)
@@ -194,7 +200,37 @@ def read_checkpoint(path, needs=()):
     return state
 
 
+def check_regular(path):
+    """Raise UserError where a path is anything but a plain file, or a link to one: a pipe never ends."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no plain file: expected one, or none")
+
+
 # ---------------------------------------------------------------- one run per folder
+
+LOCK = "run.lock"
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of processes that were killed while they wrote to a folder.
+
+    Only names that write_atomically makes for a file of a run, and no links; the folder is locked.
+    """
+    for path in Path(folder).glob("*.tmp.*"):
+        found = TEMPORARY.fullmatch(path.name)
+        if found and not path.is_symlink() and not is_alive(int(found[1])):
+            path.unlink()
+
+
+def is_alive(pid):
+    """Whether a process of this number lives on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:                                             # it is another user's
+        pass
+    return True
 
 
 def lock(folder, say):
@@ -203,7 +239,15 @@ def lock(folder, say):
     Raises UserError, which says who has it, where it is taken. The lock is POSIX's, which children of fork do
     not have: workers that outlive a killed run for a moment do not keep its folder.
     """
-    file = open(Path(folder) / "run.lock", "a+")
+    path = Path(folder) / LOCK
+    check_regular(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW                      # not the target of a link
+    try:
+        file = os.fdopen(os.open(path, flags, 0o666), "r+")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a link: expected a file, or none") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):                          # POSIX allows either
@@ -215,8 +259,24 @@ def lock(folder, say):
     except OSError as error:
         say(f"warning: {folder} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
         return file
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
     file.flush()
     return file
+
+
+def check_lock(folder, world):
+    """Raise Fault where the lock in a folder is not the file that this process holds, if it holds one.
+
+    The lock belongs to a file, the run to a path: where the folder was moved, or its lock removed, another
+    run may be there.
+    """
+    with contextlib.suppress(OSError):
+        path = os.stat(Path(folder) / LOCK)
+        if any(os.path.samestat(path, os.fstat(file.fileno())) for file in world.held):
+            return
+    if world.held:
+        raise Fault(f"{folder} is no longer this run's: it was moved, or its {LOCK} was removed; nothing "
+                    f"more is written there")

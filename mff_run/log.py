@@ -11,42 +11,50 @@ from mff_run import files
 class Log:
     """log.jsonl, one JSON object per line, written by rank 0. A resumed run drops the lines after its step.
 
-    evaluated says whether the evaluation at that step is among the others.
+    A line without a step, which is not the run's, is kept. evaluated says whether the evaluation at that step
+    is among the others.
     """
 
     def __init__(self, folder, world, step):
-        self.path, self.is_main = Path(folder) / "log.jsonl", world.is_main
+        self.path, self.world = Path(folder) / "log.jsonl", world
         lines = read_log(self.path) if step > 0 else []
         # "done" marks the last line of a finished run: one that goes on writes it anew.
-        kept = [line for line in lines if line["step"] <= step and "done" not in line]
-        self.evaluated = any(line["step"] == step and "acc1" in line for line in kept)
-        if self.is_main:
+        kept = [line for line in lines if (step_of(line) or 0) <= step and "done" not in line]
+        self.evaluated = any(step_of(line) == step and "acc1" in line for line in kept)
+        if world.is_main:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             files.write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def write(self, **values):
         """Append one line; values are plain numbers, lists or text and hold at least step."""
-        if self.is_main:
+        if self.world.is_main:
+            files.check_lock(self.path.parent, self.world)
             files.append_line(self.path, values)
 
 
 def read_log(path, say=lambda text: None):
     """The lines of a log.jsonl as dicts; a line that a crash tore is skipped, and a missing file has none.
 
-    say(text) is told the number of a line that is skipped.
+    say(text) is told the number of a line that is skipped. Raises UserError where path is no plain file.
     """
+    files.check_regular(path)
     if not Path(path).exists():
         return []
     lines = []
     for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         line = None
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):           # no JSON; a number of 5,000 digits
             line = json.loads(text)
         if isinstance(line, dict):
             lines.append(line)
         else:
             say(f"warning: line {number} of {path} is torn and is left out")
     return lines
+
+
+def step_of(line):
+    """The step of a log's line, or None where it is a line of somebody else's."""
+    return line["step"] if type(line.get("step")) is int else None
 
 
 class BadSamples:
@@ -60,7 +68,7 @@ class BadSamples:
     def __init__(self, folder, world, num_samples, max_bad):
         self.path, self.world = Path(folder) / "bad_samples.jsonl", world
         self.num_samples, self.max_bad = num_samples, max_bad
-        self.seen = {line["name"] for line in read_log(self.path)}      # named before this run was resumed
+        self.seen = {str(line.get("name")) for line in read_log(self.path)}         # before it was resumed
         self.new = {}
 
     def add(self, entries):

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from mff_min.errors import Fault, UserError, shared_memory
+from mff_min.errors import STOP_SIGNALS, Fault, UserError, shared_memory
+from mff_run.output import steady_output, whisper
 from mff_run.ranks import Lost
 
 
@@ -23,9 +24,10 @@ class Stopped(Exception):
 # ---------------------------------------------------------------- the way in and out
 
 class StopSignals:
-    """Between start and release, SIGTERM, SIGINT and SIGUSR1 are only noted, for the loop to end its step.
+    """Between start and release, STOP_SIGNALS are only noted, for the loop to end its step.
 
     Before and after there is nothing to save: they end the process at once, as a second SIGINT always does.
+    One that was ignored when the process began, as nohup has it, stays ignored.
     """
 
     def __init__(self):
@@ -35,12 +37,13 @@ class StopSignals:
         if number == signal.SIGINT and self.number:
             raise KeyboardInterrupt
         if not self.number:
-            os.write(2, b"\nstopping as soon as the state is saved; Ctrl-C again stops at once\n")
-        self.number = self.number or number
+            self.number = number
+            whisper("stopping as soon as the state is saved; Ctrl-C again stops at once")
 
     def start(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.old[number] = signal.signal(number, self.note)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.old[number] = signal.signal(number, self.note)
 
     def release(self):
         while self.old:
@@ -59,6 +62,7 @@ def run(main, cfg):
     Any other error ends in Python's traceback and code 1.
     """
     resumable = hasattr(cfg, "resume")
+    steady_output()
     try:
         main(cfg)
     except (UserError, Fault, Lost) as error:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mff_run.output import whisper
+
 PATIENCE = datetime.timedelta(days=1)                                   # with rank 0, which may save or draw
 GRACE = 9.0                                                             # s from the launcher's death to ours
 
@@ -120,8 +122,8 @@ def watch_launcher(grace=GRACE):
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.write(2, b"\nthe launcher is gone\n")
         os.kill(os.getpid(), signal.SIGTERM)
+        whisper("the launcher is gone")
         time.sleep(grace)
         os._exit(128 + signal.SIGTERM)
     threading.Thread(target=watch, daemon=True).start()

@@ -17,12 +17,11 @@ import torch
 from mff_min.config import check_reachable
 from mff_min.errors import Fault, UserError, printable
 from mff_run import files
-from mff_run.files import read_checkpoint, seal_of, write_tensors
+from mff_run.files import check_lock, seal_of, write_tensors
+from mff_run.log import read_log, step_of
 from mff_run.sharded import gathered, local
+from mff_run.state import is_like, read_state
 from mff_run.world import describe_environment
-
-RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a run's checkpoint holds
-
 
 # ---------------------------------------------------------------- checkpoints
 
@@ -30,14 +29,15 @@ RUN_STATE = ("model", "optimizer", "step", "loss", "config")            # what a
 def save_run(folder, world, model, step, hint, **state):
     """Write last.pt, all that a run needs to go on from this step, on rank 0; all ranks call this together.
 
-    state holds RUN_STATE's other entries and what else the stage needs. What is sharded is written whole.
-    Raises Fault on every rank, with the hint, where a weight is not finite.
+    state holds the other entries of RUN_STATE in state.py, and what else the stage needs. What is sharded is
+    written whole. Raises Fault on every rank, with the hint, where a weight is not finite.
     """
     broken = not all(local(parameter).isfinite().all() for parameter in model.parameters())
     if world.max(int(broken)):
         raise Fault(f"weights are not finite at step {step} and are not saved; {hint}")
     state = gathered({"model": model.state_dict(), "step": step, **state}, world.is_main)
     if world.is_main:
+        check_lock(folder, world)
         save_checkpoint(folder, state)
     world.barrier()                                                     # a save may outlast --timeout
 
@@ -52,7 +52,9 @@ def resumed_state(cfg, world):
     state = None
     if cfg.resume:
         state = find_checkpoint(cfg.output_dir, cfg.resume, world.say)
-    elif checkpoints_in(cfg.output_dir):
+        if not state:
+            check_nothing_lost(cfg.output_dir, cfg.save_every)
+    elif traces_of(cfg.output_dir):
         raise UserError(already_a_run(cfg))
     if state:
         check_same_settings(cfg, state["config"])
@@ -120,10 +122,12 @@ def check_same_data(cfg, state, seen):
 def load_state(model, state, origin):
     """Load parameters by name. UserError names the first that differ."""
     own = model.state_dict()
-    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{origin} holds more than tensors: expected parameters by name")
     problems = [f"{name} has shape {tuple(state[name].shape)}, here {tuple(own[name].shape)}"
                 for name in own if name in state and state[name].shape != own[name].shape]
+    problems += [f"{name} holds other values than finite ones of {own[name].dtype}" for name in own
+                 if name in state and not problems and not is_like(state[name], own[name])]
     problems += [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is unknown here" for name in state if name not in own]
     if problems:
@@ -143,8 +147,9 @@ def open_folder(cfg, world, state=None):
             folder.mkdir(parents=True, exist_ok=True)
             if not world.held:
                 claim(folder, world)
-            for leftover in folder.glob("*.tmp.*"):                     # of a process killed while writing
-                leftover.unlink()
+                if traces_of(folder):                                   # of another run, since we looked
+                    raise UserError(already_a_run(cfg))
+            files.remove_leftovers(folder)
             if state:
                 set_newer_aside(folder, state["path"], world.say)
             files.write_json(folder / "config.json", dataclasses.asdict(cfg))
@@ -160,7 +165,7 @@ def open_measuring_folder(cfg, world):
 
     Raises UserError where the folder holds a run, whose records are not to be replaced.
     """
-    if checkpoints_in(cfg.output_dir):
+    if traces_of(cfg.output_dir):
         raise UserError(f"{cfg.output_dir} holds a run, whose records this would replace: name another "
                         f"--output-dir")
     return open_folder(cfg, world)
@@ -192,6 +197,24 @@ def checkpoints_in(folder):
     return [path for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt") if path.exists()]
 
 
+def traces_of(folder):
+    """The names that a run has left in a folder: links count, also to what is not there."""
+    return [name for name in ("last.pt", "previous.pt", "log.jsonl") if os.path.lexists(Path(folder) / name)]
+
+
+def check_nothing_lost(folder, save_every):
+    """Raise UserError where a folder without a checkpoint has the log of one, or a link to one."""
+    links = [name for name in traces_of(folder) if not (Path(folder) / name).exists()]
+    if links:
+        raise UserError(f"{Path(folder) / links[0]} is a link to what is not there (is a disk not mounted?): "
+                        f"name another --output-dir to begin anew")
+    lines = read_log(Path(folder) / "log.jsonl")
+    reached = max(filter(None, map(step_of, lines)), default=0)
+    if reached >= save_every or any("done" in line for line in lines):
+        raise UserError(f"{folder} has the log of a run that came to step {reached}, and no checkpoint to go "
+                        f"on from: name another --output-dir to begin anew")
+
+
 def find_checkpoint(folder, resume, say):
     """The state to resume from, with its own path as "path", or None for a new run.
 
@@ -201,10 +224,10 @@ def find_checkpoint(folder, resume, say):
     if resume != "auto":
         if candidates and Path(resume).resolve().parent != Path(folder).resolve():
             raise UserError(f"{folder} holds another run than --resume {resume}: name another --output-dir")
-        return read_checkpoint(resume, RUN_STATE) | dict(path=Path(resume))
+        return read_state(resume) | dict(path=Path(resume))
     for path in candidates:
         try:
-            state = read_checkpoint(path, RUN_STATE)
+            state = read_state(path)
         except UserError as error:
             say(f"warning: {error}")
             continue

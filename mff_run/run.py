@@ -43,6 +43,7 @@ from mff_run.resume import (
     warn_of_space,
 )
 from mff_run.sharded import full_tensor, maybe_no_sync, own_part
+from mff_run.state import check_optimizer, check_scaler
 from mff_run.world import start_world
 
 HINT = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with --clip-grad, "
@@ -106,17 +107,23 @@ class Run:
         self.data = fingerprint
         check_same_data(self.cfg, self.state, fingerprint)
 
-    def restore_model(self, model):
+    def restore_model(self, model, part="model"):
         """Load the parameters that the run goes on from, if it does. UserError where they do not fit."""
-        if self.state:
-            load_state(model, self.state["model"], f"the checkpoint in {self.cfg.output_dir}")
+        if self.state and part in self.state:
+            load_state(model, self.state[part], f"the checkpoint in {self.cfg.output_dir}")
 
     def restore_optimizer(self, optimizer, scaler=None):
-        """Load what the run goes on from, if it does; of sharded parameters this rank's part."""
+        """Load what the run goes on from, if it does; of sharded parameters this rank's part.
+
+        Raises UserError where it is not what this optimizer would have saved.
+        """
         if self.state:
+            check_optimizer(self.state, optimizer)
             load_optimizer(optimizer, own_part(self.state["optimizer"], optimizer))
-            if scaler and self.state["scaler"]:                         # empty unless it was float16
-                scaler.load_state_dict(self.state["scaler"])
+            saved = self.state.get("scaler")                            # empty unless it was float16
+            if scaler and scaler.is_enabled() and saved:
+                check_scaler(saved, scaler)
+                scaler.load_state_dict(saved)
 
     def open(self, num_images):
         """Make the run's folder ready. --max-bad is a share of so many images. Raises UserError."""

@@ -82,8 +82,8 @@ def command(name, folder, *more):
 
 
 @functools.cache
-def uninterrupted(name, folder):
-    ended = fork(command(name, folder))
+def uninterrupted(name, folder, *more):
+    ended = fork(command(name, folder, *more))
     assert ended.code == 0, ended.said
     return folder
 

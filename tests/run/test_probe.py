@@ -250,12 +250,20 @@ def test_a_head_that_diverges_is_left_out_and_when_all_do_there_is_no_accuracy(p
 
 
 @pytest.mark.parametrize("way", ["", "--cache 1", "--knn 3"])
-def test_weights_that_are_not_finite_have_no_accuracy(probe, pretrained, tmp_path, way):
+def test_features_that_are_not_finite_have_no_accuracy(probe, pretrained, tmp_path, way):
     state = torch.load(pretrained / "encoder.pt", weights_only=True)
-    state["model"]["blocks.3.mlp.fc1.bias"][0] = math.nan
+    state["model"]["blocks.3.mlp.fc1.bias"][0] = 3e38                   # the norm after it overflows
     torch.save(state, tmp_path / "encoder.pt")
     with pytest.raises(Fault, match="features of 8 in 8 images are not" if way else "loss is nan at step 1;"):
         probe("--checkpoint", str(tmp_path / "encoder.pt"), "--steps", "2", *way.split())
+
+
+def test_weights_that_are_not_finite_are_refused(probe, pretrained, tmp_path):
+    state = torch.load(pretrained / "encoder.pt", weights_only=True)
+    state["model"]["blocks.3.mlp.fc1.bias"][0] = math.nan
+    torch.save(state, tmp_path / "encoder.pt")
+    with pytest.raises(UserError, match="blocks.3.mlp.fc1.bias holds other values than finite ones"):
+        probe("--checkpoint", str(tmp_path / "encoder.pt"), "--steps", "2")
 
 
 def test_fewer_views_than_epochs_are_called_an_approximation(probe, capsys):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from run_folders import same_bits
 
+import train_pretrain
 from mff_data.sources import ImageFolder, Subset, fingerprint, open_data
+from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run import files, resume
@@ -188,6 +190,17 @@ def test_a_lock_is_given_back_at_the_end_of_a_run(tmp_path):
             held = world.held[0]
             assert f"process {os.getpid()} on " in (tmp_path / "run.lock").read_text()
         assert held.closed
+
+
+def test_a_run_that_began_and_ended_between_a_look_and_the_lock_is_not_overwritten(tmp_path):
+    cfg = parse(train_pretrain.Config, ["--output-dir", str(tmp_path / "run")])
+    with start_world("cpu") as world:
+        assert resume.resumed_state(cfg, world) is None                 # there is no folder yet
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "log.jsonl").write_text('{"step": 1}\n')
+        with pytest.raises(UserError, match="already holds a run"):
+            resume.open_folder(cfg, world)
+    assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_differences_of_settings_are_a_table():

@@ -1,0 +1,81 @@
+"""What the checkpoint of a run holds, and that a run could have written it.
+
+Whoever writes a file can seal it. So all that PyTorch would take on trust is compared with what the run has.
+"""
+
+import math
+
+import torch
+
+from mff_min.errors import UserError
+from mff_run.files import read_checkpoint
+
+# What a run's checkpoint holds: (types, whether it has been there in all versions). A stage may add to it.
+RUN_STATE = {"model": (dict, True), "optimizer": (dict, True), "step": (int, True), "loss": (float, True),
+             "config": (dict, True), "data": (torch.Tensor, False), "scaler": (dict, False),
+             "skips": (list, False), "classes": (list, False), "average": (dict, False)}
+# What an optimizer keeps of a parameter: "step" is a count, all else has the parameter's shape.
+KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"momentum"}}
+
+
+def read_state(path):
+    """The state in a run's checkpoint. UserError where it is damaged, or no run could have written it."""
+    state = read_checkpoint(path, tuple(name for name, (_, always) in RUN_STATE.items() if always))
+    for name, (kind, always) in RUN_STATE.items():
+        value = state.get(name)
+        if type(value) is not kind and (always or value is not None):
+            raise UserError(f"checkpoint {path} has a {name} that is {type(value).__name__}: expected "
+                            f"{kind.__name__}")
+    if not all(isinstance(name, str) for name in state.get("classes") or ()):
+        raise UserError(f"checkpoint {path} has classes that are no text: it is not the state of a run")
+    if "data" in state and (state["data"].dtype, state["data"].ndim) != (torch.int64, 1):
+        raise UserError(f"checkpoint {path} has data of {state['data'].dtype}: expected a number per image")
+    skips = state.get("skips") or [0, 0]
+    if state["step"] < 0 or len(skips) != 2 or not all(type(n) is int and n >= 0 for n in skips):
+        raise UserError(f"checkpoint {path} is of step {state['step']}, with {str(skips)[:40]} skipped: "
+                        f"expected counts")
+    return state
+
+
+def is_like(value, own):
+    """Whether value could be a later value of a tensor: its shape and kind of numbers, all finite."""
+    return (type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"
+            and value.shape == own.shape and not value.is_complex() and not value.is_quantized
+            and value.is_floating_point() == own.is_floating_point() and bool(value.float().isfinite().all()))
+
+
+def check_optimizer(state, optimizer):
+    """Raise UserError unless state holds what this optimizer would have saved at its step.
+
+    A fused step trusts the shapes of what it is given: it would write outside of memory.
+    """
+    saved, kept, count = state["optimizer"], KEPT[type(optimizer).__name__], torch.tensor(0.0)
+    own = [param for group in optimizer.param_groups for param in group["params"]]
+
+    def fits(param, values):
+        if not (isinstance(values, dict) and values.keys() == kept):
+            return False
+        return all(is_like(value, count if name == "step" else param)
+                   and not (name == "exp_avg_sq" and (value < 0).any())
+                   and not (name == "step" and not 0 <= value <= state["step"])
+                   for name, value in values.items())
+    found, groups, problem = saved.get("state"), saved.get("param_groups"), ""
+    groups = groups if isinstance(groups, list) else []
+    places = [group.get("params") for group in groups if isinstance(group, dict)]
+    if places != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+        problem = f"its parameters are in {len(places)} groups, here in {len(optimizer.param_groups)}"
+    elif not isinstance(found, dict) or found and found.keys() != set(range(len(own))):
+        problem = "it has no entry for each parameter"
+    elif wrong := [i for i in found if not fits(own[i], found[i])]:
+        problem = (f"of parameter {wrong[0]} it has not {', '.join(sorted(kept))}, finite and shaped as here "
+                   f"{tuple(own[wrong[0]].shape)}")
+    if problem:
+        raise UserError(f"the resumed optimizer does not fit: {problem}")
+
+
+def check_scaler(saved, scaler):
+    """Raise UserError unless saved is what float16's loss scaler would have saved."""
+    if saved.keys() != scaler.state_dict().keys() or not all(
+            type(value) in (int, float) and 0 <= value < math.inf for value in saved.values()):
+        raise UserError(f"the resumed scaler of float16 does not fit: expected finite "
+                        f"{', '.join(scaler.state_dict())}")
