@@ -70,6 +70,8 @@ def run(main, cfg):
     except Stopped as error:
         leave(f"stopped: {error}", 128 + error.number, error)
     except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):            # in a save, whose end then failed
+            leave_interrupted(resumable, error.__context__)
         text = advice(error, cfg) or advice(error.__context__, cfg)     # a worker's death may break a save
         if not text and isinstance(error, OSError):                     # a full disk, a folder that went away
             text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
@@ -78,8 +80,13 @@ def run(main, cfg):
             raise
         leave(f"error: {text}", 3, error)
     except KeyboardInterrupt as error:
-        hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
-        leave(f"stopped: interrupted{hint}", 130, error)
+        leave_interrupted(resumable, error)
+
+
+def leave_interrupted(resumable, error):
+    """End the process as a second Ctrl-C does."""
+    hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
+    leave(f"stopped: interrupted{hint}", 130, error)
 
 
 def own_words(error):

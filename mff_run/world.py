@@ -173,7 +173,7 @@ def source_commit():
     """The git commit that this source is at, or "unknown" outside a checkout."""
     command = ["git", "rev-parse", "HEAD"]
     try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:                                           # no git on this machine
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):                        # no git here, or it hangs
         return "unknown"
     return git.stdout.strip() or "unknown"

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -17,7 +18,7 @@ from mff_min.config import REQUIRED, check_ranges, knob, numbers, opt, parse, si
 from mff_min.errors import UserError
 from mff_run.log import Log, read_log
 from mff_run.process import StopSignals, run
-from mff_run.world import World, pick_dtype, start_world
+from mff_run.world import World, pick_dtype, source_commit, start_world
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -156,6 +157,26 @@ def test_whatever_leaves_a_run_its_workers_are_ended_and_do_not_keep_the_process
     ended = fork(lambda: run(main, None), limit=30)
     assert ended.code == code and said in ended.said, ended.said
     assert gone(map(int, (tmp_path / "pids").read_text().split()), 10) is not None
+
+
+def test_a_second_interrupt_inside_a_save_is_one_line_too(capsys):
+    def save(cfg):
+        try:
+            raise KeyboardInterrupt
+        finally:                                                        # as torch.save ends its archive
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    with pytest.raises(SystemExit) as stop:
+        run(save, None)
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped: interrupted\n"
+
+
+def test_a_git_that_hangs_does_not_hold_a_run(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    wait = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *given, timeout, **more: wait(*given, timeout=0.2, **more))
+    assert source_commit() == "unknown"
 
 
 def test_an_error_that_no_code_foresees_leaves_run_as_it_is():
