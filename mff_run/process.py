@@ -1,5 +1,6 @@
 """How a stage ends: signals, bad input, faults, and the exit code of each."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -21,6 +22,10 @@ class Stopped(Exception):
         self.number = number
 
 
+class Interrupted(BaseException):
+    """A signal came where the process waits for long. No code but Run's catches it."""
+
+
 # ---------------------------------------------------------------- the way in and out
 
 class StopSignals:
@@ -32,6 +37,7 @@ class StopSignals:
 
     def __init__(self):
         self.number, self.old = 0, {}                                   # the first signal received; 0 is none
+        self.interrupts = False
 
     def note(self, number, frame):
         if number == signal.SIGINT and self.number:
@@ -39,6 +45,19 @@ class StopSignals:
         if not self.number:
             self.number = number
             whisper("stopping as soon as the state is saved; Ctrl-C again stops at once")
+            if self.interrupts:
+                raise Interrupted
+
+    @contextlib.contextmanager
+    def interrupting(self):
+        """A context that may last for long, a wait or an evaluation: a signal raises Interrupted in it."""
+        self.interrupts = True
+        try:
+            if self.number:                                             # it came before
+                raise Interrupted
+            yield
+        finally:
+            self.interrupts = False
 
     def start(self):
         for number in STOP_SIGNALS:

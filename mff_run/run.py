@@ -31,7 +31,7 @@ from mff_min.probe import shown
 from mff_run.finite import FiniteSteps
 from mff_run.flops import peak_img_per_s
 from mff_run.log import BadSamples, Log
-from mff_run.process import Stopped, StopSignals
+from mff_run.process import Interrupted, Stopped, StopSignals
 from mff_run.progress import Meter
 from mff_run.resume import (
     check_same_data,
@@ -76,7 +76,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.state, self.start, self.loss = cfg, None, 0, math.nan
-        self.data, self.meter, self.stop_signal, self.step, self.more = None, None, 0, None, False
+        self.data, self.meter, self.step, self.more = None, None, None, False
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -161,21 +161,24 @@ class Run:
         self.signals.release()
 
     def micro_batches(self, batches):
-        """This step's micro-batches. A signal between two of them ends the run: a step may take minutes."""
+        """This step's micro-batches. A signal ends the run before the next one: a step may take minutes.
+
+        The wait for one may take for ever, where a disk hangs: a signal ends it too.
+        """
         buffers = []                                                    # each pass changes BatchNorm's
-        if self.schedule.accumulation > 1:                              # else no signal comes in between
+        if self.schedule.accumulation > 1:                              # else there is none before the first
             buffers = [buffer.clone() for buffer in self.model.buffers()]
         for micro in range(self.schedule.accumulation):
-            batch = self.meter.next(batches)
+            with contextlib.suppress(Interrupted), self.signals.interrupting():
+                batch = self.meter.next(batches)
+            if number := self.world.max(self.signals.number):
+                for buffer, before in zip(self.model.buffers(), buffers, strict=bool(buffers)):
+                    buffer.copy_(before)
+                self.save(self.step)
+                raise Stopped(number, self.step, self.schedule.stop, self.folder)
             self.bad_samples.add(batch["bad"])
             self.more = micro + 1 < self.schedule.accumulation
             yield batch
-            self.stop_signal = self.world.max(self.signals.number)
-            if self.stop_signal and self.more:
-                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-                self.save(self.step)
-                raise Stopped(self.stop_signal, self.step, self.schedule.stop, self.folder)
 
     def accumulate(self, trained):
         """A context for a micro-batch's passes: ranks add up gradients with the step's last one alone."""
@@ -193,7 +196,8 @@ class Run:
         """
         done, cfg = self.step + 1, self.cfg
         ends, logs = done == self.schedule.stop, done % cfg.log_every == 0 or done == 1
-        saves = done % cfg.save_every == 0 or ends or save or self.stop_signal
+        saves = done % cfg.save_every == 0 or ends or save
+        stops = saves and not ends and self.world.max(self.signals.number)      # before an evaluation
         if logs or saves:
             self.finite.check()
             self.loss = self.world.mean([loss.item()])[0]
@@ -205,8 +209,8 @@ class Run:
                            **self.meter.read(done, self.loss, lr), **more)
         if saves:
             self.save(done)
-        if self.stop_signal and not ends:
-            raise Stopped(self.stop_signal, done, self.schedule.stop, self.folder)
+        if stops:
+            raise Stopped(stops, done, self.schedule.stop, self.folder)
 
     def save(self, step):
         """Write last.pt: all that the run needs to go on from this step."""
@@ -233,9 +237,12 @@ class Run:
         return self.meter.paused() if self.meter else contextlib.nullcontext()
 
     def note_accuracy(self, done, evaluate):
-        """Log and print what evaluate() returns after so many steps."""
-        with self.paused():
-            metrics = evaluate()
+        """Log and print what evaluate() returns after so many steps, which are saved: a signal ends it."""
+        try:
+            with self.paused(), self.signals.interrupting():
+                metrics = evaluate()
+        except Interrupted:
+            raise Stopped(self.signals.number, done, self.schedule.stop, self.folder) from None
         self.log.write(step=done, epoch=self.schedule.epoch(done), **metrics)
         (self.meter or self.world).say(f"epoch {self.schedule.epoch(done):.1f}: {shown(metrics)}")
 

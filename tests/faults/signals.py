@@ -11,7 +11,8 @@ from faults.killed import begun_at, command, differences, furthest
 from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
 
-from mff_run import files, progress, world
+from mff_data import views
+from mff_run import files, process, progress, world
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -72,7 +73,7 @@ def signal_one_rank(folder, quick):
         with two_ranks("pretrain", run, act=act) as children:
             found, _ = ended(children)
         codes, said = [one.code for one in found], "".join(one.said for one in found)
-        if codes != [128 + number] * 2 or said.count(f"stopped: signal {int(number)} at step 4 of") != 1:
+        if codes != [128 + number] * 2 or said.count(f"stopped: signal {int(number)} at step 3 of") != 1:
             tally.note(f"signal {int(number)} to rank {rank}: codes {codes}: {found[rank].last}")
         else:
             tally.note(gone_on(run, whole))
@@ -152,6 +153,55 @@ def lose_the_launcher(folder, quick):
 
 
 
+def wait_for_ever(folder, quick):
+    """A signal while a loader's disk hangs, or in an evaluation: the last step is saved, all ranks end."""
+    def hang(from_index, crop):
+        read, seen = views.Views.read, []
+
+        def late(self, epoch, index):
+            seen.append(index)
+            if len(seen) > from_index and self.crop.startswith(crop):
+                time.sleep(600)
+            return read(self, epoch, index)
+        views.Views.read = late
+
+    def judged(said, run, least):
+        codes = {one.code for one in said}
+        saved = saved_step(run) if (run / "last.pt").exists() else 0
+        problem = f"codes {codes}: {said[0].last}" if codes != {128 + signal.SIGTERM} else ""
+        return problem or (f"{furthest(run) - saved} lost" if saved < max(furthest(run), least) else "")
+    tally = Tally()
+    for name in ("pretrain",) if quick else STAGES:                     # the loader's process reads 40 items
+        run = folder / name
+        work = command(name, run, "--steps", 60, "--workers", 1, "--save-every", 50)
+        child = Child(lambda work=work: hang(40, "") or work())
+        while furthest(run) < 4 and child.process.is_alive():
+            time.sleep(0.01)
+        time.sleep(1)
+        os.kill(child.process.pid, signal.SIGTERM)
+        tally.note(judged([child.end(20)], run, 4))
+    for name in () if quick else ("probe", "finetune"):
+        run = folder / f"{name}-evaluation"
+        work = command(name, run, "--steps", 60, "--workers", 0)
+        child = Child(lambda work=work: hang(0, "evaluation") or work())
+        while furthest(run) < 2 and child.process.is_alive():
+            time.sleep(0.01)
+        time.sleep(1)
+        os.kill(child.process.pid, signal.SIGTERM)
+        tally.note(judged([child.end(20)], run, 1))
+    run = folder / "ranks"
+    with two_ranks("pretrain", run, "--steps", 60, "--workers", 1, "--timeout", 60, "--save-every", 50,
+                   act=lambda rank: rank and hang(20, "")) as children:
+        while furthest(run) < 4 and children[0].process.is_alive():
+            time.sleep(0.01)
+        time.sleep(1)
+        for child in children:
+            os.kill(child.process.pid, signal.SIGTERM)
+        found, _ = ended(children, 20)
+    tally.note(judged(found, run, 4))
+    return tally.outcome()
+
+
 def stop_torchrun(folder, quick):
     """SIGTERM, SIGUSR1 or SIGKILL to torchrun itself: its ranks save their step and end."""
     tally, slowest, steps = Tally(), 0.0, 40
@@ -181,6 +231,11 @@ def keep_the_signal():
     world.World.max = lambda world, value: value
 
 
+def note_alone():
+    """A signal that comes while a batch is awaited is noted, for when it is there."""
+    process.StopSignals.interrupting = lambda signals: contextlib.nullcontext()
+
+
 def watch_nobody():
     """A rank no longer notices that its launcher is gone."""
     world.watch_launcher = lambda: None
@@ -191,8 +246,10 @@ FAULTS = [
     Fault("a signal to one of two ranks", 3, signal_one_rank),
     Fault("the launcher of two ranks dies", 3, lose_the_launcher),
     Fault("torchrun is stopped", 3, stop_torchrun),
+    Fault("a signal while a disk hangs", 3, wait_for_ever),
 ]
 GUARDS = [
     Guard("signals-agreed-among-ranks", "a signal to one of two ranks", keep_the_signal),
+    Guard("waits-interrupted", "a signal while a disk hangs", note_alone),
     Guard("launcher-watched", "the launcher of two ranks dies", watch_nobody),
 ]
