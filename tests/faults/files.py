@@ -19,7 +19,7 @@ from faults.evaluation import on_two_ranks, ready
 from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
-from mff_data import crops, views
+from mff_data import crops, decode, views
 from mff_data.decode import MAX_BYTES, MAX_PIXELS, open_image
 from mff_data.sources import ImageFolder
 from mff_data.views import Views, make_loader
@@ -489,7 +489,7 @@ def catch_oserror_alone():
 
 
 def convert_to_rgb():
-    crops.to_mode = lambda image, in_chans: image.convert("RGB")
+    decode.eight_bits = lambda image, levels=None: image
 
 
 GUARDS = [
