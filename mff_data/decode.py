@@ -34,7 +34,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())              # else i
 # Tags of TIFF 6.0
 BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_HEIGHT = 258, 262, 322, 323
 SAMPLE_FORMAT, SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE = 339, 340, 341
-SIGNIFICANT_BITS = "sBIT"                                               # a chunk of PNG that Pillow skips
+SIGNIFICANT_BITS, MAXVAL = "sBIT", "maxval"                             # in info: of a PNG and a PGM
 
 # What Pillow raises on damaged files, seen by feeding it mutated ones: anything but OSError alone.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError,
@@ -129,6 +129,8 @@ def open_file(file, reading):
                                 "--white cannot hold: expected a .npy array of uint16")
         if image.format == "PNG" and is_deep(image):
             image.info[SIGNIFICANT_BITS] = significant_bits(image.fp)
+        if image.format == "PPM" and image.mode == "I" and image.tile[0][0] != "raw":
+            image.info[MAXVAL] = image.tile[0][3][-1]                   # Pillow scales by it to 16 bits
         is_tiff = image.format == "TIFF"
         tile = [image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_HEIGHT)] if is_tiff else (0, 0)
         if math.prod(image.size) > most and is_decoded_by_rows(image):
@@ -300,7 +302,8 @@ def levels_of(image, pixels, levels=None):
             raise UnknownLevels(f"an array of {image.dtype.name}: expected uint8 or uint16, or "
                                 f"--white=BLACK:WHITE")
         return levels or (0, 65535)
-    tags = getattr(image, "tag_v2", {})
+    tags, maxval = getattr(image, "tag_v2", {}), getattr(image, "info", {}).get(MAXVAL, 65535)
+    levels = levels and tuple(level * 65535 / maxval for level in levels)
     black, white = levels or told_by_tags(tags) or told_by_format(image, tags, pixels)
     return (white, black) if tags.get(PHOTOMETRIC) == 0 else (black, white)
 
