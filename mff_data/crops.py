@@ -230,9 +230,10 @@ def to_mode(image, in_chans):
         if C == in_chans:
             return image
         if C not in (1, 3) or in_chans not in MODES:
-            hint = "; it seems to be (C, H, W): numpy.moveaxis(array, 0, -1) turns it" * (H == in_chans)
+            way = (f"--in-chans {C} is for a model of such" if H != in_chans else
+                   "it seems to be (C, H, W): numpy.moveaxis(array, 0, -1) turns it")
             raise WrongChannels(f"an array ({H}, {W}, {C}) has {C} channels: expected {in_chans}, which the "
-                                f"model takes (--in-chans){hint}")
+                                f"model takes; {way}")
         image = to_pillow(image)
     if in_chans not in MODES:
         raise WrongChannels(f"an image of mode {image.mode}: expected a .npy array (H, W, {in_chans}), since "

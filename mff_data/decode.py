@@ -164,7 +164,7 @@ def open_pillow(file, most):
             raise ValueError(f"its pixels are more than twice {most}: expected fewer, or a larger "
                              f"--max-pixels") from None
     finally:
-        Image.MAX_IMAGE_PIXELS = most
+        Image.MAX_IMAGE_PIXELS = max(most, MAX_PIXELS)                  # of the parts that are cut out later
 
 
 def is_decoded_by_rows(image):

@@ -90,8 +90,10 @@ class ImageFolder(ImageFiles):
         if top == root and (root / "val").is_dir():
             raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
         found = files_below(top)
-        paths = sorted(path for path in found if path.lower().endswith(suffixes()))
-        left_out = counted_suffixes(path for path in found if not path.lower().endswith(suffixes()))
+        paths, others = [], []
+        for path in found:
+            (paths if path.lower().endswith(suffixes()) else others).append(path)
+        paths, left_out = sorted(paths), counted_suffixes(others)
         if not paths:
             raise UserError(f"data folder {top} holds no images ({len(found)} other files"
                             f"{': ' * bool(left_out)}{left_out}): expected files that end in "
@@ -159,7 +161,7 @@ def warn_of_levels(source, say):
                 pixels, colours = np.asarray(image).astype(int), colours + 1
                 found.append((256 * pixels.min(), 256 * pixels.max() + 255, 0, 65535))
         except UnknownLevels as error:
-            unknown = f"{printable(name)}: {error}"
+            unknown = unknown or f"{printable(name)}: {error}"
         except DECODE_ERRORS:                                           # the run counts and names it
             pass
     if unknown and not found:

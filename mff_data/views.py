@@ -99,17 +99,17 @@ class Views(Dataset):
 
 def check_fit(source, in_chans):
     """Raise UserError where none of some images has channels that can become in_chans."""
-    wrong = None
+    wrong = ""
     for i in spread(len(source)):
         try:
             crops.to_mode(source.open(i), in_chans)
             return
         except crops.WrongChannels as error:
-            wrong = source.name(i), error
+            wrong = wrong or f"{printable(source.name(i))}: {error}"
         except DECODE_ERRORS:                                           # the run counts and names it
             pass
     if wrong:
-        raise UserError(f"{printable(wrong[0])}: {wrong[1]}")
+        raise UserError(wrong)
 
 
 def collate(items):

@@ -264,6 +264,14 @@ def test_colours_of_16_bits_that_are_not_full_are_warned_of_and_lead_to_arrays(t
         said_of(ImageFolder(tmp_path, "train", Reading((0, 4095))))
 
 
+def test_a_black_below_0_has_its_way_on_the_command_line(capsys):
+    assert parse(pack.Config, ["a", "b", "--white=-1000:3000"]).white == "-1000:3000"
+    with pytest.raises(SystemExit):
+        parse(pack.Config, ["a", "b", "--white", "-1000:3000"])
+    assert "--white: expected one argument; one that begins with - is given as --FLAG=VALUE" in (
+        capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("text", ["", "white", "1:2:3", "5:5", "nan", "0:inf", ":"])
 def test_levels_that_cannot_be_meant_are_refused(text):
     with pytest.raises(UserError, match="expected the value that is white, such as 4095, or two that differ"):
