@@ -49,7 +49,7 @@ from mff_weights.pretrained import build_like, load_for_tuning, read_pretrained,
 
 @dataclass(frozen=True)
 class Config(DataFlags, RunFlags):
-    # these change the result
+    # these change the result; so do the flags of DataFlags
     checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "

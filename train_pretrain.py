@@ -50,7 +50,7 @@ from mff_weights.checkpoint import load_weights, read_weights
 
 @dataclass(frozen=True)
 class Config(DataFlags, RunFlags):
-    # these change the result
+    # these change the result; so do the flags of DataFlags
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images, with or without train/ and classes")

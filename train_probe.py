@@ -45,7 +45,7 @@ from mff_weights.pretrained import build_encoder, read_pretrained, settings_of
 
 @dataclass(frozen=True)
 class Config(DataFlags, RunFlags):
-    # these change the result
+    # these change the result; so do the flags of DataFlags
     checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")

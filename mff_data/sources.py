@@ -140,7 +140,8 @@ def describe_files(say, *sources):
     folders = {str(source.root): source for source in sources if isinstance(source, ImageFiles)}
     for root, source in folders.items():
         if source.left_out:
-            say(f"{root}: {len(source)} images; left out, since they are not decoded: {source.left_out}")
+            say(f"{root}: {len(source)} images; left out, since docs/data.md does not have their format: "
+                f"{source.left_out}")
     if isinstance(sources[0], ImageFiles):
         warn_of_levels(sources[0], say)
 
