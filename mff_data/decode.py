@@ -118,8 +118,8 @@ def open_file(file, reading):
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("no plain file")
         if status.st_size > PIXEL_BYTES * most:
-            raise ValueError(f"{status.st_size} bytes are more than {PIXEL_BYTES * most}: expected "
-                             f"{PIXEL_BYTES} per pixel of --max-pixels, or a larger one")
+            raise ValueError(f"{status.st_size} bytes are more than {PIXEL_BYTES} for each of {most} pixels: "
+                             f"expected fewer, or a larger --max-pixels")
         if file.lower().endswith(".npy"):
             return open_array(file, most)
     with warnings.catch_warnings(action="ignore"):                      # of files that are replaced or read
@@ -134,8 +134,8 @@ def open_file(file, reading):
         is_tiff = image.format == "TIFF"
         tile = [image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_HEIGHT)] if is_tiff else (0, 0)
         if math.prod(image.size) > most and is_decoded_by_rows(image):
-            scale = next((scale for scale in (2, 4, 8) if math.prod(image.size) <= most * scale ** 2), 8)
-            image.draft(None, (image.width // scale, image.height // scale))
+            scale = next((scale for scale in (2, 4, 8) if math.prod(image.size) <= most * scale ** 2), 1)
+            image.draft(None, (max(image.width // scale, 1), max(image.height // scale, 1)))
         for width, height in (image.size, tile):                        # from the header: not decoded yet
             check_pixels(width, height, most)
         if is_tiff:
