@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mff_data.sources import check_classes, check_labels, fingerprint, open_data, subset
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import (check_classes, check_labels, describe_files, fingerprint, open_data,
+                              subset)
 from mff_data.views import Views, advice_if_late, make_loader
-from mff_min.augment import (draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
+from mff_min.augment import (MODES, draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
                              soft_targets)
 from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
@@ -46,8 +48,8 @@ from mff_weights.pretrained import build_like, load_for_tuning, read_pretrained,
 
 
 @dataclass(frozen=True)
-class Config(RunFlags):
-    # these change the result
+class Config(DataFlags, RunFlags):
+    # these change the result; so do the flags of DataFlags
     checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
@@ -118,12 +120,18 @@ def main(cfg):
 def finetune(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
+    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white))
+    in_chans = pretrained.config["in_chans"]
+    if cfg.rand_augment and in_chans not in MODES:
+        raise UserError(f"--rand-augment {cfg.rand_augment:g} changes the colours of 1, 3 or 4 channels, and "
+                        f"the checkpoint has {in_chans}: expected --rand-augment 0")
     run.resume(cfg)
 
     # ------------------------------------------------------------ data
-    train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
-    val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
+    reading, first = reading_of(cfg), world.local_main_first
+    train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
+    val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
+    describe_files(say, train_set, val_set)
     check_labels(cfg.data, train_set, val_set)
     classes = train_set.classes
     if run.state:

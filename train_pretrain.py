@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mff_data.sources import fingerprint, open_data
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import describe_files, fingerprint, open_data
 from mff_data.views import Views, advice_if_late, collate, make_loader
-from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD, MODES
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.config import (check_batches, check_channels, check_ranges, knob, numbers, opt, parse,
                             side_or_sides)
 from mff_min.errors import UserError
@@ -48,14 +49,15 @@ from mff_weights.checkpoint import load_weights, read_weights
 
 
 @dataclass(frozen=True)
-class Config(RunFlags):
-    # these change the result
+class Config(DataFlags, RunFlags):
+    # these change the result; so do the flags of DataFlags
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images, with or without train/ and classes")
     img_size: tuple[int, int] = opt((224, 224), "crop in pixels: SIDE or HEIGHTxWIDTH", type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the model's own", above=0)
-    in_chans: int = opt(3, "channels of an image", choices=list(MODES))
+    in_chans: int = opt(3, "channels of an image; but for 1, 3 and 4, of .npy arrays (H, W, C)",
+                        above=0)
     mean: tuple[float, ...] = opt(IMAGENET_MEAN, "mean of each channel, in [0, 1]", type=numbers)
     std: tuple[float, ...] = opt(IMAGENET_STD, "standard deviation of each channel", type=numbers)
     crop: str = opt("random_resized", "random_resized (MAE), simple (PixMIM), or center",
@@ -151,8 +153,10 @@ def pretrain(cfg, run):
     run.resume(cfg)
 
     # ------------------------------------------------------------ data
-    train_set = run.world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
-    val_set = run.world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
+    reading, first = reading_of(cfg), run.world.local_main_first
+    train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
+    val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
+    describe_files(say, train_set, val_set)
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * run.world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))

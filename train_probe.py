@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mff_data.sources import check_labels, fingerprint, open_data
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import check_labels, describe_files, fingerprint, open_data
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import Fault, UserError
@@ -43,8 +44,8 @@ from mff_weights.pretrained import build_encoder, read_pretrained, settings_of
 
 
 @dataclass(frozen=True)
-class Config(RunFlags):
-    # these change the result
+class Config(DataFlags, RunFlags):
+    # these change the result; so do the flags of DataFlags
     checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")
@@ -104,14 +105,16 @@ def main(cfg):
 def probe(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
     pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
+    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white))
     encoder = build_encoder(pretrained, cfg.img_size).to(device)
     ops = pick_ops(cfg.ops, device)
     run.resume(cfg)
 
     # ------------------------------------------------------------ data
-    train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
-    val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
+    reading, first = reading_of(cfg), world.local_main_first
+    train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
+    val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
+    describe_files(say, train_set, val_set)
     check_labels(cfg.data, train_set, val_set)
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,

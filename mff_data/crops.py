@@ -19,7 +19,6 @@ from mff_data.decode import MAX_PIXELS
 from mff_min.augment import MODES
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
-BITS_PER_SAMPLE = 258                                                   # a tag of TIFF
 
 
 def random_resized(image, size, rng):
@@ -152,7 +151,7 @@ def decode_smaller(image, box, size):
     """
     fits = min(box[2] // size[0], box[3] // size[1]) // 2
     scale = next((scale for scale in (8, 4, 2) if scale <= fits), 1)
-    if scale == 1 or getattr(image, "format", None) != "JPEG":
+    if scale == 1 or getattr(image, "format", None) not in ("JPEG", "MPO"):
         return 1
     drafted = image.draft(None, (image.width // scale, image.height // scale))
     return scale if drafted else 1                                      # None: it is decoded already
@@ -207,6 +206,9 @@ def resize_to_cover(image, size, resample):
         return image
     if new[0] * new[1] > MAX_PIXELS:                                    # a line of pixels, say
         raise ValueError(f"{W} x {H} pixels would become {new[1]} x {new[0]}, more than {MAX_PIXELS}")
+    if isinstance(image, np.ndarray) and image.shape[2] not in (1, 3):  # Pillow would take a fourth for alpha
+        planes = [resize_to_cover(image[..., c:c + 1], size, resample) for c in range(image.shape[2])]
+        return np.stack(planes, axis=2)                                 # (H', W', C)
     image = to_pillow(image) if isinstance(image, np.ndarray) else image
     return image.resize(new[::-1], resample)
 
@@ -219,37 +221,30 @@ def flip(pixels, rng):
     return x.flip(-1)[0].permute(1, 2, 0).numpy()
 
 
-def to_mode(image, in_chans):
-    """The image with in_chans channels of 8 bits, by fixed rules; undecoded where it has them already.
+class WrongChannels(ValueError):
+    """An image whose channels are not those that the model takes, and cannot become them."""
 
-    Values of 12 and 16 bits and floats of 0 to 1 are scaled to 8 bits, where Pillow's own convert would
-    saturate; palettes and CMYK become colour; alpha is dropped, not blended; grey is repeated; of an
-    animation the first frame counts; EXIF orientation is ignored, as it is by the published pipelines, but
-    Pillow turns a TIFF by it. Raises ValueError for 32-bit integers and other floats: their range is unknown.
+
+def to_mode(image, in_chans):
+    """The image, of 8 bits per value, with in_chans channels by fixed rules; undecoded where it has them.
+
+    Palettes and CMYK become colour; alpha is dropped, not blended; grey is repeated; of an animation the
+    first frame counts; EXIF orientation is ignored, as it is by the published pipelines, but Pillow turns a
+    TIFF by it. Raises WrongChannels where no rule leads to so many channels.
     """
     if isinstance(image, np.ndarray):
-        if image.shape[2] == in_chans:
+        H, W, C = image.shape
+        if C == in_chans:
             return image
+        if C not in (1, 3) or in_chans not in MODES:
+            way = (f"--in-chans {C} is for a model of such" if H != in_chans else
+                   "it seems to be (C, H, W): numpy.moveaxis(array, 0, -1) turns it")
+            raise WrongChannels(f"an array ({H}, {W}, {C}) has {C} channels: expected {in_chans}, which the "
+                                f"model takes; {way}")
         image = to_pillow(image)
-    most = most_of(image)
-    if most:
-        values = np.asarray(image).astype(np.float32)                   # (H, W)
-        if not (values.min() >= 0 and values.max() <= most):            # NaN is not either
-            raise ValueError(f"pixels of {values.min():g} to {values.max():g}: expected 0 to {most}")
-        values *= 255 / most                                            # in place: it may be large
-        values += 0.5
-        image = Image.fromarray(values.astype(np.uint8))
+    if in_chans not in MODES:
+        raise WrongChannels(f"an image of mode {image.mode}: expected a .npy array (H, W, {in_chans}), since "
+                            f"the model takes {in_chans} channels (--in-chans)")
     if image.mode in ("LA", "La", "PA", "RGBa"):                        # Pillow needs RGBA in between
         image = image.convert("RGBA")
     return image if image.mode == MODES[in_chans] else image.convert(MODES[in_chans])
-
-
-def most_of(image):
-    """The value that is white in an image of more than 8 bits, else 0. ValueError where it is unknown."""
-    if image.mode == "F":
-        return 1
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):        # those hold 16 bits in it
-        raise ValueError("integers of 32 bits have no known range")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return 4095 if getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,) else 65535
-    return 0

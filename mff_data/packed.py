@@ -1,7 +1,7 @@
 """Packed images: a split of an image folder as one file that is memory-mapped, written by tools.pack.
 
     16 bytes    mff_min pack 001: what this is, and its version
-    records     one behind the other: the pixels (H, W, 3) of an image
+    records     one behind the other: the pixels (H, W, C) of an image
     index       an .npz: header (JSON), and of n images offsets (n + 1,), height, width, label, crc, bytes and
                 path (n,), which stand in the order of the folder
     48 bytes    the index's length, eight of them, and its SHA-256; then the first 8 bytes again
@@ -13,7 +13,7 @@ one that was altered counts as an image that cannot be read; `tools.pack --verif
 A pack grows in NAME.partial, beside a NAME.journal that says of each block of images, once it is on the disk,
 what its records are. So packing goes on after a crash, and the file takes its name when it is whole.
 
-Shapes: n images, H W.
+Shapes: n images, C H W.
 """
 
 import hashlib
@@ -37,6 +37,8 @@ NAME, VERSION = b"mff_min pack ", 1
 START = NAME + b"%03d" % VERSION
 END = 8 + 32 + 8                                                        # bytes behind the index
 FILTERS = {"bicubic": BICUBIC, "bilinear": BILINEAR}
+# Settings that packs of older versions do not name, and what they were.
+OLDER = {"in_chans": 3, "white": None, "max_pixels": None}
 
 
 class Packed:
@@ -58,7 +60,7 @@ class Packed:
         return len(self.index["label"])
 
     def open(self, i):
-        shape = self.index["height"][i], self.index["width"][i], 3
+        shape = self.index["height"][i], self.index["width"][i], self.header["in_chans"]
         return np.frombuffer(self.record(i), np.uint8).reshape(shape)
 
     def record(self, i):
@@ -137,6 +139,7 @@ def read_index(path):
         header = json.loads(index.pop("header").tobytes())
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError, MemoryError, RecursionError):
         raise damaged from None
+    header = OLDER | header if isinstance(header, dict) else header
     if not is_sound(header, index, size - END - length):
         raise damaged
     if header.get("jpeg"):                                              # tools.pack --jpeg wrote them once
@@ -150,10 +153,12 @@ def is_sound(header, index, stop):
 
     A checksum tells what was altered by chance, and a stranger's is right too.
     """
-    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str)
+    kinds = dict(split=str, classes=list, bad=dict, short_side=int, resample=str, in_chans=int)
     lengths = dict.fromkeys(("height", "width", "label", "crc", "bytes", "path"), 0) | {"offsets": 1}
     is_dict = isinstance(header, dict)
     if not is_dict or any(type(header.get(name)) is not kind for name, kind in kinds.items()):
+        return False
+    if header["in_chans"] < 1 or not isinstance(header["white"], str | None):
         return False
     if index.keys() != lengths.keys() or not all(isinstance(name, str) for name in header["classes"]):
         return False
@@ -176,12 +181,13 @@ def files_of(source):
     return [[os.fsdecode(path), size] for path, size in zip(source.paths, sizes, strict=True)]
 
 
-def encode(source, i, short_side, resample):
+def encode(source, i, settings):
     """(record, height, width) of an image of a folder, its shorter side resized to short_side unless 0."""
-    image = to_mode(source.open(i), 3)
-    if short_side:
-        image = resize_to_cover(image, (short_side, short_side), FILTERS[resample])
-    return to_array(image).tobytes(), image.height, image.width
+    image, side = to_mode(source.open(i), settings["in_chans"]), settings["short_side"]
+    if side:
+        image = resize_to_cover(image, (side, side), FILTERS[settings["resample"]])
+    pixels = to_array(image)                                            # (H, W, C)
+    return pixels.tobytes(), *pixels.shape[:2]
 
 
 class Journal:
@@ -277,8 +283,8 @@ def read_whole_lines(path):
 
 def check_same(pack, before, now):
     """Raise UserError unless a pack's settings and files, before, are those that are asked for now."""
-    for name, value in before["settings"].items():
-        wanted = now["settings"].get(name, 0)                           # of a flag that has ended
+    for name, value in (OLDER | before["settings"]).items():
+        wanted = (OLDER | now["settings"]).get(name, 0)                 # 0: of a flag that has ended
         if value != wanted:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{pack} is of {flag} {value}, not {wanted}: expected the same flags, or another "
@@ -296,6 +302,6 @@ def check_same(pack, before, now):
 def plan_of(pack):
     """What Journal's first line held: a finished pack's settings and files."""
     header, index = read_index(pack)
-    settings = {name: header[name] for name in ("short_side", "resample")}
+    settings = {name: header[name] for name in ("short_side", "resample", *OLDER)}
     files = zip(map(os.fsdecode, index["path"]), index["bytes"].tolist(), strict=True)
     return dict(settings=settings, files=list(files))

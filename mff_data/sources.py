@@ -1,6 +1,6 @@
 """Image sources: where images, their labels and the names of their classes come from.
 
-A source has `len(source)`, `source.open(i)` (a Pillow image, or its pixels, an array (H, W, 3) of uint8 that
+A source has `len(source)`, `source.open(i)` (a Pillow image, or its pixels, an array (H, W, C) of uint8 that
 is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.short_side` (of all its images,
 where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
 about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
@@ -20,30 +20,47 @@ import numpy as np
 import torch
 
 from mff_data.cifar import read_cifar
-from mff_data.decode import open_image
+from mff_data.decode import (
+    AS_THEY_ARE,
+    DECODE_ERRORS,
+    UnknownLevels,
+    is_deep,
+    is_deep_colour,
+    levels_of_flag,
+    open_file,
+    open_image,
+    range_of,
+    suffixes,
+)
 from mff_data.lists import read_cars, read_lines
 from mff_data.packed import open_packed
 from mff_data.shapes import SHAPES, load_shapes
 from mff_min.errors import UserError, listed, printable
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+# Files that lie beside images, and are not missed among them.
+SIDECARS = (".txt", ".json", ".xml", ".csv", ".tsv", ".md", ".yaml", ".yml", ".log", ".xmp", ".aae",
+            "thumbs.db", "desktop.ini")
 
 
 class ImageFiles:
-    """Image files at paths below a folder, with labels (n,); is_split says whether the split was found."""
+    """Image files at paths below a folder, with labels (n,); is_split says whether the split was found.
+
+    left_out names the suffixes of other files that lie there.
+    """
 
     short_side = 0
 
-    def __init__(self, root, paths, labels, classes, is_split=True):
+    def __init__(self, root, paths, labels, classes, is_split=True, reading=AS_THEY_ARE, left_out=""):
         # One array of bytes: millions of Python strings would be copied into every worker, touch by touch.
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
         self.labels, self.classes, self.is_split = {"class": labels}, classes, is_split
+        self.reading, self.left_out = reading, left_out
 
     def __len__(self):
         return len(self.paths)
 
     def open(self, i):
-        return open_image(self.name(i))
+        return open_image(self.name(i), self.reading)
 
     def label(self, i):
         return int(self.labels["class"][i])
@@ -63,7 +80,7 @@ class ImageFolder(ImageFiles):
     image, or none but in val/, and where a folder cannot be read.
     """
 
-    def __init__(self, root, split):
+    def __init__(self, root, split, reading=AS_THEY_ARE):
         root = Path(root)
         if not root.is_dir():
             problem = "is a file" if root.exists() else "does not exist"
@@ -73,14 +90,26 @@ class ImageFolder(ImageFiles):
         if top == root and (root / "val").is_dir():
             raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
         found = files_below(top)
-        paths = sorted(path for path in found if path.lower().endswith(SUFFIXES))
+        paths, others = [], []
+        for path in found:
+            (paths if path.lower().endswith(suffixes()) else others).append(path)
+        paths, left_out = sorted(paths), counted_suffixes(others)
         if not paths:
-            raise UserError(f"data folder {top} holds no images ({len(found)} other files): expected "
-                            f"files that end in {' '.join(SUFFIXES)}")
+            raise UserError(f"data folder {top} holds no images ({len(found)} other files"
+                            f"{': ' * bool(left_out)}{left_out}): expected files that end in "
+                            f"{' '.join(suffixes())}")
         tops = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
         classes = sorted(set(tops))
         labels = np.array([bisect.bisect_left(classes, top) for top in tops])
-        super().__init__(top, paths, labels, classes, is_split=(root / split).is_dir())
+        super().__init__(top, paths, labels, classes, (root / split).is_dir(), reading, left_out)
+
+
+def counted_suffixes(paths):
+    """"12 .heic, 3 .psd, 1 without a suffix" of files, the most frequent first; sidecars do not count."""
+    counts = Counter(os.path.splitext(path)[1].lower() for path in paths
+                     if not path.lower().endswith(SIDECARS))
+    return ", ".join(f"{count} {printable(suffix) or 'without a suffix'}"
+                     for suffix, count in counts.most_common())
 
 
 def files_below(top):
@@ -104,6 +133,57 @@ def files_below(top):
         below = os.path.relpath(folder, top)
         found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
     return found
+
+
+def describe_files(say, *sources):
+    """Say what was left out of the folder of each source, and look at some images of the first."""
+    folders = {str(source.root): source for source in sources if isinstance(source, ImageFiles)}
+    for root, source in folders.items():
+        if source.left_out:
+            say(f"{root}: {len(source)} images; left out, since docs/data.md does not have their format: "
+                f"{source.left_out}")
+    if isinstance(sources[0], ImageFiles):
+        warn_of_levels(sources[0], say)
+
+
+def warn_of_levels(source, say):
+    """Say where none of some images of more than 8 bits uses the upper half of its range, or some leave it.
+
+    Raises UserError where nothing tells what is white in any of them.
+    """
+    levels, unknown, found, colours = source.reading.levels, "", [], 0  # found: (least, most, black, white)
+    for i in spread(len(source)):
+        name = source.name(i)
+        try:
+            image = open_file(name, source.reading)
+            if is_deep(image):
+                found.append(range_of(image, levels)[1:])
+            elif is_deep_colour(image):                                 # Pillow has its upper 8 bits
+                pixels, colours = np.asarray(image).astype(int), colours + 1
+                found.append((256 * pixels.min(), 256 * pixels.max() + 255, 0, 65535))
+        except UnknownLevels as error:
+            unknown = unknown or f"{printable(name)}: {error}"
+        except DECODE_ERRORS:                                           # the run counts and names it
+            pass
+    if unknown and not found:
+        raise UserError(unknown)
+    if not found:
+        return
+    least, most = min(row[0] for row in found), max(row[1] for row in found)
+    black, white = sorted(found[0][2:])
+    about = f"{len(found)} images of more than 8 bits in {source.root} hold values of {least:g} to {most:g}"
+    if levels and (least < black or most > white):
+        say(f"{about}: those outside {black:g} to {white:g}, which --white says, become black or white")
+    elif all(row[1] - min(row[2:]) < abs(row[3] - row[2]) / 2 for row in found):
+        guess = 2 ** int(most).bit_length() - 1 if most >= 2 else f"{most:g}"
+        way = "save them as .npy arrays of uint16, with " if colours else ""
+        say(f"warning: {about}, and {white:g} is white: few greys are left of them; {way}--white {guess}, or "
+            f"--white=BLACK:WHITE, says what white (and black) is")
+
+
+def spread(count, most=16):
+    """Indices of at most so many of count items, evenly spread."""
+    return range(0, count, -(-count // most)) if count else ()
 
 
 class ImageArray:
@@ -186,8 +266,10 @@ def subset(source, path):
     return Subset(source, np.array(sorted(counts)))
 
 
-def open_data(spec, split, cache_dir, say):
+def open_data(spec, split, cache_dir, say, reading=AS_THEY_ARE):
     """The source that --data names, for split "train" or "val"; say(text) is told about long work.
+
+    reading is how files become images.
 
     shapes or shapes:COUNT      the embedded images, drawn once into cache_dir; val has a fifth of COUNT
     cifar10:DIR, cifar100:DIR   the binary version of CIFAR
@@ -214,9 +296,13 @@ def open_data(spec, split, cache_dir, say):
         root = Path(argument)
         files = read_cars(root, split)
         if files:
-            return ImageFiles(root, *files)
-        return ImageFolder(root, "test" if split == "val" and not (root / "val").is_dir() else split)
-    return open_packed(spec, split) or ImageFolder(spec, split)
+            return ImageFiles(root, *files, reading=reading)
+        return ImageFolder(root, "test" if split == "val" and not (root / "val").is_dir() else split, reading)
+    packed = open_packed(spec, split)
+    if packed and split == "train" and reading.levels not in (None, levels_of_flag(packed.header["white"])):
+        say(f"warning: --white does not change a pack: {packed.path} was made with --white "
+            f"{packed.header['white']}")
+    return packed or ImageFolder(spec, split, reading)
 
 
 def fingerprint(source):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mff_data import crops
 from mff_data.decode import DECODE_ERRORS, reason_of
-from mff_data.sources import ImageFiles
+from mff_data.sources import ImageFiles, spread
 from mff_min import augment, rng
 from mff_min.errors import STOP_SIGNALS, Fault, UserError, amount, printable, shared_memory
 
@@ -35,7 +35,7 @@ class Views(Dataset):
     and bad, the (name, reason) of every file that could not be read; such a file is replaced by another one
     chosen by (seed, epoch, index). augment(image, rng) changes the crop, a Pillow image. With reprob > 0 it
     also holds what augment.erase takes: erase, a box that is empty but with that probability, and erase_key.
-    Raises UserError for a pack whose images are smaller than the crop.
+    Raises UserError for a pack whose images are smaller than the crop, and for images of other channels.
     """
 
     def __init__(self, source, crop, size, in_chans, num_noise, seed, augment=None, reprob=0.0):
@@ -44,6 +44,7 @@ class Views(Dataset):
             raise UserError(f"the pack has images of short side {source.short_side}, and the crop {crop} of "
                             f"{size[0]}x{size[1]} needs {needed}: expected a smaller --img-size, or a pack "
                             f"made with a larger --short-side")
+        check_fit(source, in_chans)
         self.source, self.crop, self.size, self.seed = source, crop, size, seed
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
 
@@ -78,7 +79,8 @@ class Views(Dataset):
                 image = crops.to_mode(self.source.open(shown), self.in_chans)
                 return self.view(image, epoch, index) | dict(label=self.source.label(shown), bad=bad)
             except DECODE_ERRORS as error:
-                bad.append((self.source.name(shown), reason_of(error)))
+                name = self.source.name(shown)
+                bad.append((name, reason_of(error, name)))
                 draws = rng.Rng(self.seed, rng.REPLACE, epoch, index)
                 shown = [draws.integer(0, len(self.source)) for _ in range(attempt + 1)][-1]
         name, reason = bad[-1]
@@ -92,6 +94,21 @@ class Views(Dataset):
             crop = self.augment(crops.to_pillow(crop), rng.Rng(self.seed, rng.AUGMENT, epoch, index))
             crop = np.array(crops.to_array(crop))                       # (H, W, C)
         return dict(image=torch.from_numpy(crop).permute(2, 0, 1))
+
+
+def check_fit(source, in_chans):
+    """Raise UserError where none of some images has channels that can become in_chans."""
+    wrong = ""
+    for i in spread(len(source)):
+        try:
+            crops.to_mode(source.open(i), in_chans)
+            return
+        except crops.WrongChannels as error:
+            wrong = wrong or f"{printable(source.name(i))}: {error}"
+        except DECODE_ERRORS:                                           # the run counts and names it
+            pass
+    if wrong:
+        raise UserError(wrong)
 
 
 def collate(items):

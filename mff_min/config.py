@@ -160,5 +160,6 @@ class _Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
+        hint = "; one that begins with - is given as --FLAG=VALUE" * message.endswith("expected one argument")
+        print(f"error: {message}{hint}", file=sys.stderr)
         raise SystemExit(2)

@@ -17,7 +17,7 @@ GAP, TOP = 6, 46                                                        # betwee
 def to_uint8(images, mean, std):
     """Normalised images (B, C, H, W) as RGB pixels (B, H, W, 3) uint8.
 
-    One channel is shown grey, of four the first three.
+    Of one or two channels the first is shown grey, of more than three the first three.
     """
     images = images.float() * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)            # (B, C, H, W)
     if images.shape[1] < 3:

@@ -52,7 +52,7 @@ def config_of(weights):
                        in_chans=size["in_chans"])
 
 
-def settings_of(pretrained, img_size=None, mean=None, std=None):
+def settings_of(pretrained, img_size=None, mean=None, std=None, white=None):
     """These settings as a dict; where one is None, the checkpoint's own, or ImageNet's mean and deviation.
 
     Raises UserError unless mean and std fit the checkpoint's channels.
@@ -60,9 +60,15 @@ def settings_of(pretrained, img_size=None, mean=None, std=None):
     saved = pretrained.config
     found = dict(img_size=tuple(img_size or saved["img_size"]),
                  mean=tuple(mean or saved.get("mean", IMAGENET_MEAN)),
-                 std=tuple(std or saved.get("std", IMAGENET_STD)))
+                 std=tuple(std or saved.get("std", IMAGENET_STD)), white=white or white_of(saved))
     check_channels(saved["in_chans"], found["mean"], found["std"])
     return found
+
+
+def white_of(config):
+    """The --white of the run that wrote a checkpoint with these settings, or None."""
+    white = config.get("white")
+    return white if isinstance(white, str) else None
 
 
 def build_vit(model, img_size, patch_size, in_chans, **options):

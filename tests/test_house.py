@@ -194,9 +194,12 @@ def test_a_graph_of_symbolic_sizes_is_caught(text):
 
 # ---------------------------------------------------------------- flags and commands
 
+BASES = ("mff_run/run.py", "mff_data/decode.py")                        # of RunFlags and DataFlags
+
+
 def config_fields(text):
-    """{name: annotation} of the Config of a script, with those of RunFlags; empty where it has none."""
-    classes = {node.name: node for part in (text, FILES["mff_run/run.py"]) for node in ast.parse(part).body
+    """{name: annotation} of the Config of a script, with those of its bases; empty where it has none."""
+    classes = {node.name: node for part in (text, *map(FILES.get, BASES)) for node in ast.parse(part).body
                if isinstance(node, ast.ClassDef)}
     config, found = classes.get("Config"), {}
     for node in [config, *(classes.get(ast.unparse(base)) for base in config.bases)] if config else ():
@@ -207,7 +210,7 @@ def config_fields(text):
 
 def unread_flags(path, text):
     """Flags that neither the script nor a stage that it imports nor what surrounds every run reads."""
-    around = "\n".join([*(text for path, text in FILES.items() if path.startswith("mff_run/")),
+    around = "\n".join([*(text for path, text in FILES.items() if path.startswith(("mff_run/", *BASES))),
                         *(SCRIPTS[name] for name in imported(text) if name in SCRIPTS)])
     read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg")}

@@ -14,10 +14,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sources import FILES, ROOT, comments, complaints
 
-from mff_data import cifar, crops, shapes
+from mff_data import cifar, crops, decode, shapes
 from mff_data.sources import ImageArray
 from mff_data.views import Views, collate
 from mff_min import augment, mim, probe, targets, vit
@@ -174,7 +173,9 @@ def exercise():
     for crop in crops.CROPS:
         view = Views(source, crop, (36, 44), 3, 99, 0, lambda image, rng: image, 1.0)
         collate([view[0, i] for i in range(6)])
-    crops.to_mode(Image.fromarray(np.zeros((36, 44), np.uint16)), 3)
+    deep = decode.eight_bits(np.zeros((36, 44, 5), np.uint16))
+    crops.resize_to_cover(deep, (18, 22), crops.BICUBIC)
+    crops.to_mode(deep, 5)
     augment.erase(images, box, torch.arange(6))
     for mix in (augment.Mix(0.3), augment.Mix(0.75, (0, 0, 18, 22))):
         augment.mix_images(images, mix)

@@ -25,15 +25,17 @@ and the encoders are of one size. Such a record is drawn alone, under the names 
 import math
 import os
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from mff_data.sources import open_data
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import describe_files, open_data
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_run.files import make_folder
 from mff_run.process import run
 from mff_run.world import describe_environment, pick_ops, start_world
+from mff_weights.pretrained import white_of
 from tools.comparison import WEIGHTS_NOTE
 from tools.examine import Findings, difference_of_sizes, examine, open_subject, similarities
 from tools.figures import LINES, Figure, HeatMap, Panel, Series, check_matplotlib, save
@@ -42,7 +44,7 @@ from tools.records import open_run, record_of_encoders, record_of_run, write_rec
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataFlags):
     # these change the figures
     runs: tuple[str, ...] = opt(REQUIRED, "folders of runs, or records of them")
     figures: str = opt("all", "of the list above, separated by commas; all: those that the runs tell enough "
@@ -342,7 +344,9 @@ def measure(cfg, runs, figures, flag, folder, world):
     if difference:
         print(f"cka: left out, it needs {difference}")
     data = cfg.data or runs[0].config["data"]
-    source = open_data(data, "val", cfg.cache_dir, print)
+    reading = reading_of(replace(cfg, white=cfg.white or white_of(runs[0].config)))
+    source = open_data(data, "val", cfg.cache_dir, print, reading)
+    describe_files(print, source)
     make_folder(flag, folder)
     ops = pick_ops(cfg.ops, world.device)
     encoders, grams, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)

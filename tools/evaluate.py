@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mff_data.sources import check_classes, open_data
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import check_classes, describe_files, open_data
 from mff_min.config import check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_min.probe import accuracy, shown
@@ -24,7 +25,7 @@ from train_finetune import count_on
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataFlags):
     # these change the result
     checkpoint: str = opt("", "the classifier: a run folder, or a file of a family of tools.convert")
     data: str = opt("shapes", "images whose val is measured, as --data of the stages")
@@ -58,7 +59,7 @@ def main(cfg):
 
 def measure(cfg, world):
     pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
+    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white))
     if "head.weight" not in pretrained.encoder:
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
                         f"writes, or timm's names with head.weight among them")
@@ -68,9 +69,9 @@ def measure(cfg, world):
     load_classifier(model, pretrained)
     model.to(world.device)
 
-    source, classes = None, pretrained.classes
+    source, classes, reading = None, pretrained.classes, reading_of(cfg)
     if not cfg.robustness or not classes:
-        source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say))
+        source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say, reading))
         if not source.is_split:
             raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*")
         check_classes(source.classes, classes or source.classes, want=f"checkpoint {pretrained.path}")
@@ -80,8 +81,9 @@ def measure(cfg, world):
     if len(classes) != num_classes:
         raise UserError(f"checkpoint {pretrained.path} has {num_classes} outputs and does not name them, and "
                         f"--data {cfg.data} has {len(classes)} classes: expected the data it was trained on")
-    sets = (open_robustness(cfg.robustness, classes) if cfg.robustness else
+    sets = (open_robustness(cfg.robustness, classes, reading) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
+    describe_files(world.say, *(one.source for one in sets))
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
     dtype, ops = pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)

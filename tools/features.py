@@ -11,13 +11,14 @@ read are NaN.
 Shapes: B images, C H W, T tokens, L patches, D width, n layers.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mff_data.sources import open_data
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import describe_files, open_data
 from mff_data.views import Views, make_loader
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.config import REQUIRED, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides
@@ -27,11 +28,12 @@ from mff_run.process import run
 from mff_run.progress import Progress
 from mff_run.world import autocast, pick_dtype, pick_ops, start_world
 from mff_weights.checkpoint import encoder_of, read_weights
+from mff_weights.pretrained import white_of
 from tools.probe_layers import parse_layers
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataFlags):
     # these change the result
     checkpoint: str = opt(REQUIRED, "the encoder: a checkpoint of any family, or the folder of a run")
     images: str = opt(REQUIRED, "a folder of images, or another of the stages' --data")
@@ -106,7 +108,9 @@ def extract(cfg, world, target):
         raise UserError(f"--pool {cfg.pool}: this encoder has a norm for the mean alone; expected --pool "
                         f"mean or --no-norm")
     ops = pick_ops(cfg.ops, device)
-    source = open_data(cfg.images, cfg.split, cfg.cache_dir, print)
+    cfg = replace(cfg, white=cfg.white or white_of(weights.config))
+    source = open_data(cfg.images, cfg.split, cfg.cache_dir, print, reading_of(cfg))
+    describe_files(print, source)
     sides = [count * encoder.patch_size for count in encoder.grid]
     views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)
     keys = [(0, i) for i in range(len(source))]

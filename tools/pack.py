@@ -17,10 +17,19 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mff_data.decode import DECODE_ERRORS, reason_of
-from mff_data.packed import Journal, Packed, check_same, encode, files_of, journal_of, open_packed, plan_of
-from mff_data.sources import ImageFolder
-from mff_data.views import begin_worker, end_workers_at_exit
+from mff_data.decode import DECODE_ERRORS, DataFlags, reading_of, reason_of
+from mff_data.packed import (
+    Journal,
+    Packed,
+    check_same,
+    encode,
+    files_of,
+    journal_of,
+    open_packed,
+    plan_of,
+)
+from mff_data.sources import ImageFolder, describe_files
+from mff_data.views import begin_worker, check_fit, end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError, amount, printable
 from mff_run.files import lock
@@ -34,12 +43,13 @@ KEPT = "what is packed is kept, and the same line goes on from there"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataFlags):
     # these change the result
     source: str = opt(REQUIRED, "the folder of images: train/<class>/* and val/<class>/*, or images alone")
     output: str = opt(REQUIRED, "the folder for train.pack and val.pack")
     short_side: int = opt(256, "pixels of the shorter side; 0: keep every image as it is", least=0)
     resample: str = opt("bicubic", "how Pillow resizes", choices=["bicubic", "bilinear"])
+    in_chans: int = opt(3, "channels that are stored; but for 1, 3 and 4, of .npy arrays (H, W, C)", above=0)
 
     # these change only how it is reached
     workers: int = knob(0, "processes that decode and resize", least=0)
@@ -56,13 +66,13 @@ class Records(Dataset):
     def __getitem__(self, i):
         name = self.source.name(i)
         try:
-            return *encode(self.source, i, **self.settings), ""
+            return *encode(self.source, i, self.settings), ""
         except DECODE_ERRORS as error:
             broken_link = os.path.islink(name) and not os.path.exists(name)
             if isinstance(error, OSError) and error.errno and not broken_link:
                 # The system's error, not the image's: a disk that went away must not end as a pack of holes.
                 raise Fault(f"{printable(name)}: {error.strerror}; {KEPT}") from None
-            return b"", 0, 0, reason_of(error)
+            return b"", 0, 0, reason_of(error, name)
 
 
 def main(cfg):
@@ -80,13 +90,15 @@ def main(cfg):
 
 def pack(cfg):
     output = Path(cfg.output)
-    settings = dict(short_side=cfg.short_side, resample=cfg.resample)
-    sources = {split: ImageFolder(cfg.source, split) for split in ("val", "train")}     # train.pack is last
+    settings = dict(short_side=cfg.short_side, resample=cfg.resample, in_chans=cfg.in_chans, white=cfg.white,
+                    max_pixels=cfg.max_pixels)
+    sources = {split: ImageFolder(cfg.source, split, reading_of(cfg)) for split in ("val", "train")}
     if not sources["val"].is_split:
         del sources["val"]
         if (output / "val.pack").exists():
             raise UserError(f"{output} has a val.pack, and {cfg.source} has no val/ any more: expected "
                             f"another folder to write to")
+    describe_files(say, sources["train"], *sources.values())
     try:
         output.mkdir(parents=True, exist_ok=True)
         held = lock(output, say)
@@ -98,7 +110,7 @@ def pack(cfg):
 
 def pack_splits(cfg, settings, sources, output):
     """Write the pack of each source, where it is not there; the folder is ours alone."""
-    paths, journals = {split: output / f"{split}.pack" for split in sources}, {}
+    paths, journals = {split: output / f"{split}.pack" for split in sources}, {}     # train.pack is last
     for split, path in paths.items():
         plan = dict(settings=settings, files=files_of(sources[split]))
         if path.exists():
@@ -106,6 +118,7 @@ def pack_splits(cfg, settings, sources, output):
             journal_of(path).unlink(missing_ok=True)                    # killed when it was done
             say(f"{path} is there already")
         else:
+            check_fit(sources[split], cfg.in_chans)
             journals[split] = Journal(path, plan)
     announce(sources, journals, settings, output)
 

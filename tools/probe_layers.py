@@ -13,11 +13,12 @@ Shapes: B images, n images of a split, D width.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from mff_data.sources import check_labels, open_data
+from mff_data.decode import DataFlags, reading_of
+from mff_data.sources import check_labels, describe_files, open_data
 from mff_data.views import Views, make_loader
 from mff_min.config import check_ranges, knob, opt, parse
 from mff_min.errors import UserError
@@ -33,7 +34,7 @@ from mff_weights.pretrained import build_encoder, build_fusion, build_untrained,
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DataFlags):
     # these change the result
     checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
     data: str = opt("shapes", "images with classes, as --data of the stages")
@@ -131,7 +132,8 @@ def main(cfg, baselines=True):
 def probe_layers(cfg, world, baselines):
     device, dtype, ops = world.device, pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)
     pretrained = read_pretrained(cfg.checkpoint)
-    settings = settings_of(pretrained)
+    settings = settings_of(pretrained, white=cfg.white)
+    cfg = replace(cfg, white=settings["white"])
     mean, std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
     encoder = build_encoder(pretrained).to(device)
     layers = parse_layers(cfg.layers, len(encoder.blocks))
@@ -139,7 +141,9 @@ def probe_layers(cfg, world, baselines):
     encoders = {"trained": (encoder, fusion)}
     if baselines:
         encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
-    sources = [open_data(cfg.data, split, cfg.cache_dir, world.say) for split in ("train", "val")]
+    sources = [open_data(cfg.data, split, cfg.cache_dir, world.say, reading_of(cfg))
+               for split in ("train", "val")]
+    describe_files(world.say, *sources)
     check_labels(cfg.data, *sources)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(map(len, sources)), cfg.max_bad)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mff_data.decode import AS_THEY_ARE
 from mff_data.sources import ImageFolder, check_class_folders
 from mff_min.errors import UserError, listed
 from mff_min.probe import accuracy
@@ -42,7 +43,7 @@ class RobustnessSet:
     columns: torch.Tensor
 
 
-def open_robustness(spec, classes):
+def open_robustness(spec, classes, reading=AS_THEY_ARE):
     """The RobustnessSets that NAME:DIR stands for, one, or of imagenet-c one a corruption and severity.
 
     classes are those of the checkpoint, in the order of its logits. Raises UserError for folders that these
@@ -52,7 +53,7 @@ def open_robustness(spec, classes):
     if kind not in PUBLISHED or not folder:
         raise UserError(f"--robustness {spec}: expected NAME:DIR with a NAME of {', '.join(PUBLISHED)}")
     if kind != "imagenet-c":
-        return [open_set(kind, kind, Path(folder), classes, "evaluation")]
+        return [open_set(kind, kind, Path(folder), classes, "evaluation", reading)]
     sets = []
     for group, corruptions in ALEXNET.items():
         for corruption in corruptions:
@@ -60,16 +61,17 @@ def open_robustness(spec, classes):
                 places = [Path(folder, *path, corruption, str(severity)) for path in ((group,), ())]
                 found = [place for place in places if place.is_dir()]
                 if found:                                               # its images are 224 x 224 as they are
-                    sets.append(open_set(kind, f"{corruption}/{severity}", found[0], classes, "center"))
+                    sets.append(open_set(kind, f"{corruption}/{severity}", found[0], classes, "center",
+                                         reading))
     if not sets:
         raise UserError(f"--robustness {spec} has no corruptions: expected noise/gaussian_noise/1/<class>/* "
                         f"and others, with or without noise/")
     return sets
 
 
-def open_set(kind, name, folder, classes, crop):
+def open_set(kind, name, folder, classes, crop, reading):
     """The RobustnessSet of one folder of class folders."""
-    source = ImageFolder(folder, ".")
+    source = ImageFolder(folder, ".", reading)
     check_class_folders(source.classes, str(folder))
     logits = {label: i for i, label in enumerate(classes)}
     unknown = [label for label in source.classes if label not in logits]

@@ -24,6 +24,7 @@ from mff_data.crops import (
     simple,
     to_mode,
 )
+from mff_data.decode import Reading, eight_bits
 from mff_data.sources import ImageFolder, open_data
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.errors import Fault, UserError
@@ -478,7 +479,7 @@ def test_16_bit_images_are_scaled_not_saturated(tmp_path):
     for suffix in ("png", "tif"):
         save(tmp_path / f"ramp.{suffix}", ramp)
         with Image.open(tmp_path / f"ramp.{suffix}") as image:
-            pixels = np.asarray(to_mode(image, 3)).astype(float)
+            pixels = np.asarray(to_mode(eight_bits(image), 3)).astype(float)
         assert abs(pixels.mean() - 127.5) < 0.5 and pixels.min() == 0 and pixels.max() == 255
         assert np.abs(pixels[..., 0] - ramp / 257).max() <= 0.5
 
@@ -506,12 +507,12 @@ def test_unusual_modes_become_three_channels_by_the_stated_rules(tmp_path):
 
 def test_pixels_without_a_known_range_are_refused():
     with pytest.raises(ValueError, match="integers of 32 bits have no known range"):
-        to_mode(Image.new("I", (4, 4)), 3)
+        eight_bits(Image.new("I", (4, 4)))
     for value in (1.5, -0.25, float("nan")):
         pixels = np.full((4, 4), 0.5, np.float32)
         pixels[1, 1] = value
         with pytest.raises(ValueError, match="expected 0 to 1"):
-            to_mode(Image.fromarray(pixels), 3)
+            eight_bits(Image.fromarray(pixels))
 
 
 def damage(path):
@@ -555,9 +556,9 @@ def test_each_damaged_file_is_named_once_and_too_many_stop_the_run(tmp_path, cap
 def test_a_picture_that_would_be_huge_is_not_decoded(folder, monkeypatch):
     source = ImageFolder(folder, "train")
     assert source.open(0).size == (50, 40)
-    monkeypatch.setattr("mff_data.decode.MAX_PIXELS", 1999)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("was decoded"))
-    with pytest.raises(ValueError, match="50 x 40 pixels are more than 1999"):
+    source = ImageFolder(folder, "train", Reading(max_pixels=1999))
+    with pytest.raises(ValueError, match="50 x 40 pixels are more than 1999: .* a larger --max-pixels"):
         source.open(0)
 
 

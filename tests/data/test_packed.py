@@ -22,6 +22,7 @@ from sources import ROOT
 
 import train_pretrain
 from mff_data import crops, packed
+from mff_data.decode import open_image
 from mff_data.packed import Packed, open_packed
 from mff_data.sources import check_labels, open_data, subset
 from mff_data.views import Views, collate, make_loader
@@ -93,7 +94,7 @@ def test_a_resized_pack_shows_views_of_the_resized_images(folder, tmp_path):
     for path in folder.glob("train/*/*"):
         (resized / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         if path.name != "torn.png":
-            image = crops.to_mode(Image.open(path), 3)
+            image = crops.to_mode(open_image(str(path)), 3)
             image = crops.resize_to_cover(image, (32, 32), crops.BICUBIC)
             image.save(resized / path.relative_to(folder), "PNG")
         else:

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -19,7 +20,7 @@ from faults.evaluation import on_two_ranks, ready
 from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
-from mff_data import crops, views
+from mff_data import crops, decode, views
 from mff_data.decode import MAX_BYTES, MAX_PIXELS, open_image
 from mff_data.sources import ImageFolder
 from mff_data.views import Views, make_loader
@@ -63,6 +64,20 @@ def originals():
     }
 
 
+def newer():
+    """originals of formats that came later: those that this Pillow has, and arrays."""
+    blocks = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    pixels = np.kron(blocks, np.ones((5, 5, 1), np.uint8))
+    colour, arrays = Image.fromarray(pixels), []
+    for values in (pixels, pixels.astype(np.uint16) * 257, pixels[..., 0]):
+        file = io.BytesIO()
+        np.save(file, values)
+        arrays.append(file.getvalue())
+    known = [kind for kind in ("AVIF", "JPEG2000") if kind in decode.formats()]
+    return {kind: [encoded(colour, kind), encoded(colour.convert("L"), kind)] for kind in known} | {
+        ".npy": arrays}
+
+
 def mutant(whole, draws):
     """A file with one kind of damage: flipped bits, an end, a run of one byte, a header, a swap, a number."""
     file, kind = bytearray(whole), draws.randrange(6)
@@ -92,8 +107,8 @@ class Mutants:
     """A source of mutants, each a file when it is opened, and behind them as many whole images."""
     short_side = 0
 
-    def __init__(self, count, folder):
-        self.count, self.folder, self.kinds = count, folder, list(originals().items())
+    def __init__(self, count, folder, files):
+        self.count, self.folder, self.kinds = count, folder, list(files.items())
         self.whole = Image.new("RGB", (40, 40))
 
     def __len__(self):
@@ -105,8 +120,8 @@ class Mutants:
     def open(self, i):
         if i >= self.count:
             return self.whole
-        files, draws = self.kinds[i % len(self.kinds)][1], random.Random(i)
-        path = self.folder / f"mutant of {os.getpid()}"
+        (kind, files), draws = self.kinds[i % len(self.kinds)], random.Random(i)
+        path = self.folder / f"mutant of {os.getpid()} in {kind}"
         path.write_bytes(mutant(files[draws.randrange(len(files))], draws))
         return open_image(str(path))
 
@@ -117,10 +132,10 @@ class Mutants:
         return f"mutant {i}"
 
 
-def mutated_images(folder, quick):
+def mutated_images(folder, quick, originals=originals):
     """Each mutant becomes a view or is replaced, within a second, and the process lives and says nothing."""
     count, step = (2_100, 350) if quick else (21_000, 1_500)
-    source = Mutants(count, folder)
+    source = Mutants(count, folder, originals())
     views = Views(source, "random_resized", (16, 16), 3, 0, 0), Views(source, "evaluation", (16, 16), 3, 0, 0)
     tried, survived, problems, replaced, slowest, grown = 0, 0, [], Counter(), 0.0, 0
 
@@ -189,10 +204,10 @@ def tiff_of(width, height, body, *, bits=8, compression=1, **tile):
 
 def bombs():
     """{name: file} of small files that would be images, or need buffers, of more than MAX_PIXELS."""
-    side = 8_000
+    side = 10_000
     assert side ** 2 > MAX_PIXELS
-    files = {kind: bytearray(variants[0]) for kind, variants in originals().items()}
-    at = files["JPEG"].index(b"\xff\xc0") + 5
+    files = {kind: bytearray(variants[kind == "JPEG"]) for kind, variants in originals().items()}
+    at = files["JPEG"].index(b"\xff\xc2") + 5                           # progressive: held as a whole
     files["JPEG"][at:at + 4] = struct.pack(">HH", side, side)
     files["GIF"][6:10] = struct.pack("<HH", side, side)
     files["BMP"][18:26] = struct.pack("<ii", side, side)
@@ -201,7 +216,7 @@ def bombs():
     files["PPM"] = b"P6\n%d %d\n255\n" % (side, side) + bytes(100)
     packed = zlib.compress(bytes(side ** 2), 9)
     files["TIFF"] = tiff_of(side, side, packed, compression=8)
-    # 12,000 x 8,000 of one bit, in 12 kB; Pillow warns of it and decodes it.
+    # 12,000 x 8,000 of one bit, in 12 kB: Pillow would warn of it and decode it.
     files["PNG"] = png_of(12_000, 8_000, 1, 0, (bytes(1 + 12_000 // 8) for _ in range(8_000)))
     files["PNG, refused by Pillow too"] = png_of(50_000, 50_000, 8, 2, [bytes(9)])
     files["TIFF, 16 x 16, of one tile"] = tiff_of(16, 16, packed, compression=8,
@@ -246,6 +261,51 @@ def huge_images(folder, quick):
         (folder / "one" / "1.png").write_bytes(whole)
         check(name, ImageFolder(folder / "one", "train"), name in refused)
     return tally.outcome(most_memory_mib=most // MEGABYTE)
+
+
+# ---------------------------------------------------------------- arrays
+
+
+class Planted:
+    """What leaves a file in the folder where it is unpickled."""
+    def __reduce__(self):
+        return open, ("planted", "w")
+
+
+def npy_of(kind, shape, body):
+    """A .npy file of this header, whatever its body is."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + body
+
+
+def hostile_arrays(folder, quick):
+    """Headers of terabytes, of other numbers and of pickled objects are refused unread, and nothing runs."""
+    tally, place, most = Tally(), folder / "one", 2 ** 63 - 1
+    place.mkdir()
+    np.save(place / "1.npy", np.zeros((20, 20, 3), np.uint8))
+    os.chdir(folder)                                                    # where what is planted would write
+
+    def view():
+        resident = memory("VmRSS")
+        said = Views(source, "center", (16, 16), 3, 0, 0)[0, 0]["bad"]
+        print(json.dumps([memory("VmHWM") - resident, said[0][1]]))
+
+    for kind, shape, body in (("|u1", (9_000, 9_000, 99_999), b"x" * 99), ("|u1", (most, most, most), b""),
+                              ("|u1", (2 ** 32, 2 ** 32), b""), ("|u1", (-1, 20, 3), bytes(1_200)),
+                              ("<u2", (20, 20, 3), bytes(1_200)), ("<f8", (20, 20, 3), bytes(9_600)),
+                              ("|O", (20, 20), pickle.dumps([Planted()])), ("|u1", (20, 20, 3), bytes(1_201)),
+                              ("|u1", "(" * 900, b""), ("|u1", "().__class__", b"")):
+        (place / "0.npy").write_bytes(npy_of(kind, shape, body))
+        source = ImageFolder(place, "train")
+        end = fork(view)
+        wrong = end.last if end.code else ""
+        if not wrong:
+            peak, reason = json.loads(end.last)
+            named = any(text in reason for text in ("an array of", "header", "pixels are more than"))
+            wrong = "" if named and peak < 50 * MEGABYTE else f"{peak // MEGABYTE} MiB, {reason}"
+        wrong = "its objects were unpickled" if (folder / "planted").exists() else wrong
+        tally.note(wrong and f"{kind} {shape}: {wrong}")
+    return tally.outcome()
 
 
 # ---------------------------------------------------------------- unusual pixels
@@ -474,7 +534,10 @@ def odd_folders(folder, quick):
 
 FAULTS = [
     Fault("mutated images of seven formats", 9, mutated_images),
+    Fault("mutated images of newer formats, and arrays", 9,
+          functools.partial(mutated_images, originals=newer)),
     Fault("images that would be huge", 9, huge_images),
+    Fault("arrays that are something else", 9, hostile_arrays),
     Fault("deep, float and unusual pixels", 9, unusual_pixels),
     Fault("pipes, torn files and others named as images", 9, odd_files),
     Fault("folders that cannot be meant", 9, odd_folders),
@@ -489,10 +552,15 @@ def catch_oserror_alone():
 
 
 def convert_to_rgb():
-    crops.to_mode = lambda image, in_chans: image.convert("RGB")
+    decode.eight_bits = lambda image, levels=None: image
+
+
+def load_arrays_as_numpy_may():
+    decode.open_array = lambda path, most: np.load(path, allow_pickle=True)
 
 
 GUARDS = [
     Guard("every-decode-error", "mutated images of seven formats", catch_oserror_alone),
+    Guard("arrays-read-without-pickle", "arrays that are something else", load_arrays_as_numpy_may),
     Guard("deep-pixels-scaled", "deep, float and unusual pixels", convert_to_rgb),
 ]
