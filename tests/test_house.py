@@ -189,8 +189,9 @@ def test_a_graph_of_symbolic_sizes_is_caught(text):
 # ---------------------------------------------------------------- flags and commands
 
 def config_fields(text):
-    """{name: annotation} of the Config of a script, with those of RunFlags; empty where it has none."""
-    classes = {node.name: node for part in (text, FILES["mff_run/run.py"]) for node in ast.parse(part).body
+    """{name: annotation} of the Config of a script, with those that it inherits; empty where it has none."""
+    parts = (text, FILES["mff_run/run.py"], FILES["mff_weights/pretrained.py"])
+    classes = {node.name: node for part in parts for node in ast.parse(part).body
                if isinstance(node, ast.ClassDef)}
     config, found = classes.get("Config"), {}
     for node in [config, *(classes.get(ast.unparse(base)) for base in config.bases)] if config else ():
@@ -201,7 +202,8 @@ def config_fields(text):
 
 def unread_flags(path, text):
     """Flags that neither the script nor a stage that it imports nor what surrounds every run reads."""
-    around = "\n".join([*(text for path, text in FILES.items() if path.startswith("mff_run/")),
+    around = "\n".join([*(text for path, text in FILES.items()
+                          if path.startswith("mff_run/") or path == "mff_weights/pretrained.py"),
                         *(SCRIPTS[name] for name in imported(text) if name in SCRIPTS)])
     read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg")}

@@ -30,12 +30,14 @@ from mff_weights.checkpoint import (
     find_grid,
     find_size,
     fit,
+    origin_of,
+    part_of_model,
     read_weights,
     refuse_losses,
     table,
     write_weights,
 )
-from mff_weights.families import FAMILIES, count_blocks, part_of, parts_of, to_family
+from mff_weights.families import FAMILIES, count_blocks, is_decoders, part_of, parts_of, to_family
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -51,6 +53,7 @@ class Config:
                                            type=side_or_sides)
     decoder_num_heads: int | None = opt(None, "for --to hf, where the source does not tell: heads of the "
                                               "decoder; of a decoder 512 wide there are 16", above=0)
+    key: str | None = opt(None, "of a source with several encoders: which, for example teacher")
     allow_missing: bool = opt(False, "convert what is there and has a place, and let go of the rest")
 
 
@@ -58,20 +61,20 @@ def main(cfg):
     """Convert as cfg says; returns what was found, {"loaded": names, ...}."""
     check_ranges(cfg)
     check_target(cfg)
-    weights = read_weights(cfg.source)
+    weights = read_weights(cfg.source, cfg.key)
     size, grid = find_size(weights), find_grid(weights, cfg.img_size)
     sides = cfg.img_size or tuple(count * size["patch_size"] for count in grid)
     new_grid = tuple(side // size["patch_size"] for side in sides)
     kept = choose_parts(cfg, weights)
-    behind = [name for name in weights.state if name not in kept]
-
-    weights = replace(weights, state=kept)
+    behind = [part_of_model(name) for name in weights.state if name not in kept]
+    unknown = [name for name in weights.unknown if "decoder" in parts_of(kept) or not is_decoders(name)]
+    weights = replace(weights, state=kept, unknown=unknown)
     fitting, found = fit(weights, shapes_of(weights, size, sides), grid, new_grid)
     state, found["lost"] = to_family(fitting, cfg.to)
-    found["left behind"] = behind
+    found["left behind"] = behind + list(weights.behind)
     model = checkpoint.find_model(size)
-    print(f"{weights.path}, names of {weights.family}: {model}, {sides[0]}x{sides[1]} pixels in patches of "
-          f"{size['patch_size']}\n{table(found)}")
+    print(f"{weights.path}, names of {origin_of(weights)}: {model}, {sides[0]}x{sides[1]} pixels in patches "
+          f"of {size['patch_size']}\n{table(found, (grid, new_grid))}")
     if not cfg.allow_missing:
         more = "; --part encoder needs no place for them" * (parts_of(found["lost"]) - {"encoder"} != set())
         refuse_losses(weights.path, found, f"{more}; --allow-missing goes on without")

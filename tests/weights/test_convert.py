@@ -54,9 +54,9 @@ def test_the_script_prints_one_table_and_what_it_wrote(folder):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
-        "mff.pt, names of ours: vit_test, 16x16 pixels in patches of 4", "  loaded        150",
-        "  missing         0", "  unexpected      0", "  resized         0", "  lost            0",
-        "  left behind    31  fusion x11, decoder x20", "timm.safetensors: 150 tensors, names of timm"]
+        "mff.pt, names of ours, from model.encoder: vit_test, 16x16 pixels in patches of 4",
+        "  loaded        150", "  left behind    31  fusion x11, decoder x20",
+        "timm.safetensors: 150 tensors, names of timm"]
 
 
 def test_the_target_of_every_family_has_its_container(folder):
@@ -116,15 +116,17 @@ def test_what_has_no_place_is_let_go_on_request(folder):
     (". x.pt", ". holds none of last.pt, classifier.pt, encoder.pt, model.safetensors, pytorch_model.bin"),
     ("torn.pt x.pt", "checkpoint torn.pt cannot be read"),
     ("torn.safetensors x.pt", "checkpoint torn.safetensors cannot be read"),
-    ("resnet.pt x.pt", "resnet.pt is of no known family (ours, MAE, timm, mmpretrain, Transformers); it "
-                       "holds conv1.weight, bn1.weight, fc.bias ..."),
+    ("resnet.pt x.pt", "resnet.pt is of no known family (ours, MAE, timm, mmpretrain, Transformers): "
+                       "expected a ViT, with a tensor named patch_embed.proj.weight or patch_embed.proj"),
+    ("resnet.pt x.pt", "anywhere in the file; it holds conv1.weight, bn1.weight, fc.bias ..."),
     ("empty.pt x.pt", "it holds nothing ..."), ("list.pt x.pt", "holds a list: expected a dict"),
     ("evil.pt x.pt", "checkpoint evil.pt is refused: it asks for posix.system"),
     ("odd.pt x.pt", "odd.pt fits no model size: it is 24 wide and has 3 blocks; width x blocks of the "
                     "models: vit_test 64 x 12, vit_t 192 x 12"),
     ("flat.pt x.pt", "flat.pt has a patch projection of shape (64,): expected (width, channels, side"),
     ("broken.pt x.pt", "is of another model: encoder.blocks.5.mlp.fc1.weight has shape (255, 64), here (256"),
-    ("more.pt x.pt", "does not go over whole; unexpected: reg_token; --allow-missing goes on without"),
+    ("more.pt x.pt", "does not go over whole; unexpected: reg_token, without which it would compute "
+                     "something else (register tokens); expected a plain ViT: docs/weights.md; --allow"),
     ("less.pt x.pt", "does not go over whole; missing: encoder.blocks.*.attn.qkv.bias x12"),
     ("encoder.pth x.pt --part whole", "encoder.pth holds an encoder alone: --part whole needs a decoder"),
     ("mff.pt x.pt --part whole --to timm", "--part whole: timm has no decoder"),
