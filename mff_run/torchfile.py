@@ -23,12 +23,12 @@ ROW_OF_PICKLES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."           # the fir
 NAMES = re.compile(r"collections\.OrderedDict|_codecs\.encode|builtins\.complex|torch\.(Size|device"
                    r"|nn\.parameter\.Parameter|storage\.\w+|\w+Storage|(b?float|u?int|bool|complex)\w*)|torch\._utils\._rebuild_"
                    r"(tensor(_v[23])?|parameter(_with_state)?|meta_tensor_no_storage)")
-# These too, where their argument is a list, a dict or a text that the file itself holds.
-FILLED = ("builtins.set", "builtins.bytearray", "collections.Counter")
-FRESH = ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE", "BINUNICODE", "TUPLE1")     # (set,): no call of it
+# These too, where their argument is a list or a dict that the file itself holds.
+FILLED = ("builtins.set", "collections.Counter")
+FRESH = ("EMPTY_LIST", "EMPTY_DICT", "TUPLE1")                          # (set,) alone is no call of it
 
 # No StandIn takes the place of these. PyTorch blocks the first four modules, and knows others itself.
-REFUSED = re.compile(r"(os|posix|nt|sys)\..*|torch\.(_.*|[^.]*|nn\.parameter\..*"
+REFUSED = re.compile(r"(os|posix|nt|sys)\..*|builtins\.bytearray|torch\.(_.*|[^.]*|nn\.parameter\..*"
                      r"|(cuda|distributed|nested|serialization|sparse|storage)\..*)", re.S)
 WAY_ON = "where it was made, torch.save(model.state_dict(), FILE) saves the weights alone"
 

@@ -16,9 +16,9 @@ def adapt_projection(weight, in_chans, patch_size):
 
 
 def adapt_channels(weight, in_chans):
-    """(D, C, P, P) for other channels. Of a grey image the sum gives what equal channels gave.
+    """(D, C, P, P) for other channels: for one their sum, for others the old ones in turn, scaled.
 
-    More channels repeat the old ones in turn, scaled, so that equal channels still give what they gave.
+    A grey image in one channel, or in a multiple of the old number, then gives what it gave before.
     """
     channels = weight.shape[1]
     if in_chans == channels:
