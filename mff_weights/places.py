@@ -19,11 +19,11 @@ DEEPEST, LONGEST, MOST = 16, 500, 100
 
 
 def flatten(path, content):
-    """{name: tensor} of nested dicts, with dots between the keys. A dict that is there twice counts once."""
+    """{name: tensor} of nested dicts and lists, with dots between the keys. A dict counts once."""
     found, seen, waiting = {}, {id(content)}, deque([("", content, 0)])
     while waiting:
         before, holder, depth = waiting.popleft()
-        for key, value in dict.items(holder.entries if isinstance(holder, StandIn) else holder):
+        for key, value in entries_of(holder):
             if not isinstance(key, str | int) or len(str(key)) > LONGEST:
                 continue
             name = f"{before}{key}"
@@ -33,10 +33,17 @@ def flatten(path, content):
                     raise UserError(f"checkpoint {path} has two tensors of the name {shown([bare])[0]}, one "
                                     f"of them as {shown([name])[0]}: expected one of each")
                 found[bare] = torch.Tensor.detach(value)                # of the class: a file may set others
-            elif isinstance(value, dict | StandIn) and id(value) not in seen and depth < DEEPEST:
+            elif isinstance(value, dict | list | tuple) and id(value) not in seen and depth < DEEPEST:
                 seen.add(id(value))
                 waiting.append((f"{name}.", value, depth + 1))
     return found
+
+
+def entries_of(holder):
+    """The (key, value) pairs of a dict, of a StandIn for one, or of a list."""
+    if isinstance(holder, StandIn):
+        return holder.entries.items()
+    return dict.items(holder) if isinstance(holder, dict) else enumerate(holder)
 
 
 def choose_place(path, tensors, content, key):

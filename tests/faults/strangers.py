@@ -220,7 +220,8 @@ def pickled_configurations(folder, quick):
         for reader, work in readers(path, folder / f"out-{name}").items():
             if reader in ("tools.convert", "tools.features") or reader == "probe --checkpoint" and not quick:
                 end = fork(work)
-                wrong = "" if end.code == 0 and is_clean(end.said) else f"code {end.code}, {end.said[-300:]!r}"
+                whole = end.code == 0 and is_clean(end.said)
+                wrong = "" if whole else f"code {end.code}, {end.said[-300:]!r}"
                 if marker.exists():
                     marker.rmdir()
                     wrong = "the planted code ran"
@@ -307,7 +308,7 @@ def something_else(folder, quick):
              "picture": (picture.getvalue(), "cannot be read"), "torn": (whole[:5000], "cut short"),
              "weights": (weights, "ends in .safetensors"), "program": (program, "is a program"),
              "zip": (zipped([("a.txt", b"a")]), "a zip archive that PyTorch did not write"),
-             "model": (saved(torch.nn.Linear(2, 2)), "it asks for torch.nn.modules.linear.Linear"),
+             "model": (saved(torch.nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
              "list": (saved([1]), "holds a list"), "escape": (pickle.dumps({"a": 1}, 0), "is a text"),
              "name": (b"\x80\2cx\x1b[31m\ny\n.", r"it asks for x\x1b[31m.y")}
     for name, (content, message) in cases.items():

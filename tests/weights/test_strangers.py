@@ -60,6 +60,7 @@ def is_encoder(weights, state):
     (lambda state: below("backbone.net.", state), "backbone.net."),
     (lambda state: {"a": {"b": {"c": {"d": below("base_encoder.", state)}}}}, "a.b.c.d.base_encoder."),
     (lambda state: below("any._fsdp_wrapped_module.name.", state), "any.name."),
+    (lambda state: {"models": [{"weight": torch.zeros(2)}, state]}, "models.1."),
     (lambda state: {"encoder": state, "predictor": {"weight": torch.zeros(2)}}, "encoder."),
 ])
 @pytest.mark.parametrize("family", ["timm", "mmpretrain", "hf"])
