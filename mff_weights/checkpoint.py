@@ -81,7 +81,8 @@ def read_weights(path, key=None):
     ours = {name.removeprefix(base): value for name, value in tensors.items() if name.startswith(base)}
     for name, tensor in ours.items():
         check_tensor(path, name, tensor)
-    family = families.find_family(ours)
+    own = place.removeprefix(base)
+    family = families.find_family(ours, own)
     try:
         state, beside = families.from_family(ours, family)
     except ValueError as error:
@@ -90,7 +91,6 @@ def read_weights(path, key=None):
     if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
         raise UserError(f"checkpoint {path} has a patch projection of shape {shape}: expected (width, "
                         f"channels, side, side)")
-    own = place.removeprefix(base)
     unknown = [name for name in beside if families.changes_function(name, own, family)]
     behind = [base + name for name in beside if not families.changes_function(name, own, family)]
     behind += [name for name in tensors if not name.startswith(base)]

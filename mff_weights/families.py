@@ -147,29 +147,25 @@ def find_places(names):
     return found
 
 
-def find_family(names):
-    """The family that the names of a model are of, without what comes before them; or None."""
-    if PATCHES in names:
-        return "ours"
-    if "patch_embed.proj.weight" in names:
-        return "mae" if "decoder_embed.weight" in names else "timm"
-    for patches, own in PROJECTIONS.items():
-        if patches in names or own + patches in names:
-            return {"backbone.": "mmpretrain", "vit.": "hf"}.get(own)
-    return None
+def find_family(names, own):
+    """The family of an encoder whose own names begin with `own` in the names of its whole model."""
+    patches = next(patches for patches in PROJECTIONS if own + patches in names)
+    if patches == "patch_embed.proj.weight":
+        return "ours" if own else "mae" if "decoder_embed.weight" in names else "timm"
+    return "mmpretrain" if PROJECTIONS[patches] == "backbone." else "hf"
 
 
-def changes_function(name, place, family):
+def changes_function(name, own, family):
     """Whether a tensor that has no place here belongs to what an encoder or decoder computes.
 
-    name and place are those of find_places, without the base. Whatever else a file holds (poolers,
+    The names of the encoder begin with `own`, as in find_family. Whatever else a file holds (poolers,
     projection heads, classifiers, queues, other decoders) stands beside the encoder and may be left behind.
     """
     if is_decoders(name):
         return True
-    if not name.startswith(place) or name.rpartition(".")[2] in BESIDE:
+    if not name.startswith(own) or name.rpartition(".")[2] in BESIDE:
         return False
-    first, below, _ = name.removeprefix(place).partition(".")
+    first, below, _ = name.removeprefix(own).partition(".")
     if not below:
         return not first.startswith("decoder_")                         # a parameter of the encoder itself
     return first in INSIDE[family] or bool(re.match(BEFORE_BLOCKS, first))

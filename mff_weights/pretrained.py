@@ -111,7 +111,7 @@ def config_of(weights):
     """
     size = find_size(weights)
     told = {name: value for name, value in weights.config.items()
-            if value is not None and not (name in ("mean", "std") and isinstance(value, str))}
+            if value is not None and (name not in ("mean", "std") or isinstance(value, list | tuple))}
     sides = tuple(count * size["patch_size"] for count in find_grid(weights))
     return told | dict(img_size=sides) | weights.processor | dict(
         model=find_model(size), patch_size=size["patch_size"], in_chans=size["in_chans"])

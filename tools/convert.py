@@ -179,7 +179,7 @@ def image_processor(config, channels):
     """
     height, width = config["img_size"]
     mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
-    if isinstance(mean, str) or isinstance(std, str) or not len(mean) == len(std) == channels:
+    if not all(isinstance(values, list | tuple) and len(values) == channels for values in (mean, std)):
         return None
     return dict(image_processor_type="ViTImageProcessor", do_convert_rgb=channels == 3, do_resize=True,
                 size=dict(height=height, width=width), resample=3, do_rescale=True, rescale_factor=1 / 255,

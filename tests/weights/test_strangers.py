@@ -120,6 +120,23 @@ def test_an_average_beside_the_model_is_chosen_or_named_but_our_own_runs_go_on_f
     assert is_encoder(read_weights(tmp_path, "average"), average)
 
 
+def test_an_encoder_at_the_top_is_told_from_one_beside_it(tmp_path):
+    top, beside = encoder_state(), encoder_state()
+    torch.save(top | below("encoder.", beside), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds 2 encoders: ., encoder; --key NAME takes one"):
+        read_weights(tmp_path / "a.pth")
+    assert is_encoder(read_weights(tmp_path / "a.pth", "."), top)
+    assert is_encoder(read_weights(tmp_path / "a.pth", "encoder"), {**beside})
+
+
+def test_a_strangers_config_of_plain_values_is_not_believed(tmp_path):
+    config = dict(mean=0.5, std="0.5", img_size=224, out_indices=3, model="resnet", patch_size="x")
+    torch.save({"model": encoder_state(), "config": config}, tmp_path / "a.pth")
+    pretrained, cfg = open_flags(tmp_path / "a.pth", [])
+    assert (cfg.img_size, cfg.in_chans, cfg.patch_size) == ((16, 16), 3, 4) and len(cfg.mean) == 3
+    assert pretrained.config["model"] == "vit_test"
+
+
 def test_two_names_of_one_state_dict_are_one_place(tmp_path):
     state = encoder_state()
     torch.save({"model": state, "state_dict": dict(state)}, tmp_path / "a.pth")
