@@ -261,9 +261,9 @@ def find_grid(weights, img_size=None):
         if len(grid) == 2 and min(grid) > 0 and grid[0] * grid[1] == count:
             return grid
     lacks = "" if "encoder.cls_token" in weights.state else " and no class token"
-    raise UserError(f"checkpoint {weights.path} has positions of shape {tuple(positions.shape)}{lacks}"
-                    f"{odd_parts(weights)}: expected one for the class token and one per patch of a square, "
-                    f"or of an image of --img-size HEIGHTxWIDTH")
+    shape = f"positions of shape {tuple(positions.shape)}" if positions.numel() else "no positions"
+    raise UserError(f"checkpoint {weights.path} has {shape}{lacks}{odd_parts(weights)}: expected one for the "
+                    f"class token and one per patch of a square, or of an image of --img-size HEIGHTxWIDTH")
 
 
 def odd_parts(weights):

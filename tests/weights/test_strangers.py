@@ -13,7 +13,9 @@ import types
 import pytest
 import torch
 
+import train_finetune
 import train_pretrain
+import train_probe
 from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
@@ -21,6 +23,7 @@ from mff_weights.adapt import adapt_channels, adapt_patches
 from mff_weights.checkpoint import load_encoder, read_weights, write_weights
 from mff_weights.families import to_family
 from mff_weights.pretrained import CheckpointFlags, build_encoder, open_pretrained, read_pretrained
+from tools import analyze, convert, evaluate, features, probe_layers
 
 SIZE = MODELS["vit_test"]
 
@@ -251,6 +254,9 @@ def test_positions_that_do_not_count_say_what_else_is_there(tmp_path):
     torch.save(distilled, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"\(1, 18, 64\), with a distillation token: expected one for the"):
         read_pretrained(tmp_path / "a.pth")
+    torch.save({name: value for name, value in state.items() if name != "pos_embed"}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth has no positions: expected one for the class"):
+        read_pretrained(tmp_path / "a.pth")
     del state["cls_token"]
     torch.save(state | {"pos_embed": torch.zeros(1, 16, 64)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"\(1, 16, 64\) and no class token: expected one for the class"):
@@ -401,6 +407,17 @@ def test_a_pickled_configuration_is_replaced_and_the_weights_are_read(tmp_path, 
         read_checkpoint(tmp_path / "a.pth", ["step"])                   # of a run of ours: nothing foreign
 
 
+def test_a_list_of_another_class_is_replaced_where_pytorch_can_or_refused_with_the_way_on(tmp_path):
+    state = encoder_state()
+    torch.save({"model": state, "meter": collections.deque([1, 2])}, tmp_path / "a.pth")
+    appends = hasattr(torch._weights_only_unpickler.Unpickler, "_check_append_target")
+    if appends:
+        assert is_encoder(read_weights(tmp_path / "a.pth"), state)
+    else:
+        with pytest.raises(UserError, match=r"holds more than weights; where it was made, torch.save\("):
+            read_weights(tmp_path / "a.pth")
+
+
 def test_weights_in_a_dict_of_another_class_are_found(tmp_path, foreign):
     state = encoder_state()
     torch.save({"model": Ordered(state)}, tmp_path / "a.pth")
@@ -474,3 +491,29 @@ def test_weights_of_another_family_go_through_the_flags_of_a_stage(tmp_path):
     pretrained, cfg = open_flags(tmp_path / "a.pth", said)
     assert cfg.img_size == (16, 16) and cfg.patch_size == 4 and said == []
     assert torch.equal(pretrained.encoder["cls_token"], state["cls_token"])
+
+
+# ---------------------------------------------------------------- the flags
+
+
+def test_every_stage_and_tool_that_reads_weights_chooses_and_adapts_them():
+    for script in (train_pretrain, train_probe, train_finetune, evaluate, features, probe_layers):
+        assert {"key", "adapt", "in_chans", "patch_size"} <= {field.name for field in
+                                                              dataclasses.fields(script.Config)}
+    for tool in (convert, analyze):
+        assert "key" in {field.name for field in dataclasses.fields(tool.Config)}
+
+
+def test_the_key_goes_from_the_command_line_to_the_loader(tmp_path, capsys):
+    content = two_encoders()
+    torch.save(content, tmp_path / "a.pth")
+    flags = [str(tmp_path / "a.pth"), str(tmp_path / "b.pt"), "--key", "student"]
+    convert.main(parse(convert.Config, flags))
+    assert "a.pth, names of timm, from student.backbone: vit_test" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "b.pt", weights_only=True)["model"]
+    assert torch.equal(saved["cls_token"], content["student"]["backbone.cls_token"])
+    cfg = parse(train_probe.Config, ["--checkpoint", str(tmp_path / "a.pth"), "--key", "teacher"])
+    pretrained, _ = open_pretrained(cfg, silent)
+    assert torch.equal(pretrained.encoder["cls_token"], content["teacher"]["backbone.cls_token"])
+    with pytest.raises(UserError, match="--checkpoint is not given: expected a run folder"):
+        open_pretrained(parse(probe_layers.Config, []), silent)
