@@ -91,16 +91,19 @@ def open_pretrained(cfg, say):
         width = pretrained.weights.state[PATCHES].shape[0]
         check_projection(pretrained.weights, {PATCHES: (width, *wanted.values())})
     if change:
-        weights = adapted(pretrained.weights, **wanted)
-        grey = {name: (sum(saved.get(name, default)) / len(saved.get(name, default)),) * wanted["in_chans"]
-                for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)) if "in_chans" in change}
-        pretrained = Pretrained(weights, saved | wanted | grey)
-        settings = settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std)
+        told = dict(mean=saved.get("mean", IMAGENET_MEAN), std=saved.get("std", IMAGENET_STD))
+        if "in_chans" in change:
+            told = {name: (sum(values) / len(values),) * cfg.in_chans for name, values in told.items()}
+        pretrained = Pretrained(adapted(pretrained.weights, **wanted), saved | wanted | told)
+    settings = settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std)
+    if change:
         used = [f"--{name} {','.join(f'{x:.4g}' for x in settings[name])}" for name in ("mean", "std")]
         say(f"{pretrained.path}: adapted from {saved['in_chans']} channels in patches of "
             f"{saved['patch_size']} to {wanted['in_chans']} in patches of {wanted['patch_size']}; "
             f"images with {' '.join(used)}")
-    return pretrained, replace(cfg, **wanted, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std))
+    elif not (cfg.mean and cfg.std or "mean" in saved and "std" in saved):
+        say(f"{pretrained.path} does not tell --mean and --std: ImageNet's are taken")
+    return pretrained, replace(cfg, **wanted, **settings)
 
 
 def config_of(weights):
@@ -111,7 +114,7 @@ def config_of(weights):
     """
     size = find_size(weights)
     told = {name: value for name, value in weights.config.items()
-            if value is not None and (name not in ("mean", "std") or isinstance(value, list | tuple))}
+            if value is not None and (name not in ("mean", "std") or weights.numbers(name, ()))}
     sides = tuple(count * size["patch_size"] for count in find_grid(weights))
     return told | dict(img_size=sides) | weights.processor | dict(
         model=find_model(size), patch_size=size["patch_size"], in_chans=size["in_chans"])

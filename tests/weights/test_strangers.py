@@ -489,7 +489,8 @@ def test_weights_of_another_family_go_through_the_flags_of_a_stage(tmp_path):
     write_weights(tmp_path / "a.pth", to_family(below("encoder.", state), "hf")[0], "hf", {})
     said = []
     pretrained, cfg = open_flags(tmp_path / "a.pth", said)
-    assert cfg.img_size == (16, 16) and cfg.patch_size == 4 and said == []
+    assert cfg.img_size == (16, 16) and cfg.patch_size == 4
+    assert said == [f"{tmp_path / 'a.pth'} does not tell --mean and --std: ImageNet's are taken"]
     assert torch.equal(pretrained.encoder["cls_token"], state["cls_token"])
 
 
