@@ -23,6 +23,7 @@ from mff_weights.places import choose_place, flatten, part_in_file, shown
 
 # Of these, the first that is there is read.
 IN_FOLDER = ("last.pt", "classifier.pt", "encoder.pt", "model.safetensors", "pytorch_model.bin")
+LARGEST = 64                                                            # patches that are adapted
 PROCESSOR = "preprocessor_config.json"
 CONTAINERS = {"ours": "model", "mae": "model", "mmpretrain": "state_dict"}          # where a .pth has them
 
@@ -321,6 +322,9 @@ def adapted(weights, in_chans, patch_size):
     old = weights.state[families.PATCHES]
     if old.shape[1:3] == (in_chans, patch_size):
         return weights
+    if max(old.shape[3], patch_size) > LARGEST:                         # P^2 times Q^2 are inverted
+        raise UserError(f"--adapt: patches of {old.shape[3]} to {patch_size}: expected sides of {LARGEST} or "
+                        f"less")
     state = weights.state | {families.PATCHES: adapt_projection(old, in_chans, patch_size)}
     pred = [name for name in state if name.startswith("decoder_pred.")]
     return replace(weights, state={name: tensor for name, tensor in state.items() if name not in pred},

@@ -1,14 +1,18 @@
 """Weights as they really come: anywhere in a file, with more in it than weights, for other images."""
 
+import builtins
 import collections
 import dataclasses
 import datetime
 import functools
+import io
+import os
 import pathlib
 import pickle
 import re
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ import train_probe
 from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
+from mff_run.files import read_checkpoint
 from mff_weights.adapt import adapt_channels, adapt_patches
 from mff_weights.checkpoint import load_encoder, read_weights, write_weights
 from mff_weights.families import to_family
@@ -158,26 +163,19 @@ def test_what_is_left_behind_is_counted_by_part_and_the_place_is_said(tmp_path):
 
 
 def test_hostile_nesting_ends_and_takes_no_memory(tmp_path):
-    deep = {"patch_embed.proj.weight": torch.zeros(4, 3, 4, 4)}
-    for _ in range(5_000):
-        deep = {"model": deep}
     itself = {"n" * 10_000: {"patch_embed.proj.weight": torch.zeros(4, 3, 4, 4)}, 3: 4}
     itself["again"] = {"model": itself}
     many = {f"layer.{i}": torch.zeros(1) for i in range(20_000)}
-    for name, content in (("deep", deep), ("itself", itself), ("many", {"state": many | many})):
-        with open(tmp_path / f"{name}.pth", "wb") as file:
-            if name == "deep":                                          # Python's pickle would recurse
-                file.write(deep_file(5_000))
-            else:
-                torch.save(content, file)
+    torch.save(itself, tmp_path / "itself.pth")
+    torch.save({"state": many}, tmp_path / "many.pth")
+    (tmp_path / "deep.pth").write_bytes(deep_file(5_000))
+    for name in ("itself", "many", "deep"):
         with pytest.raises(UserError, match="is of no known family"):
             read_weights(tmp_path / f"{name}.pth")
 
 
 def deep_file(depth):
-    """The bytes of a checkpoint of so many dicts inside one another."""
-    import io
-    import zipfile
+    """The bytes of a checkpoint of so many dicts inside one another, for which pickle.dumps would recurse."""
     file = io.BytesIO()
     torch.save({}, file)
     with zipfile.ZipFile(file) as archive:
@@ -302,6 +300,13 @@ def test_a_projection_is_adapted_as_timm_does(tmp_path, in_chans, patch_size):
     assert f"adapted from 3 channels in patches of 4 to {in_chans} in patches of {patch_size}" in said[0]
 
 
+def test_patches_too_large_to_be_adapted_are_refused(tmp_path):
+    state = encoder_state() | {"patch_embed.proj.weight": torch.zeros(64, 3, 100, 100)}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="--adapt: patches of 100 to 16: expected sides of 64 or less"):
+        open_flags(tmp_path / "a.pth", [], patch_size=16, adapt=True)
+
+
 def test_equal_channels_and_larger_patches_give_what_they_gave():
     weight, grey = torch.randn(5, 3, 4, 4), torch.randn(4, 4)
     want = (weight * grey).sum((1, 2, 3))
@@ -403,7 +408,6 @@ def test_a_pickled_configuration_is_replaced_and_the_weights_are_read(tmp_path, 
     with pytest.raises(UserError, match="a.pth is refused: it asks for .*; where it was made, torch.save") \
             if name not in ("set", "sets", "counter", "complex", "bytes") \
             else pytest.raises(UserError, match="is not the state of a run"):
-        from mff_run.files import read_checkpoint
         read_checkpoint(tmp_path / "a.pth", ["step"])                   # of a run of ours: nothing foreign
 
 
@@ -436,7 +440,6 @@ class Call:
 
 
 def test_no_function_that_a_file_names_is_called(tmp_path):
-    import builtins
     marker, state = tmp_path / "marker", encoder_state()
     code = f"open({str(marker)!r}, 'w')"
     calls = [Call(builtins.eval, code), Call(builtins.exec, code), Call(open, str(marker), "w"),
@@ -454,7 +457,7 @@ def test_no_function_that_a_file_names_is_called(tmp_path):
 
 
 @pytest.mark.parametrize("asked", [
-    lambda: Call(__import__("os").system, "true"), lambda: Call(sys.exit), lambda: Call(bytearray, 10 ** 9),
+    lambda: Call(os.system, "true"), lambda: Call(sys.exit), lambda: Call(bytearray, 10 ** 9),
     lambda: Call(set, torch.zeros(1).expand(2 ** 30)), lambda: Call(torch.zeros, 2 ** 40),
     lambda: Call(collections.Counter, torch.zeros(1).expand(2 ** 30)),
     lambda: [{1}, Call(set, torch.zeros(1).expand(2 ** 30))]])
