@@ -18,20 +18,20 @@ Shapes: B images of a micro-batch.
 """
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mff_data.decode import DataFlags, reading_of
+from mff_data.decode import reading_of
 from mff_data.sources import (check_classes, check_labels, describe_files, fingerprint, open_data,
                               subset)
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.augment import (MODES, draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
                              soft_targets)
-from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.config import check_batches, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.probe import accuracy, count_all, shown
@@ -42,23 +42,18 @@ from mff_run.files import write_tensors
 from mff_run.flops import classifier_flops
 from mff_run.run import Run, RunFlags
 from mff_run.world import autocast, pick_dtype, pick_ops
-from mff_weights.pretrained import build_like, load_for_tuning, read_pretrained, settings_of
+from mff_weights.pretrained import CheckpointFlags, build_like, load_for_tuning, open_pretrained
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
-class Config(DataFlags, RunFlags):
-    # these change the result; so do the flags of DataFlags
-    checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
+class Config(CheckpointFlags, RunFlags):
+    # these change the result
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")
     subset: str = opt("", "a file that names the training images to use, one per line (low-shot)")
-    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
-                                           type=side_or_sides)
-    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
-    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     global_pool: str = opt("avg", "avg: mean of the patch tokens, fc_norm; token: class token, final norm",
                            choices=["avg", "token"])
     epochs: float | None = opt(None, "epochs of the schedule; not given: 100, or what --steps makes", above=0)
@@ -95,8 +90,6 @@ class Config(DataFlags, RunFlags):
 def check(cfg, world_size):
     """Raise UserError for values that cannot be meant, before anything is done."""
     check_ranges(cfg)
-    if not cfg.checkpoint:
-        raise UserError("--checkpoint is not given: expected a run folder, an encoder.pt or a state dict")
     for name, most in (("drop_path", 0.99), ("smoothing", 0.99), ("reprob", 1.0), ("ema", 0.999999),
                        ("rand_augment", 10.0)):
         if getattr(cfg, name) > most:
@@ -119,12 +112,10 @@ def main(cfg):
 
 def finetune(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
-    pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white))
-    in_chans = pretrained.config["in_chans"]
-    if cfg.rand_augment and in_chans not in MODES:
+    pretrained, cfg = open_pretrained(cfg, say)
+    if cfg.rand_augment and cfg.in_chans not in MODES:
         raise UserError(f"--rand-augment {cfg.rand_augment:g} changes the colours of 1, 3 or 4 channels, and "
-                        f"the checkpoint has {in_chans}: expected --rand-augment 0")
+                        f"the model has {cfg.in_chans}: expected --rand-augment 0")
     run.resume(cfg)
 
     # ------------------------------------------------------------ data
@@ -154,7 +145,7 @@ def finetune(cfg, run):
                        drop_path=cfg.drop_path, grad_checkpointing=cfg.grad_checkpointing)
     torch.nn.init.trunc_normal_(model.head.weight, std=2e-5)            # MAE's: starts from equal logits
     if not cfg.random_init:
-        load_for_tuning(model, pretrained)
+        load_for_tuning(model, pretrained, say)
     model.to(device)
     depth = len(model.blocks)
     ops = pick_ops(cfg.ops, device)

@@ -43,7 +43,7 @@ from mff_run.picture import reconstruction_sheet
 from mff_run.run import Run, RunFlags
 from mff_run.sharded import check_sharding, shard, whole
 from mff_run.world import autocast, pick_dtype
-from mff_weights.checkpoint import load_weights, read_weights
+from mff_weights.checkpoint import adapted, load_weights, read_weights
 
 # ---------------------------------------------------------------- config
 
@@ -82,6 +82,9 @@ class Config(DataFlags, RunFlags):
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
     seed: int = opt(0, "of the weights, the order, the crops and the masks", least=0)
     init_from: str = opt("", "weights to start from, of any family that tools.convert reads; not the state")
+    key: str | None = opt(None, "of a file with several encoders: which, for example teacher")
+    adapt: bool = opt(False, "make the projection of --init-from fit another --in-chans or --patch-size, as "
+                             "timm does: channels are summed up or repeated, patches resampled")
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -126,9 +129,16 @@ def build_model(cfg, device):
         raise UserError(str(error)) from None
 
 
-def load_initial_weights(model, path, say):
+def load_initial_weights(model, cfg, say):
     """Load a checkpoint of any family, and say which parts of the model it does not hold."""
-    lacking = load_weights(model, read_weights(path), may_lack=("fusion", "decoder"), say=say)
+    path, weights, fresh = cfg.init_from, read_weights(cfg.init_from, cfg.key), ()
+    if cfg.adapt:
+        whole, weights = weights, adapted(weights, cfg.in_chans, model.encoder.patch_size)
+        fresh = ("decoder_pred.",) * (weights is not whole)             # it predicts pixels
+    lacking = load_weights(model, weights, ("fusion", "decoder"), fresh, say=say)
+    if fresh:
+        say(f"--init-from {path} is adapted to {cfg.in_chans} channels in patches of "
+            f"{model.encoder.patch_size}: the decoder's last layer starts from random weights")
     if "decoder" in lacking:
         say(f"--init-from {path} holds an encoder alone: the decoder starts from random weights")
     if "fusion" in lacking and len(model.out_indices) > 1:
@@ -173,7 +183,7 @@ def pretrain(cfg, run):
 
     # ------------------------------------------------------------ optimizer
     if cfg.init_from and not run.state:
-        load_initial_weights(model, cfg.init_from, say)
+        load_initial_weights(model, cfg, say)
     run.restore_model(model)
     if cfg.fsdp:                                                        # takes the parameters' place
         trained = shard(model, run.world, schedule.accumulation > 1, cfg.compile)

@@ -18,16 +18,16 @@ depends on --batch-size, and evaluation normalises by rank 0's running statistic
 Shapes: B images of a micro-batch, n images of a split, D width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mff_data.decode import DataFlags, reading_of
+from mff_data.decode import reading_of
 from mff_data.sources import check_labels, describe_files, fingerprint, open_data
 from mff_data.views import Views, advice_if_late, make_loader
-from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse
 from mff_min.errors import Fault, UserError
 from mff_min.optim import LARS, clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.probe import (LinearProbe, accuracy, collect_features, count_all, count_hits, knn_scores,
@@ -38,21 +38,16 @@ from mff_run.flops import classifier_flops
 from mff_run.progress import Progress
 from mff_run.run import Run, RunFlags
 from mff_run.world import autocast, pick_dtype, pick_ops
-from mff_weights.pretrained import build_encoder, read_pretrained, settings_of
+from mff_weights.pretrained import CheckpointFlags, build_encoder, open_pretrained
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
-class Config(DataFlags, RunFlags):
-    # these change the result; so do the flags of DataFlags
-    checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
+class Config(CheckpointFlags, RunFlags):
+    # these change the result
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
                               "folder or pack of images: train/<class>/*, val/<class>/*")
-    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
-                                           type=side_or_sides)
-    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
-    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     pool: str = opt("token", "after the final norm: the class token, or avg, the mean of the patch tokens",
                     choices=["token", "avg"])
     epochs: float | None = opt(None, "epochs of the schedule; not given: 90, or what --steps makes", above=0)
@@ -81,8 +76,6 @@ def check(cfg, world_size):
     """Raise UserError for values that cannot be meant, before anything is done."""
     check_ranges(cfg)
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
-    if not cfg.checkpoint:
-        raise UserError("--checkpoint is not given: expected a run folder, an encoder.pt or a state dict")
     asked = [flag for flag in ("cache", "knn") if getattr(cfg, flag)]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two ways to probe: expected one of them")
@@ -104,9 +97,8 @@ def main(cfg):
 
 def probe(cfg, run):
     say, world, device, dtype = run.say, run.world, run.device, pick_dtype(cfg.dtype, run.device)
-    pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white))
-    encoder = build_encoder(pretrained, cfg.img_size).to(device)
+    pretrained, cfg = open_pretrained(cfg, say)
+    encoder = build_encoder(pretrained, cfg.img_size, say).to(device)
     ops = pick_ops(cfg.ops, device)
     run.resume(cfg)
 

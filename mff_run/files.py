@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mff_min.errors import Fault, UserError, listed, printable
-from mff_run.torchfile import look_through
+from mff_run.torchfile import WAY_ON, StandIn, look_through, refuse, shown, stand_ins
 
 SEAL = b"sha256:"                                                       # then 64 digits: the zip's comment
 LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
@@ -170,13 +170,20 @@ def check_seal(path):
         raise UserError(f"checkpoint {path} is damaged: its SHA-256 is not the one that it was written with")
 
 
-def read_checkpoint(path, needs=()):
-    """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs."""
+def read_checkpoint(path, needs=(), foreign=False):
+    """The dict in a checkpoint file, on the CPU. UserError where it is damaged or lacks a key of needs.
+
+    With foreign, a StandIn takes the place of each object that is no tensor and no plain value; without, a
+    file that holds one is refused.
+    """
     check_regular(path)
     try:
         check_seal(path)
-        look_through(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        names = look_through(path)
+        if names and not foreign:
+            refuse(path, f"asks for {shown(min(names))}")
+        with torch.serialization.safe_globals(stand_ins(names)):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except UserError:
@@ -184,8 +191,14 @@ def read_checkpoint(path, needs=()):
     except Exception as error:                                          # a damaged file raises many kinds
         lines = str(error).splitlines() or [type(error).__name__]
         # What PyTorch says of the flag is how to have the file's code run.
-        reason = "it holds more than weights" if "weights_only" in str(error) else printable(lines[0][:200])
+        more = "weights_only" in str(error)
+        reason = f"it holds more than weights; {WAY_ON}" if more else printable(lines[0][:200])
         raise UserError(f"checkpoint {path} cannot be read ({reason})") from None
+    if isinstance(state, StandIn) and not state.entries:
+        raise UserError(f"checkpoint {path} holds a {shown(type(state).__name__)}, whose class is not "
+                        f"loaded: expected a dict of tensors; {WAY_ON}")
+    if isinstance(state, StandIn):
+        state = state.entries
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}: expected a dict")
     missing = [key for key in needs if key not in state]

@@ -2,45 +2,100 @@
 
 torch.load(weights_only=True) runs no code, but it fills the memory where a file asks it to, and it refuses in
 words that suggest turning that off. So a file is first compared with what `torch.save` writes: a zip archive
-that packs nothing, or the older row of pickles, which ask for tensors and plain values alone.
+that packs nothing, or the older row of pickles. Weights are tensors and plain values alone. Where a file of
+strangers holds more, such as the configuration of a run, a StandIn takes the place of each foreign class.
 """
 
+import _compat_pickle
 import pickletools
 import re
 import struct
 import zipfile
 from io import BytesIO
 
-import torch
-
 from mff_min.errors import UserError, printable
 
+MOST_FOREIGN = 200                                                      # names, each looked up in all others
 MOST_MEMBERS = 100_000                                                  # of an archive: a tensor takes one
 ROW_OF_PICKLES = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."           # the first of them, a magic number
 
 # What a file may ask for by name. PyTorch allows more: bytearray(10 ** 10) too.
-NAMES = re.compile(r"collections\.OrderedDict|_codecs\.encode|torch\.(nn\.parameter\.Parameter|Size|device"
-                   r"|storage\.\w+|\w+Storage|(b?float|u?int|bool|complex)\w*)|torch\._utils\._rebuild_"
+NAMES = re.compile(r"collections\.OrderedDict|_codecs\.encode|builtins\.complex|torch\.(Size|device"
+                   r"|nn\.parameter\.Parameter|storage\.\w+|\w+Storage|(b?float|u?int|bool|complex)\w*)|torch\._utils\._rebuild_"
                    r"(tensor(_v[23])?|parameter(_with_state)?|meta_tensor_no_storage)")
+# These too, where their argument is a list or a dict that the file itself holds.
+FILLED = ("builtins.set", "collections.Counter")
+FRESH = ("EMPTY_LIST", "EMPTY_DICT", "TUPLE1")                          # (set,) alone is no call of it
+
+# No StandIn takes the place of these. PyTorch blocks the first four modules, and knows others itself.
+REFUSED = re.compile(r"(os|posix|nt|sys)\..*|builtins\.bytearray|torch\.(_.*|[^.]*|nn\.parameter\..*"
+                     r"|(cuda|distributed|nested|serialization|sparse|storage)\..*)", re.S)
+WAY_ON = "where it was made, torch.save(model.state_dict(), FILE) saves the weights alone"
+
+
+class FilledLikeADict(type):
+    """PyTorch fills what it takes for a dict: it asks `type(x) in [dict, ...]`."""
+
+    def __eq__(cls, other):
+        return other is cls or other is dict
+
+    __hash__ = type.__hash__
+
+
+class StandIn(list, metaclass=FilledLikeADict):
+    """Takes the place of an object whose class is not loaded: made of anything, it does nothing.
+
+    It keeps what it is given as a dict, because some put weights into a dict of their own. It is a list
+    because newer versions of PyTorch append to those.
+    """
+
+    def __new__(cls, *values, **named):
+        made = super().__new__(cls)
+        made.entries = {}
+        return made
+
+    def __init__(self, *values, **named):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def append(self, item):
+        pass
+
+    extend = append
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
+def stand_ins(names):
+    """What torch.serialization.safe_globals takes so that a StandIn replaces each class of these names."""
+    return [(FilledLikeADict(name, (StandIn,), {}), name) for name in sorted(names)]
 
 
 def look_through(path):
-    """Raise UserError for a file that torch.load should not see, with what it is or asks for."""
+    """The names of foreign classes and functions that a file asks for. It is safe with a StandIn for each.
+
+    Raises UserError for a file that torch.load should not see, with what it is or asks for.
+    """
     with open(path, "rb") as file:
         start = file.read(512)
         file.seek(0, 2)
         size = file.tell()
         file.seek(0)
         if start.startswith(b"PK\3\4"):
-            check_archive(path, file, size)
-        elif start.startswith(b"\x80"):
-            check_names(path, file)
-            if not start.startswith(ROW_OF_PICKLES):
-                raise UserError(f"checkpoint {path} is a pickle that PyTorch did not write")
-            for _ in range(3):                                          # protocol, machine, values
-                check_names(path, file)
-        else:
+            return check_archive(path, file, size)
+        if not start.startswith(b"\x80"):
             raise UserError(f"checkpoint {path} {look_of(start, size)}")
+        foreign = check_names(path, file)
+        if not start.startswith(ROW_OF_PICKLES):
+            asks = f": it asks for {shown(min(foreign))}" if foreign else ""
+            raise UserError(f"checkpoint {path} is a pickle that PyTorch did not write{asks}")
+        for _ in range(3):                                              # protocol, machine, values
+            foreign |= check_names(path, file)
+        return foreign
 
 
 def look_of(start, size):
@@ -62,7 +117,8 @@ def look_of(start, size):
 
 
 def check_archive(path, file, size):
-    """Raise UserError for a zip archive that torch.save does not write."""
+    """The foreign names of a zip archive. Raises UserError for one that torch.save does not write."""
+    foreign = set()
     try:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
@@ -81,7 +137,8 @@ def check_archive(path, file, size):
                             f"nothing")
         for name, member in zip(names, members, strict=True):
             if name == "data.pkl":                                      # there may be several of the name
-                check_names(path, BytesIO(archive.read(member)))
+                foreign |= check_names(path, BytesIO(archive.read(member)))
+        return foreign
     except (zipfile.BadZipFile, ValueError, IndexError, NotImplementedError, RuntimeError, EOFError,
             struct.error) as error:
         raise UserError(f"checkpoint {path} cannot be read (its archive is damaged or was cut short: "
@@ -89,18 +146,42 @@ def check_archive(path, file, size):
 
 
 def check_names(path, file):
-    """Raise UserError for a pickle, the next one in a file, that asks for more than tensors and values.
-
-    What was declared safe by torch.serialization.safe_globals is allowed too.
-    """
-    declared = {entry[1] for entry in torch.serialization.get_safe_globals() if isinstance(entry, tuple)}
+    """The foreign names that a pickle, the next one in a file, asks for. UserError for REFUSED ones."""
+    foreign, memo, called = set(), {}, ""                               # called: of FILLED, and just named
     for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = called
+            continue
+        if called and opcode.name not in FRESH:
+            refuse(path, f"asks for {called} of more than it holds")
+        called = memo.get(argument, "") if opcode.name in ("BINGET", "LONG_BINGET") else ""
         if opcode.name in ("GLOBAL", "INST"):
-            name = argument.replace(" ", ".")
-            if name not in declared and not NAMES.fullmatch(name):
-                asked = ascii(name)[1:-1][:100]
-                raise UserError(f"checkpoint {path} is refused: it asks for {asked}, and weights need "
-                                f"tensors and plain values alone")
+            name = current_name(*argument.split(" ", 1))
+            if name in FILLED:
+                called = name
+            elif REFUSED.fullmatch(name) and not NAMES.fullmatch(name):
+                refuse(path, f"asks for {shown(name)}")
+            elif not NAMES.fullmatch(name):
+                foreign.add(name)
+                if len(foreign) > MOST_FOREIGN:
+                    refuse(path, f"asks for more than {MOST_FOREIGN} classes, {shown(name)} among them")
         elif opcode.proto > 3:                                          # names made of texts, for one
-            raise UserError(f"checkpoint {path} is refused: it has opcode {opcode.name}, which PyTorch does "
-                            f"not write")
+            refuse(path, f"has opcode {opcode.name}, which PyTorch does not write")
+    return foreign
+
+
+def current_name(module, name):
+    """The name in Python 3 of what a pickle calls so, as PyTorch looks it up: __builtin__ is builtins."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
+def refuse(path, what):
+    """Raise UserError for a file because of what it asks for."""
+    raise UserError(f"checkpoint {path} is refused: it {what}, and weights need tensors and plain values "
+                    f"alone; {WAY_ON}")
+
+
+def shown(name):
+    """A name for a message, which nothing in it can make two lines of."""
+    return ascii(name)[1:-1][:100]

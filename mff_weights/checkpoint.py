@@ -7,9 +7,7 @@ size of the file and with the model that they should fit before memory is taken 
 import json
 import math
 import os
-import re
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,30 +18,18 @@ from mff_min.mim import MaskedAutoencoder
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 from mff_run.files import read_checkpoint, write_atomically, write_tensors
 from mff_weights import families
+from mff_weights.adapt import adapt_projection
+from mff_weights.places import choose_place, flatten, part_in_file, shown
 
 # Of these, the first that is there is read.
 IN_FOLDER = ("last.pt", "classifier.pt", "encoder.pt", "model.safetensors", "pytorch_model.bin")
+LARGEST = 64                                                            # patches that are adapted
+PROCESSOR = "preprocessor_config.json"
 CONTAINERS = {"ours": "model", "mae": "model", "mmpretrain": "state_dict"}          # where a .pth has them
-
-# What training checkpoints hold beside weights: MAE its flags, mmpretrain the history of its losses.
-DROPPED = ("argparse.Namespace", "mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray",
-           "numpy.dtype", *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core")
-                            for name in ("_reconstruct", "scalar")))
-
 
 # A quantized or complex tensor, or one of four bits, fits no model here.
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
           torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-
-class Dropped:
-    """Takes the place of a class that is neither needed nor loaded: made of anything, it keeps nothing."""
-
-    def __init__(self, *values, **named):
-        pass
-
-    def __setstate__(self, state):
-        pass
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -54,9 +40,13 @@ class Weights:
     path: Path
     family: str                                                         # a key of families.FAMILIES
     state: dict                                                         # tensors by our names
-    unknown: list                                                       # names that mean nothing here
+    unknown: list                                                       # names inside it without a place here
     config: dict                                                        # flags of the run, if it was ours
     classes: list                                                       # of a classifier of ours, else empty
+    place: str = ""                                                     # in the file, as find_places has it
+    behind: tuple = ()                                                  # the part of each tensor beside it
+    grid: tuple | None = None                                           # of its positions, where it is known
+    processor: dict = field(default_factory=dict)                       # read_processor's
 
     def numbers(self, name, default):
         """The list of numbers that the config has by this name, or the default."""
@@ -64,12 +54,13 @@ class Weights:
         return tuple(found) if isinstance(found, list | tuple) else default
 
 
-def read_weights(path):
+def read_weights(path, key=None):
     """The Weights in a checkpoint of any family, or in the folder of a run or of Transformers.
 
-    .safetensors are mapped, and read where they are touched. Raises UserError.
+    The encoder may be anywhere in nested dicts and under any prefix. Where there are several, key says which,
+    by a part of its place. .safetensors are mapped, and read where they are touched. Raises UserError.
     """
-    path = Path(path)
+    path, processor = Path(path), {}
     check_reachable("checkpoint", path)
     if path.is_dir():
         found = [path / name for name in IN_FOLDER if (path / name).exists()]
@@ -79,45 +70,56 @@ def read_weights(path):
         if not found:
             raise UserError(f"{path} holds none of {', '.join(IN_FOLDER)}: expected a checkpoint, or a "
                             f"folder with one of these")
+        processor = read_processor(path / PROCESSOR)
         path = found[0]
     if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
+        content, metadata = read_safetensors(path)
         about = {key: parse_json(metadata[key]) for key in ("config", "classes") if key in metadata}
     else:
-        state = about = read_pickle(path)
-    for _ in range(3):                                                  # not for ever: it may hold itself
-        inside = [state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)]
-        state = inside[0] if inside else state
-    tensors = {}
-    for name, tensor in state.items():
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-            check_tensor(path, name, tensor)
-            bare = families.strip_wrappers(name)
-            if bare in tensors:
-                raise UserError(f"checkpoint {path} has two tensors of the name {shown([bare])[0]}, one of "
-                                f"them as {shown([name])[0]}")
-            tensors[bare] = tensor.detach()
-    family = families.find_family(tensors)
-    if not family:
-        raise UserError(f"checkpoint {path} is of no known family (ours, MAE, timm, mmpretrain, "
-                        f"Transformers); it holds {', '.join(shown(list(state)[:3])) or 'nothing'} ...")
+        content = about = read_checkpoint(path, foreign=True)
+    tensors = flatten(path, content)
+    place, base = choose_place(path, tensors, content, key)
+    ours = {name.removeprefix(base): value for name, value in tensors.items() if name.startswith(base)}
+    for name, tensor in ours.items():
+        check_tensor(path, name, tensor)
+    own = place.removeprefix(base)
+    family = families.find_family(ours, own)
     try:
-        state, unknown = families.from_family(tensors, family)
+        state, beside = families.from_family(ours, family)
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {printable(str(error)[:500])}") from None
     shape = tuple(state[families.PATCHES].shape)
     if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
         raise UserError(f"checkpoint {path} has a patch projection of shape {shape}: expected (width, "
                         f"channels, side, side)")
-    unknown = [name for name in unknown if not name.startswith("data_preprocessor.")]   # mean and std
-    return Weights(path, family, state, unknown, plain_values(about.get("config")),
-                   plain_names(about.get("classes")))
+    unknown = [name for name in beside if families.changes_function(name, own, family)]
+    behind = [base + name for name in beside if not families.changes_function(name, own, family)]
+    behind += [name for name in tensors if not name.startswith(base)]
+    behind = tuple(part_in_file(name, base) for name in behind)
+    return Weights(path, family, state, unknown, plain_values(dict.get(about, "config")),
+                   plain_names(dict.get(about, "classes")), place, behind, processor=processor)
 
 
-def read_pickle(path):
-    """The dict in a .pth file, without the objects of DROPPED; any other class is refused. UserError."""
-    with torch.serialization.safe_globals([(Dropped, name) for name in DROPPED]):
-        return read_checkpoint(path)
+def read_processor(path):
+    """What a preprocessor_config.json says of img_size (height, width), mean and std; {} where it is none."""
+    if not path.exists():
+        return {}
+    if path.stat().st_size > 2 ** 20:
+        raise UserError(f"{path} has {path.stat().st_size} bytes: expected the JSON of an image processor")
+    told = parse_json(path.read_text(errors="replace"))
+    told = told if isinstance(told, dict) else {}
+    size = told.get("crop_size" if told.get("do_center_crop") else "size")
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    sides = [size.get(side, size.get("shortest_edge")) for side in ("height", "width")]
+    found = dict(img_size=sides, mean=told.get("image_mean"), std=told.get("image_std"))
+    for name, values in found.items():
+        kinds, least = ((int,), 1) if name == "img_size" else ((int, float), 0)
+        if values is not None and values != [None, None] and not (
+                isinstance(values, list) and values and all(type(value) in kinds and least <= value < 10 ** 5
+                                                            for value in values)):
+            raise UserError(f"{path} has {name} {printable(str(values)[:100])}: expected numbers; without "
+                            f"the file, --img-size, --mean and --std say them")
+    return {name: tuple(values) for name, values in found.items() if values and values != [None, None]}
 
 
 def check_tensor(path, name, tensor):
@@ -232,7 +234,7 @@ def find_size(weights, num_heads=None):
     if not (fitting or num_heads):
         known = ", ".join(f"{name} {size['embed_dim']} x {size['depth']}" for name, size in MODELS.items())
         raise UserError(f"checkpoint {weights.path} fits no model size: it is {width} wide and has {depth} "
-                        f"blocks; width x blocks of the models: {known}")
+                        f"blocks{odd_parts(weights)}; width x blocks of the models: {known}")
     return dict(patch_size=patch_size, embed_dim=width, depth=depth, in_chans=in_chans,
                 num_heads=num_heads or fitting[0]["num_heads"],
                 global_pool="avg" if "encoder.fc_norm.weight" in weights.state else "token")
@@ -249,6 +251,8 @@ def find_grid(weights, img_size=None):
 
     From its config, else a square, else that of an image of img_size (height, width). Raises UserError.
     """
+    if weights.grid:
+        return weights.grid
     patch_size = weights.state[families.PATCHES].shape[3]
     positions = weights.state.get("encoder.pos_embed", torch.empty(0))
     count = positions.shape[1] - 1 if positions.dim() == 3 else 0
@@ -257,9 +261,16 @@ def find_grid(weights, img_size=None):
         grid = tuple(int(number // patch_size) for number in sides if math.isfinite(number))
         if len(grid) == 2 and min(grid) > 0 and grid[0] * grid[1] == count:
             return grid
-    raise UserError(f"checkpoint {weights.path} has positions of shape {tuple(positions.shape)}: expected "
-                    f"one for the class token and one per patch of a square, or of an image of --img-size "
-                    f"HEIGHTxWIDTH")
+    lacks = "" if "encoder.cls_token" in weights.state else " and no class token"
+    shape = f"positions of shape {tuple(positions.shape)}" if positions.numel() else "no positions"
+    raise UserError(f"checkpoint {weights.path} has {shape}{lacks}{odd_parts(weights)}: expected one for the "
+                    f"class token and one per patch of a square, or of an image of --img-size HEIGHTxWIDTH")
+
+
+def odd_parts(weights):
+    """What an encoder has beside those of a plain ViT, for a message: ", with register tokens", or ""."""
+    reasons = list(dict.fromkeys(map(families.reason_of, weights.unknown)))
+    return f", with {' and '.join(reasons[:3])}" if reasons else ""
 
 
 def fit(weights, shapes, old_grid, new_grid):
@@ -270,6 +281,7 @@ def fit(weights, shapes, old_grid, new_grid):
     """
     found = {kind: [] for kind in ("loaded", "missing", "unexpected", "resized")}
     fitting, problems = {}, []
+    check_projection(weights, shapes)
     for name, shape in shapes.items():
         tensor = weights.state.get(name)
         if tensor is None:
@@ -290,35 +302,67 @@ def fit(weights, shapes, old_grid, new_grid):
     return fitting, found
 
 
-def shown(names, most=20):
-    """Names for a line of text: those of all blocks as one, and nothing in them that could forge a line."""
-    counts = Counter(re.sub(r"\.[0-9]+(?=\.)", ".*", str(name)[:200], count=1) for name in names)
-    texts = [ascii(name)[1:-1] + f" x{count}" * (count > 1) for name, count in counts.items()]
-    return texts[:most] + [f"and {len(texts) - most} more"] * (len(texts) > most)
+def check_projection(weights, shapes):
+    """Raise UserError, in words, where a model of these shapes takes other channels or patches."""
+    _, channels, patch_size, _ = weights.state[families.PATCHES].shape
+    here = shapes[families.PATCHES]
+    if tuple(here[1:3]) != (channels, patch_size):
+        raise UserError(f"checkpoint {weights.path} was trained on {channels} channels in patches of "
+                        f"{patch_size}, and here --in-chans is {here[1]} and --patch-size {here[2]}: give "
+                        f"--in-chans {channels} --patch-size {patch_size}, or --adapt, which makes its "
+                        f"projection fit as timm does")
 
 
-def table(found):
-    """What was found, as text: a line a kind, with the number of tensors and which they are."""
+def adapted(weights, in_chans, patch_size):
+    """Weights for this many channels, in patches of this side: the projection as timm adapts it.
+
+    Channels are added up for one, or repeated; patches are resampled. The decoder's prediction, which is of
+    the old pixels, is left behind.
+    """
+    old = weights.state[families.PATCHES]
+    if old.shape[1:3] == (in_chans, patch_size):
+        return weights
+    if max(old.shape[3], patch_size) > LARGEST:                         # P^2 times Q^2 are inverted
+        raise UserError(f"--adapt: patches of {old.shape[3]} to {patch_size}: expected sides of {LARGEST} or "
+                        f"less")
+    state = weights.state | {families.PATCHES: adapt_projection(old, in_chans, patch_size)}
+    pred = [name for name in state if name.startswith("decoder_pred.")]
+    return replace(weights, state={name: tensor for name, tensor in state.items() if name not in pred},
+                   grid=find_grid(weights), behind=weights.behind + ("decoder_pred",) * len(pred))
+
+
+def table(found, grids=None):
+    """What was found, as text: a line a kind, with the number of tensors and which they are.
+
+    grids are the (rows, columns) between which positions were resampled.
+    """
     lines = []
     for kind, names in found.items():
-        if kind == "left behind":                                       # on purpose: parts say enough
-            names = ["head" if "head." in name else families.part_of(name) for name in names]
+        if kind != "loaded" and not names:
+            continue
         text = "" if kind == "loaded" else ", ".join(shown(names))
+        if kind == "resized" and names and grids:
+            text += " from {}x{} to {}x{} patches".format(*grids[0], *grids[1])
         lines.append(f"  {kind:12}{len(names):5}  {text}".rstrip())
     return "\n".join(lines)
 
 
 def refuse_losses(path, found, hint=""):
     """Raise UserError where anything is missing, unexpected or lost, with its names and what to do."""
-    losses = [f"{kind}: {', '.join(shown(found[kind]))}" for kind in ("missing", "unexpected", "lost")
-              if found.get(kind)]
+    losses = {kind: f"{kind}: {', '.join(shown(found[kind]))}" for kind in ("missing", "unexpected", "lost")
+              if found.get(kind)}
+    if "unexpected" in losses:
+        reasons = ", ".join(dict.fromkeys(map(families.reason_of, found["unexpected"])))
+        losses["unexpected"] += f", without which it would compute something else ({reasons})"
     if losses:
-        raise UserError(f"checkpoint {path} does not go over whole; {'; '.join(losses)}{hint}")
+        expected = "; expected a plain ViT: docs/weights.md" if losses.keys() != {"lost"} else ""
+        raise UserError(f"checkpoint {path} does not go over whole; {'; '.join(losses.values())}{expected}"
+                        f"{hint}")
 
 
 # ---------------------------------------------------------------- into a model
 
-def load_encoder(path, img_size=None, num_heads=None, allow_missing=False, say=print):
+def load_encoder(path, img_size=None, num_heads=None, allow_missing=False, say=print, key=None):
     """The encoder in a checkpoint of any family: a VisionTransformer without head, in eval mode, on the CPU.
 
     img_size is a side or (height, width) in pixels for which positions are resampled; not given, it is the
@@ -326,7 +370,7 @@ def load_encoder(path, img_size=None, num_heads=None, allow_missing=False, say=p
     found. Raises UserError where a shape fits nothing and, unless allow_missing, where a tensor is missing or
     unknown.
     """
-    return encoder_of(read_weights(path), img_size, num_heads, allow_missing, say)
+    return encoder_of(read_weights(path, key), img_size, num_heads, allow_missing, say)
 
 
 def encoder_of(weights, img_size=None, num_heads=None, allow_missing=False, say=print):
@@ -342,12 +386,13 @@ def encoder_of(weights, img_size=None, num_heads=None, allow_missing=False, say=
     return encoder.eval()
 
 
-def load_weights(model, weights, may_lack=(), allow_missing=False, say=print):
+def load_weights(model, weights, may_lack=(), fresh=(), allow_missing=False, say=print):
     """Load Weights into a MaskedAutoencoder, or their encoder into a VisionTransformer.
 
     Positions are resampled where the model's grid is another, and a head stays behind where the model has
     none. Parts of may_lack ("fusion", "decoder") that the checkpoint does not hold keep their values; they
-    are returned. say(text) is told what was found. Raises UserError as load_encoder does.
+    are returned. So do parameters whose names in a whole model begin with one of fresh. say(text) is told
+    what was found. Raises UserError as load_encoder does.
     """
     whole = isinstance(model, MaskedAutoencoder)
     encoder, prefix = (model.encoder, "") if whole else (model, "encoder.")
@@ -355,18 +400,34 @@ def load_weights(model, weights, may_lack=(), allow_missing=False, say=print):
     state, parts = dict(weights.state), families.parts_of(shapes)
     if whole and len(model.proj_weights) > 1 and families.has_one_level(state):
         del state["proj_weights"]                                       # MAE's, which says nothing
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(tuple(fresh))}
     behind = [name for name in state if families.part_of(name) not in parts
-              or name.startswith("encoder.head.") and name not in shapes]
+              or name not in shapes and name.startswith(("encoder.head.", *fresh))]
     state = {name: tensor for name, tensor in state.items() if name not in behind}
+    unknown = [name for name in weights.unknown
+               if "decoder" in families.parts_of(state) or not families.is_decoders(name)]
 
     lacking = [part for part in may_lack if part not in families.parts_of(state)]
     shapes = {name: shape for name, shape in shapes.items() if families.part_of(name) not in lacking}
     sides = [count * encoder.patch_size for count in encoder.grid]
-    fitting, found = fit(replace(weights, state=state), shapes, find_grid(weights, sides), encoder.grid)
-    say(f"{weights.path}, names of {weights.family}\n"
-        f"{table(found | ({'left behind': behind} if behind else {}))}")
+    old_grid = find_grid(weights, sides)
+    fitting, found = fit(replace(weights, state=state, unknown=unknown), shapes, old_grid, encoder.grid)
+    found["left behind"] = [part_of_model(name) for name in behind] + list(weights.behind)
+    say(f"{weights.path}, names of {origin_of(weights)}\n"
+        f"{table(found, (old_grid, encoder.grid))}")
     if not allow_missing:
         refuse_losses(weights.path, found)
     fitting = {name.removeprefix(prefix): tensor for name, tensor in fitting.items()}
     model.load_state_dict(fitting, strict=False)
     return lacking
+
+
+def part_of_model(name):
+    """The part of a model that one of our names is of, for the table: head, encoder, fusion or decoder."""
+    return "head" if ".head." in name else families.part_of(name)
+
+
+def origin_of(weights):
+    """The family of Weights, and where in the file they were found, for the table."""
+    place = weights.place.rstrip(".")
+    return weights.family + (f", from {shown([place])[0]}" if place else "")

@@ -61,6 +61,24 @@ ALIASES = {
 }
 PATCHES = "encoder.patch_embed.proj.weight"                             # what every encoder has
 
+# How the families spell it, and what an encoder is called in a whole model.
+PROJECTIONS = {"patch_embed.proj.weight": "encoder.", "patch_embed.projection.weight": "backbone.",
+               "embeddings.patch_embeddings.projection.weight": "vit."}
+
+# Of names that mean nothing here: what an encoder's function is made of, by the first part of the name.
+INSIDE = dict.fromkeys(("ours", "mae", "timm", "mmpretrain"), ("blocks", "layers", "patch_embed"))
+INSIDE["hf"] = ("embeddings", "encoder", "layers", "layer")
+BEFORE_BLOCKS = r"(patch|pre_|pos_|rel_|rope|ln_|norm|stem)"            # norm_pre, rel_pos_bias, pos_conv
+DECODER_BLOCKS = r"(neck\.)?decoder_blocks\.|decoder\.(decoder_layers|decoder_encoder)\."
+
+# Parameters that stand inside an encoder, and that its features do not depend on.
+BESIDE = ("mask_token", "mask_embedding", "mask_embed", "position_ids", "logit_scale", "logit_bias",
+          "temperature", "queue", "queue_ptr", "center", "n_averaged", "num_batches_tracked")
+REASONS = ((r"gamma|\.ls\d|lambda|layer_?scale", "LayerScale"), (r"reg\w*tok", "register tokens"),
+           (r"dist\w*tok", "a distillation token"), (r"[qk]_?\w*norm|norm_?[qk]\b", "norms of q and k"),
+           (r"rel_|relative|rope|freqs|periods", "relative or rotary positions"),
+           (r"mlp|ffn|\.w\d|intermediate", "another MLP"), (r"norm|ln", "another norm"))
+
 
 def part_of(name):
     """The part of a MaskedAutoencoder that one of our names belongs to: encoder, fusion or decoder."""
@@ -110,20 +128,57 @@ def has_one_level(state):
 
 
 def strip_wrappers(name):
-    """A tensor's name without what DDP, torch.compile, Lightning and the OpenMMLab frameworks put around."""
-    return re.sub(r"^((module|model|backbone)\.)+", "", name.replace("_orig_mod.", ""))
+    """A tensor's name without what torch.compile, FSDP and activation checkpointing put into it."""
+    return re.sub(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.", "", name)
 
 
-def find_family(names):
-    """The family that names without wrappers are of, or None."""
-    if PATCHES in names:
-        return "ours"
-    if "patch_embed.proj.weight" in names:
-        return "mae" if "decoder_embed.weight" in names else "timm"
-    if "patch_embed.projection.weight" in names:
-        return "mmpretrain"
-    theirs = "embeddings.patch_embeddings.projection.weight"
-    return "hf" if theirs in names or f"vit.{theirs}" in names else None
+def find_places(names):
+    """Where encoders are among the names of a file: {place: base}.
+
+    A place is what the names of one encoder begin with, "teacher.backbone." or "". Its base is what the names
+    of the whole model begin with, "teacher.": a decoder may stand beside an encoder of such a name.
+    """
+    found = {}
+    for name in names:
+        for patches, own in PROJECTIONS.items():
+            if name == patches or name.endswith(f".{patches}"):
+                place = name.removesuffix(patches)
+                found[place] = place.removesuffix(own) if f".{place}".endswith(f".{own}") else place
+    return found
+
+
+def find_family(names, own):
+    """The family of an encoder whose own names begin with `own` in the names of its whole model."""
+    patches = next(patches for patches in PROJECTIONS if own + patches in names)
+    if patches == "patch_embed.proj.weight":
+        return "ours" if own else "mae" if "decoder_embed.weight" in names else "timm"
+    return "mmpretrain" if PROJECTIONS[patches] == "backbone." else "hf"
+
+
+def changes_function(name, own, family):
+    """Whether a tensor that has no place here belongs to what an encoder or decoder computes.
+
+    The names of the encoder begin with `own`, as in find_family. Whatever else a file holds (poolers,
+    projection heads, classifiers, queues, other decoders) stands beside the encoder and may be left behind.
+    """
+    if is_decoders(name):
+        return True
+    if not name.startswith(own) or name.rpartition(".")[2] in BESIDE:
+        return False
+    first, below, _ = name.removeprefix(own).partition(".")
+    if not below:
+        return not first.startswith("decoder_")                         # a parameter of the encoder itself
+    return first in INSIDE[family] or bool(re.match(BEFORE_BLOCKS, first))
+
+
+def is_decoders(name):
+    """Whether a name that means nothing here is one of a decoder's blocks."""
+    return bool(re.match(DECODER_BLOCKS, name))
+
+
+def reason_of(name):
+    """What a tensor that has no place here is, by its name."""
+    return next((reason for pattern, reason in REASONS if re.search(pattern, name)), "others unknown here")
 
 
 def from_family(state, family):

@@ -1,55 +1,124 @@
 """What a pre-training run has learned: found, read, and built again for a stage that comes after it."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from mff_data.decode import DataFlags
 from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
-from mff_min.config import check_channels
+from mff_min.config import check_channels, numbers, opt, side_or_sides
 from mff_min.errors import UserError
 from mff_min.mim import parse_out_indices
-from mff_min.vit import MODELS, VisionTransformer, init_linear, resize_pos_embed
+from mff_min.vit import MODELS, VisionTransformer, init_linear
 from mff_run.resume import load_state
-from mff_weights.checkpoint import find_grid, find_model, find_size, read_weights, refuse_losses
-from mff_weights.families import part_of
+from mff_weights.checkpoint import (
+    Weights,
+    adapted,
+    check_projection,
+    find_grid,
+    find_model,
+    find_size,
+    load_weights,
+    read_weights,
+)
+from mff_weights.families import PATCHES, part_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFlags(DataFlags):
+    """The flags of every stage and tool that begins with trained weights: which, and for what images."""
+    checkpoint: str = opt("", "the weights: a run folder, or a file of any family that tools.convert reads")
+    key: str | None = opt(None, "of a file with several encoders: which, for example teacher")
+    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
+                                           type=side_or_sides)
+    in_chans: int | None = opt(None, "channels of an image; not given: the checkpoint's", above=0)
+    patch_size: int | None = opt(None, "side of a patch in pixels; not given: the checkpoint's", above=0)
+    adapt: bool = opt(False, "make the projection of patches fit another --in-chans or --patch-size, as timm "
+                             "does: channels are summed up or repeated, patches resampled")
+    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
+    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """The parts of a checkpoint that outlive the run that wrote it."""
-    path: Path
-    encoder: dict                                                       # parameters by timm's names
-    fusion: dict                                                        # proj_layers.*, proj_weights; or none
+    weights: Weights
     config: dict                                                        # config_of
-    classes: list                                                       # of a classifier; empty if unknown
+
+    @property
+    def path(self):
+        return self.weights.path
+
+    @property
+    def classes(self):
+        """The names of a classifier's classes; empty if unknown."""
+        return self.weights.classes
+
+    @property
+    def encoder(self):
+        """The encoder's parameters by timm's names."""
+        return {name.removeprefix("encoder."): value for name, value in self.weights.state.items()
+                if part_of(name) == "encoder"}
+
+    @property
+    def fusion(self):
+        """proj_layers.* and proj_weights, or none."""
+        return {name: value for name, value in self.weights.state.items() if part_of(name) == "fusion"}
 
 
-def read_pretrained(path):
+def read_pretrained(path, key=None, img_size=None):
     """The Pretrained in the folder of a run (in its last.pt, else in its encoder.pt) or in a checkpoint.
 
-    It may be of any family in families.py. Raises UserError.
+    It may be of any family in families.py; key and img_size are read_weights' and find_grid's. Raises
+    UserError.
     """
-    weights = read_weights(path)
-    refuse_losses(weights.path, {"unexpected": weights.unknown})
-    encoder = {name.removeprefix("encoder."): value for name, value in weights.state.items()
-               if part_of(name) == "encoder"}
-    fusion = {name: value for name, value in weights.state.items() if part_of(name) == "fusion"}
-    return Pretrained(weights.path, encoder, fusion, config_of(weights), weights.classes)
+    if not path:
+        raise UserError("--checkpoint is not given: expected a run folder, an encoder.pt, a classifier.pt or "
+                        "a state dict")
+    weights = read_weights(path, key)
+    weights = replace(weights, grid=find_grid(weights, img_size))
+    return Pretrained(weights, config_of(weights))
+
+
+def open_pretrained(cfg, say):
+    """(the Pretrained that CheckpointFlags name, the flags with what they leave to the checkpoint)."""
+    pretrained = read_pretrained(cfg.checkpoint, cfg.key, cfg.img_size)
+    saved = pretrained.config
+    wanted = dict(in_chans=cfg.in_chans or saved["in_chans"],
+                  patch_size=cfg.patch_size or saved["patch_size"])
+    change = {name: value for name, value in wanted.items() if value != saved[name]}
+    if change and not cfg.adapt:
+        width = pretrained.weights.state[PATCHES].shape[0]
+        check_projection(pretrained.weights, {PATCHES: (width, *wanted.values())})
+    if change:
+        told = dict(mean=saved.get("mean", IMAGENET_MEAN), std=saved.get("std", IMAGENET_STD))
+        if "in_chans" in change:
+            told = {name: (sum(values) / len(values),) * cfg.in_chans for name, values in told.items()}
+        pretrained = Pretrained(adapted(pretrained.weights, **wanted), saved | wanted | told)
+    settings = settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white)
+    if change:
+        used = [f"--{name} {','.join(f'{x:.4g}' for x in settings[name])}" for name in ("mean", "std")]
+        say(f"{pretrained.path}: adapted from {saved['in_chans']} channels in patches of "
+            f"{saved['patch_size']} to {wanted['in_chans']} in patches of {wanted['patch_size']}; "
+            f"images with {' '.join(used)}")
+    elif not (cfg.mean and cfg.std or "mean" in saved and "std" in saved):
+        say(f"{pretrained.path} does not tell --mean and --std: ImageNet's are taken")
+    return pretrained, replace(cfg, **wanted, **settings)
 
 
 def config_of(weights):
     """The settings of the run that wrote Weights; model, sides, patch and channels are those of its shapes.
 
-    Raises UserError where the shapes are of no model.
+    What a preprocessor_config.json beside them says goes first. Raises UserError where the shapes are of no
+    model.
     """
     size = find_size(weights)
     told = {name: value for name, value in weights.config.items()
-            if value is not None and not (name in ("mean", "std") and isinstance(value, str))}
+            if value is not None and (name not in ("mean", "std") or weights.numbers(name, ()))}
     sides = tuple(count * size["patch_size"] for count in find_grid(weights))
-    return told | dict(model=find_model(size), img_size=sides, patch_size=size["patch_size"],
-                       in_chans=size["in_chans"])
+    return told | dict(img_size=sides) | weights.processor | dict(
+        model=find_model(size), patch_size=size["patch_size"], in_chans=size["in_chans"])
 
 
 def settings_of(pretrained, img_size=None, mean=None, std=None, white=None):
@@ -86,41 +155,29 @@ def build_like(pretrained, img_size, **options):
     return build_vit(size["model"], img_size, size["patch_size"], size["in_chans"], **options)
 
 
-def build_encoder(pretrained, img_size=None):
+def build_encoder(pretrained, img_size=None, say=print):
     """The checkpoint's VisionTransformer with its trained weights, frozen, in eval mode.
 
-    Raises UserError where the weights do not fit the image size.
+    Positions are resampled for another image size. Raises UserError where the weights do not fit.
     """
     encoder = build_like(pretrained, img_size or pretrained.config["img_size"])
-    load_state(encoder, pretrained.encoder, f"checkpoint {pretrained.path}")
+    load_weights(encoder, pretrained.weights, say=say)
     return encoder.requires_grad_(False).eval()
 
 
-def load_for_tuning(model, pretrained):
+def load_for_tuning(model, pretrained, say=print):
     """Load the trained weights into a classifier; its head stays new, and fc_norm where there is none.
 
-    Positions are resized to the model's grid. The final norm is left out where the model pools without it.
+    Positions are resampled on the model's grid. The final norm is left out where the model pools without it.
     Raises UserError where the weights do not fit.
     """
-    own = model.state_dict()
-    left_out = "head." if "norm.weight" in own else ("head.", "norm.")
-    trained = {name: value for name, value in pretrained.encoder.items() if not name.startswith(left_out)}
-    trained["pos_embed"] = fit_positions(trained["pos_embed"], pretrained, model)
-    new = {name: value for name, value in own.items() if name.startswith(("head.", "fc_norm."))}
-    load_state(model, new | trained, f"checkpoint {pretrained.path}")
+    norms = ("encoder.fc_norm.", "encoder.norm.") if model.global_pool == "avg" else ()
+    load_weights(model, pretrained.weights, fresh=("encoder.head.", *norms), say=say)
 
 
-def load_classifier(model, pretrained):
-    """Load a whole classifier, its head too; positions are resized to the model's grid. Raises UserError."""
-    positions = fit_positions(pretrained.encoder["pos_embed"], pretrained, model)
-    load_state(model, pretrained.encoder | {"pos_embed": positions}, f"checkpoint {pretrained.path}")
-
-
-def fit_positions(pos_embed, pretrained, model):
-    """The checkpoint's positions (1, 1 + L, D), resampled on the model's grid."""
-    patch_size = pretrained.config["patch_size"]
-    grid = tuple(side // patch_size for side in pretrained.config["img_size"])
-    return resize_pos_embed(pos_embed, grid, model.grid)
+def load_classifier(model, pretrained, say=print):
+    """Load a whole classifier, its head too; positions as in load_for_tuning. Raises UserError."""
+    load_weights(model, pretrained.weights, say=say)
 
 
 def build_untrained(encoder, fusion, seed):

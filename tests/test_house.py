@@ -194,17 +194,19 @@ def test_a_graph_of_symbolic_sizes_is_caught(text):
 
 # ---------------------------------------------------------------- flags and commands
 
-BASES = ("mff_run/run.py", "mff_data/decode.py")                        # of RunFlags and DataFlags
+BASES = ("mff_run/run.py", "mff_data/decode.py", "mff_weights/pretrained.py")   # of the stages' Configs
 
 
 def config_fields(text):
     """{name: annotation} of the Config of a script, with those of its bases; empty where it has none."""
     classes = {node.name: node for part in (text, *map(FILES.get, BASES)) for node in ast.parse(part).body
                if isinstance(node, ast.ClassDef)}
-    config, found = classes.get("Config"), {}
-    for node in [config, *(classes.get(ast.unparse(base)) for base in config.bases)] if config else ():
-        fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-        found = {field.target.id: ast.unparse(field.annotation) for field in fields} | found
+    found, left = {}, ["Config"]
+    while left:
+        if node := classes.get(left.pop(0)):
+            fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+            found = {field.target.id: ast.unparse(field.annotation) for field in fields} | found
+            left += map(ast.unparse, node.bases)
     return found
 
 

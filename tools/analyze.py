@@ -50,6 +50,7 @@ class Config(DataFlags):
     figures: str = opt("all", "of the list above, separated by commas; all: those that the runs tell enough "
                               "for")
     names: str = opt("", "of the runs, separated by commas; not given: what tells their paths apart")
+    key: str | None = opt(None, "of checkpoints with several encoders: which, for example teacher")
     data: str = opt("", "images to look at, as --data of the stages; not given: the first run's")
     images: int = opt(256, "how many of them at most, spread over the validation images", least=4)
     batch_size: int = opt(64, "images of a minibatch; cka sums over minibatches", least=4)
@@ -337,7 +338,7 @@ def check_record(cfg, of_encoders):
 
 def measure(cfg, runs, figures, flag, folder, world):
     """The Findings that these figures show; the folder that flag names is made before the long part."""
-    subjects = [open_subject(each.name, each.path, world.device) for each in runs]
+    subjects = [open_subject(each.name, each.path, world.device, cfg.key) for each in runs]
     difference = difference_of_sizes(subjects) if "cka" in figures else ""
     if difference and cfg.figures != "all" and not (cfg.record and len(figures) > 1):
         raise UserError(f"--figures cka needs {difference}")

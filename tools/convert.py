@@ -4,11 +4,12 @@
     python -m tools.convert runs/mff encoder.safetensors --to timm   an encoder for timm
     python -m tools.convert runs/mff mff.pth --to mmpretrain        the whole model, fusion included
     python -m tools.convert runs/mae vit_mae --to hf                a folder for from_pretrained
+    python -m tools.convert dino.pth dino.pt --key teacher          one of several encoders in a file
 
 SOURCE is a checkpoint of any family, which is told by its names, or the folder of a run or of Transformers.
-TARGET ends in .safetensors, .pth, .pt or .bin; with --to hf it may be a folder, with the config.json that
-Transformers needs. What goes over is printed, and anything that would be lost is an error that names it.
-docs/weights.md tells what each family has a place for.
+TARGET ends in .safetensors, .pth, .pt or .bin; with --to hf it may be a folder, with the config.json and
+preprocessor_config.json that Transformers needs. What goes over is printed, and anything that would be lost
+is an error that names it. docs/weights.md tells what each family has a place for.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
 from mff_min.config import REQUIRED, check_ranges, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_min.mim import MaskedAutoencoder
@@ -30,12 +32,14 @@ from mff_weights.checkpoint import (
     find_grid,
     find_size,
     fit,
+    origin_of,
+    part_of_model,
     read_weights,
     refuse_losses,
     table,
     write_weights,
 )
-from mff_weights.families import FAMILIES, count_blocks, part_of, parts_of, to_family
+from mff_weights.families import FAMILIES, count_blocks, is_decoders, part_of, parts_of, to_family
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -51,6 +55,7 @@ class Config:
                                            type=side_or_sides)
     decoder_num_heads: int | None = opt(None, "for --to hf, where the source does not tell: heads of the "
                                               "decoder; of a decoder 512 wide there are 16", above=0)
+    key: str | None = opt(None, "of a source with several encoders: which, for example teacher")
     allow_missing: bool = opt(False, "convert what is there and has a place, and let go of the rest")
 
 
@@ -58,26 +63,26 @@ def main(cfg):
     """Convert as cfg says; returns what was found, {"loaded": names, ...}."""
     check_ranges(cfg)
     check_target(cfg)
-    weights = read_weights(cfg.source)
+    weights = read_weights(cfg.source, cfg.key)
     size, grid = find_size(weights), find_grid(weights, cfg.img_size)
     sides = cfg.img_size or tuple(count * size["patch_size"] for count in grid)
     new_grid = tuple(side // size["patch_size"] for side in sides)
     kept = choose_parts(cfg, weights)
-    behind = [name for name in weights.state if name not in kept]
-
-    weights = replace(weights, state=kept)
+    behind = [part_of_model(name) for name in weights.state if name not in kept]
+    unknown = [name for name in weights.unknown if "decoder" in parts_of(kept) or not is_decoders(name)]
+    weights = replace(weights, state=kept, unknown=unknown)
     fitting, found = fit(weights, shapes_of(weights, size, sides), grid, new_grid)
     state, found["lost"] = to_family(fitting, cfg.to)
-    found["left behind"] = behind
+    found["left behind"] = behind + list(weights.behind)
     model = checkpoint.find_model(size)
-    print(f"{weights.path}, names of {weights.family}: {model}, {sides[0]}x{sides[1]} pixels in patches of "
-          f"{size['patch_size']}\n{table(found)}")
+    print(f"{weights.path}, names of {origin_of(weights)}: {model}, {sides[0]}x{sides[1]} pixels in patches "
+          f"of {size['patch_size']}\n{table(found, (grid, new_grid))}")
     if not cfg.allow_missing:
         more = "; --part encoder needs no place for them" * (parts_of(found["lost"]) - {"encoder"} != set())
         refuse_losses(weights.path, found, f"{more}; --allow-missing goes on without")
 
-    config = weights.config | dict(model=model, img_size=sides, patch_size=size["patch_size"],
-                                   in_chans=size["in_chans"])
+    config = weights.config | weights.processor | dict(
+        model=model, img_size=sides, patch_size=size["patch_size"], in_chans=size["in_chans"])
     if cfg.to == "hf" and Path(cfg.target).suffix not in SUFFIXES:
         write_folder(cfg, state, config, transformers_config(cfg, fitting, size, config, weights.classes))
     else:
@@ -167,6 +172,20 @@ def transformers_config(cfg, state, size, config, classes=()):
     return values | dict(architectures=["ViTModel"], model_type="vit")
 
 
+def image_processor(config, channels):
+    """preprocessor_config.json for images as the encoder has seen them, or None where mean or std is unknown.
+
+    A ViTImageProcessor resizes to the sides and crops nothing (docs/weights.md).
+    """
+    height, width = config["img_size"]
+    mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
+    if not all(isinstance(values, list | tuple) and len(values) == channels for values in (mean, std)):
+        return None
+    return dict(image_processor_type="ViTImageProcessor", do_convert_rgb=channels == 3, do_resize=True,
+                size=dict(height=height, width=width), resample=3, do_rescale=True, rescale_factor=1 / 255,
+                do_normalize=True, image_mean=list(mean), image_std=list(std))      # resample 3 is bicubic
+
+
 def write_folder(cfg, state, config, transformers):
     """Write a folder for from_pretrained, which is there when it is whole."""
     target = Path(cfg.target)
@@ -175,6 +194,11 @@ def write_folder(cfg, state, config, transformers):
         temporary.mkdir()
         write_weights(temporary / "model.safetensors", state, "hf", config)
         write_json(temporary / "config.json", transformers)
+        if processor := image_processor(config, transformers["num_channels"]):
+            write_json(temporary / checkpoint.PROCESSOR, processor)
+        else:
+            print(f"no {checkpoint.PROCESSOR}: the source does not tell mean and std of "
+                  f"{transformers['num_channels']} channels")
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,34 +6,29 @@
 The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from mff_data.decode import DataFlags, reading_of
+from mff_data.decode import reading_of
 from mff_data.sources import check_classes, describe_files, open_data
-from mff_min.config import check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.config import check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_min.probe import accuracy, shown
 from mff_run.log import BadSamples
 from mff_run.process import run
 from mff_run.resume import open_measuring_folder, record
 from mff_run.world import pick_dtype, pick_ops, start_world
-from mff_weights.pretrained import build_like, load_classifier, read_pretrained, settings_of
+from mff_weights.pretrained import CheckpointFlags, build_like, load_classifier, open_pretrained
 from tools.robustness import RobustnessSet, open_robustness, summarise, table
 from train_finetune import count_on
 
 
 @dataclass(frozen=True)
-class Config(DataFlags):
+class Config(CheckpointFlags):
     # these change the result
-    checkpoint: str = opt("", "the classifier: a run folder, or a file of a family of tools.convert")
     data: str = opt("shapes", "images whose val is measured, as --data of the stages")
     robustness: str = opt("", "instead: imagenet-a:DIR, or -r, -sketch, -c")
-    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
-                                           type=side_or_sides)
-    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
-    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -51,22 +46,19 @@ class Config(DataFlags):
 def main(cfg):
     """Measure as cfg says; returns the metrics: acc1, acc5 and so on, or those of `robustness.summarise`."""
     check_ranges(cfg)
-    if not cfg.checkpoint:
-        raise UserError("--checkpoint is not given: expected a run folder, a classifier.pt or a state dict")
     with start_world(cfg.device, timeout=cfg.timeout) as world:
         return measure(cfg, world)
 
 
 def measure(cfg, world):
-    pretrained = read_pretrained(cfg.checkpoint)
-    cfg = replace(cfg, **settings_of(pretrained, cfg.img_size, cfg.mean, cfg.std, cfg.white))
+    pretrained, cfg = open_pretrained(cfg, world.say)
     if "head.weight" not in pretrained.encoder:
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
                         f"writes, or timm's names with head.weight among them")
     num_classes = len(pretrained.encoder["head.weight"])
     model = build_like(pretrained, cfg.img_size, num_classes=num_classes,
                        global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
-    load_classifier(model, pretrained)
+    load_classifier(model, pretrained, world.say)
     model.to(world.device)
 
     source, classes, reading = None, pretrained.classes, reading_of(cfg)

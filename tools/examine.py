@@ -60,9 +60,9 @@ class Findings:
         return f"{self.images} unmasked images of {self.data}."
 
 
-def open_subject(name, path, device):
+def open_subject(name, path, device, key=None):
     """The Subject that a run of this name has trained. Raises UserError."""
-    pretrained = read_pretrained(path)
+    pretrained = read_pretrained(path, key)
     settings, model = settings_of(pretrained), pretrained.config["model"]
     encoder = build_encoder(pretrained).to(device)
     mean, std = (torch.tensor(settings[key], device=device) for key in ("mean", "std"))

@@ -11,29 +11,28 @@ read are NaN.
 Shapes: B images, C H W, T tokens, L patches, D width, n layers.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mff_data.decode import DataFlags, reading_of
+from mff_data.decode import reading_of
 from mff_data.sources import describe_files, open_data
 from mff_data.views import Views, make_loader
-from mff_min.augment import IMAGENET_MEAN, IMAGENET_STD
-from mff_min.config import REQUIRED, check_channels, check_ranges, knob, numbers, opt, parse, side_or_sides
+from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_run.files import write_atomically, write_json
 from mff_run.process import run
 from mff_run.progress import Progress
 from mff_run.world import autocast, pick_dtype, pick_ops, start_world
-from mff_weights.checkpoint import encoder_of, read_weights
-from mff_weights.pretrained import white_of
+from mff_weights.checkpoint import encoder_of
+from mff_weights.pretrained import CheckpointFlags, open_pretrained
 from tools.probe_layers import parse_layers
 
 
 @dataclass(frozen=True)
-class Config(DataFlags):
+class Config(CheckpointFlags):
     # these change the result
     checkpoint: str = opt(REQUIRED, "the encoder: a checkpoint of any family, or the folder of a run")
     images: str = opt(REQUIRED, "a folder of images, or another of the stages' --data")
@@ -43,10 +42,6 @@ class Config(DataFlags):
     pool: str = opt("cls", "cls: the class token; mean: of the patch tokens; patch: each of them",
                     choices=["cls", "mean", "patch"])
     norm: bool = opt(True, "after the encoder's final norm, every layer; else the blocks' own outputs")
-    img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
-                                           type=side_or_sides)
-    mean: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
-    std: tuple[float, ...] | None = opt(None, "of each channel; not given: the checkpoint's", type=numbers)
     allow_missing: bool = opt(False, "take the encoder although something in it is missing or unknown")
     dtype: str = opt("float32", "of matrix products", choices=["float32", "bfloat16", "float16", "auto"])
 
@@ -97,18 +92,15 @@ def main(cfg):
 
 def extract(cfg, world, target):
     device, dtype = world.device, pick_dtype(cfg.dtype, world.device)
-    weights = read_weights(cfg.checkpoint)
-    encoder = encoder_of(weights, cfg.img_size, allow_missing=cfg.allow_missing).to(device)
-    mean = cfg.mean or weights.numbers("mean", IMAGENET_MEAN)
-    std = cfg.std or weights.numbers("std", IMAGENET_STD)
-    check_channels(encoder.in_chans, mean, std)
+    pretrained, cfg = open_pretrained(cfg, world.say)
+    encoder = encoder_of(pretrained.weights, cfg.img_size, allow_missing=cfg.allow_missing, say=world.say)
+    encoder.to(device)
     last = len(encoder.blocks) - 1
     layers = [last] if cfg.layers == "last" else parse_layers(cfg.layers, last + 1)
     if cfg.norm and cfg.pool != "mean" and encoder.global_pool == "avg":
         raise UserError(f"--pool {cfg.pool}: this encoder has a norm for the mean alone; expected --pool "
                         f"mean or --no-norm")
     ops = pick_ops(cfg.ops, device)
-    cfg = replace(cfg, white=cfg.white or white_of(weights.config))
     source = open_data(cfg.images, cfg.split, cfg.cache_dir, print, reading_of(cfg))
     describe_files(print, source)
     sides = [count * encoder.patch_size for count in encoder.grid]
@@ -117,7 +109,7 @@ def extract(cfg, world, target):
     batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
     tokens = (encoder.num_patches,) if cfg.pool == "patch" else ()
     shape = (len(source), len(layers), *tokens, encoder.embed_dim)
-    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
     progress, bad = Progress(len(source), 0, world), {}
 
     def write(file):

@@ -13,11 +13,11 @@ Shapes: B images, n images of a split, D width.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from mff_data.decode import DataFlags, reading_of
+from mff_data.decode import reading_of
 from mff_data.sources import check_labels, describe_files, open_data
 from mff_data.views import Views, make_loader
 from mff_min.config import check_ranges, knob, opt, parse
@@ -30,13 +30,18 @@ from mff_run.process import run
 from mff_run.progress import Progress
 from mff_run.resume import open_measuring_folder, record
 from mff_run.world import autocast, pick_dtype, pick_ops, start_world
-from mff_weights.pretrained import build_encoder, build_fusion, build_untrained, read_pretrained, settings_of
+from mff_weights.pretrained import (
+    CheckpointFlags,
+    build_encoder,
+    build_fusion,
+    build_untrained,
+    open_pretrained,
+)
 
 
 @dataclass(frozen=True)
-class Config(DataFlags):
+class Config(CheckpointFlags):
     # these change the result
-    checkpoint: str = opt("", "the encoder: a run folder, or a file of any family that tools.convert reads")
     data: str = opt("shapes", "images with classes, as --data of the stages")
     layers: str = opt("all", "blocks: all, or a list such as 0,5,11")
     images: int = opt(10_000, "of each split, at most, chosen at random", above=1)
@@ -121,8 +126,6 @@ def table_of_layers(rows):
 def main(cfg, baselines=True):
     """Probe as cfg says; returns {"rows": [...], ...}, without baselines only of the trained encoder."""
     check_ranges(cfg)
-    if not cfg.checkpoint:
-        raise UserError("--checkpoint is not given: expected a run folder, an encoder.pt or a state dict")
     with start_world(cfg.device, timeout=cfg.timeout) as world:
         if world.size > 1:
             raise UserError("tools.probe_layers runs in one process: expected no --nproc-per-node")
@@ -131,11 +134,9 @@ def main(cfg, baselines=True):
 
 def probe_layers(cfg, world, baselines):
     device, dtype, ops = world.device, pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)
-    pretrained = read_pretrained(cfg.checkpoint)
-    settings = settings_of(pretrained, white=cfg.white)
-    cfg = replace(cfg, white=settings["white"])
-    mean, std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
-    encoder = build_encoder(pretrained).to(device)
+    pretrained, cfg = open_pretrained(cfg, world.say)
+    mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
+    encoder = build_encoder(pretrained, cfg.img_size, world.say).to(device)
     layers = parse_layers(cfg.layers, len(encoder.blocks))
     fusion = build_fusion(pretrained, encoder)
     encoders = {"trained": (encoder, fusion)}
@@ -164,7 +165,7 @@ def probe_layers(cfg, world, baselines):
         chosen = permutation(len(source), cfg.seed, ORDER, 0)[:cfg.images]
         keys = [(0, int(i)) for i in chosen]
         batches = [keys[first:first + cfg.batch_size] for first in range(0, len(keys), cfg.batch_size)]
-        views = Views(source, "evaluation", settings["img_size"], encoder.in_chans, 0, cfg.seed)
+        views = Views(source, "evaluation", cfg.img_size, encoder.in_chans, 0, cfg.seed)
         loader = make_loader(views, batches, cfg.workers, device.type == "cuda", cfg.timeout)
         progress = Progress(len(keys), 0, world, text=f"features of {text}")
         features, classes = collect_features(measure, loader, bad_samples, progress)

@@ -4,11 +4,14 @@ Planted code makes a file, the marker. That each planted file would do so is sho
 pickles are loaded.
 """
 
+import argparse
+import collections
 import functools
 import io
 import json
 import os
 import pickle
+import pkgutil
 import random
 import struct
 import tarfile
@@ -205,6 +208,27 @@ def how_it_is_loaded():
     return "" if told == [True, True] else f"torch.load was told {told}"
 
 
+def pickled_configurations(folder, quick):
+    """Weights beside a pickled configuration are read, and nothing that it names is called."""
+    tally, marker = Tally(), folder / "marker"
+    code = f"__import__('os').mkdir({str(marker)!r})"
+    configs = {"path": folder, "flags": argparse.Namespace(lr=1.0), "call": Call(eval, code),
+               "dict": collections.defaultdict(list, a=[Call(exec, code)])}
+    for name, config in configs.items():
+        path = folder / f"{name}.pt"
+        torch.save({"model": small_state(), "args": config}, path)
+        for reader, work in readers(path, folder / f"out-{name}").items():
+            if reader in ("tools.convert", "tools.features") or reader == "probe --checkpoint" and not quick:
+                end = fork(work)
+                whole = end.code == 0 and is_clean(end.said)
+                wrong = "" if whole else f"code {end.code}, {end.said[-300:]!r}"
+                if marker.exists():
+                    marker.rmdir()
+                    wrong = "the planted code ran"
+                tally.note(wrong and f"{name} by {reader}: {wrong}")
+    return tally.outcome()
+
+
 # ---------------------------------------------------------------- files that would grow
 
 
@@ -284,7 +308,7 @@ def something_else(folder, quick):
              "picture": (picture.getvalue(), "cannot be read"), "torn": (whole[:5000], "cut short"),
              "weights": (weights, "ends in .safetensors"), "program": (program, "is a program"),
              "zip": (zipped([("a.txt", b"a")]), "a zip archive that PyTorch did not write"),
-             "model": (saved(torch.nn.Linear(2, 2)), "it asks for torch.nn.modules.linear.Linear"),
+             "model": (saved(torch.nn.Linear(2, 2)), "torch.nn.modules.linear.Linear"),
              "list": (saved([1]), "holds a list"), "escape": (pickle.dumps({"a": 1}, 0), "is a text"),
              "name": (b"\x80\2cx\x1b[31m\ny\n.", r"it asks for x\x1b[31m.y")}
     for name, (content, message) in cases.items():
@@ -410,6 +434,7 @@ def mutated_checkpoints(folder, quick):
 
 FAULTS = [
     Fault("planted code", 10, planted_code),
+    Fault("pickled configurations", 10, pickled_configurations),
     Fault("files that would grow", 10, files_that_grow),
     Fault("files that are something else", 10, something_else),
     Fault("names with control characters", 10, names_that_forge),
@@ -423,8 +448,13 @@ FAULTS = [
 
 def load_what_is_there():
     """torch.load as it was for years."""
-    rewrite(files, "read_checkpoint", ("look_through(path)", "pass"),
+    rewrite(files, "read_checkpoint", ("look_through(path)", "set()"),
             ("weights_only=True", "weights_only=False"))
+
+
+def make_what_is_named():
+    """Foreign classes and functions as they are, in the place of stand-ins."""
+    files.stand_ins = lambda names: [(pkgutil.resolve_name(name), name) for name in names]
 
 
 def believe_sizes():
@@ -437,6 +467,7 @@ def believe_names():
 
 GUARDS = [
     Guard("weights-alone", "planted code", load_what_is_there),
+    Guard("stand-ins", "pickled configurations", make_what_is_named),
     Guard("sizes-of-an-archive", "files that would grow", believe_sizes),
     Guard("names-in-a-pickle", "files that would grow", believe_names),
 ]

@@ -323,7 +323,7 @@ def bad(tmp_path_factory):
     ("--data BAD/empty", "holds no images"),
     ("--data BAD/flat", "has no train folder"),
     ("--data cifar10:BAD/cifar", "label 200 of CIFAR-10 val 0 is outside the 10 classes of the head"),
-    ("--img-size 32", "pos_embed has shape"),
+    ("--img-size 30", "img_size 30x30 is not a multiple of patch_size 4"),
     ("--batch-size 1 --global-batch 1", "--batch-size 1: expected 2 or more"),
     ("--knn 5 --cache 1", "--cache and --knn are two ways to probe"),
     ("--cache-lrs 1,2", "--cache-lrs: expected numbers above 0, and --cache with them"),
@@ -344,15 +344,23 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, ba
     assert not (tmp_path / "a").exists()
 
 
-def test_a_probe_is_no_encoder_and_a_state_with_unknown_names_is_refused(probe, pretrained, tmp_path):
+def test_a_probe_is_no_encoder_and_a_classifiers_head_is_left_behind(probe, pretrained, tmp_path, capsys):
     probe("--steps", "1")
-    with pytest.raises(UserError, match="is of no known family .*; it holds norm.running_mean"):
+    with pytest.raises(UserError, match="is of no known family .*; it holds data, model.norm.running_mean"):
         probe("--checkpoint", str(tmp_path / "a"), "--steps", "1", to="b")
     state = torch.load(pretrained / "encoder.pt", weights_only=True)
     state["model"]["head.weight"] = torch.zeros(10, MODELS["vit_test"]["embed_dim"])
     torch.save(state, tmp_path / "timm.pt")
-    with pytest.raises(UserError, match="timm.pt is of another model: head.weight is unknown here"):
-        probe("--checkpoint", str(tmp_path / "timm.pt"), "--steps", "1", to="c")
+    probe("--checkpoint", str(tmp_path / "timm.pt"), "--steps", "1", to="c")
+    assert "timm.pt, names of timm, from model\n  loaded        150\n  left behind     1  head\n" \
+        in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["--steps 1", "--cache 1 --steps 1", "--knn 3"])
+def test_another_image_size_resamples_positions_in_every_mode_and_says_so(probe, mode, capsys):
+    metrics = probe("--img-size", "24x32", *mode.split())
+    assert metrics["val_images"] == 20
+    assert "resized         1  encoder.pos_embed from 4x4 to 6x8 patches" in capsys.readouterr().out
 
 
 def test_a_resumed_probe_keeps_the_settings_it_began_with(probe):

@@ -285,8 +285,9 @@ def test_wrappers_are_taken_off(tmp_path, wrap):
 
 def test_two_names_of_one_tensor_are_not_chosen_between(tmp_path):
     state = randomised(VisionTransformer(16, **MODELS["vit_test"]))
-    torch.save(state | {"module.norm.bias": state["norm.bias"] + 1}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="two tensors of the name norm.bias, one of them as module.norm.bias"):
+    torch.save(state | {"_orig_mod.norm.bias": state["norm.bias"] + 1}, tmp_path / "a.pth")
+    message = "two tensors of the name norm.bias, one of them as _orig_mod.norm.bias"
+    with pytest.raises(UserError, match=message):
         read_weights(tmp_path / "a.pth")
     theirs, _ = to_family(whole_names(state | {"head.weight": torch.ones(2, 64)}), "mmpretrain")
     torch.save(theirs | {"head.layers.head.weight": torch.ones(2, 64)}, tmp_path / "b.pth")

@@ -18,8 +18,9 @@ from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
 from mff_run.process import run
-from mff_weights.checkpoint import load_encoder, read_weights
+from mff_weights.checkpoint import load_encoder, read_processor, read_weights
 from mff_weights.families import part_of
+from mff_weights.pretrained import build_encoder, read_pretrained, settings_of
 from tools import convert
 
 SIZE = MODELS["vit_test"]
@@ -54,9 +55,9 @@ def test_the_script_prints_one_table_and_what_it_wrote(folder):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.splitlines() == [
-        "mff.pt, names of ours: vit_test, 16x16 pixels in patches of 4", "  loaded        150",
-        "  missing         0", "  unexpected      0", "  resized         0", "  lost            0",
-        "  left behind    31  fusion x11, decoder x20", "timm.safetensors: 150 tensors, names of timm"]
+        "mff.pt, names of ours, from model.encoder: vit_test, 16x16 pixels in patches of 4",
+        "  loaded        150", "  left behind    31  fusion x11, decoder x20",
+        "timm.safetensors: 150 tensors, names of timm"]
 
 
 def test_the_target_of_every_family_has_its_container(folder):
@@ -83,6 +84,51 @@ def test_a_folder_for_transformers_is_there_whole_or_not_at_all(folder, monkeypa
     with pytest.raises(OSError):
         converted("mae.pt again --to hf")
     assert sorted(os.listdir()) == ["alone", "encoder.pth", "mae.pt", "mff.pt", "whole"]
+
+
+def test_a_folder_has_an_image_processor_that_transformers_reads_and_we_do(folder, capsys):
+    transformers = pytest.importorskip("transformers")
+    state = VisionTransformer((16, 24), **SIZE).state_dict()
+    config = dict(img_size=(16, 24), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    torch.save({"model": state, "config": config}, "own.pt")
+    converted("own.pt own --to hf")
+    processor = transformers.ViTImageProcessor.from_pretrained("own")
+    assert (processor.size["height"], processor.size["width"]) == (16, 24) and processor.resample == 3
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3] and list(processor.image_std) == [0.4, 0.5, 0.6]
+    assert "ViT" in type(transformers.AutoImageProcessor.from_pretrained("own")).__name__
+    white = np.full((40, 40, 3), 255, np.uint8)
+    pixels = processor(white, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 24)
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    torch.testing.assert_close(pixels[0, :, 0, 0], (1 - mean) / std)
+
+    told = json.loads((folder / "own" / "preprocessor_config.json").read_text())
+    told |= dict(size=dict(height=32, width=32), image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    (folder / "own" / "preprocessor_config.json").write_text(json.dumps(told))
+    settings = settings_of(read_pretrained("own"))
+    assert settings == dict(img_size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    capsys.readouterr()
+    encoder = build_encoder(read_pretrained("own"))
+    assert encoder.grid == (8, 8) and "encoder.pos_embed from 4x6 to 8x8 patches" in capsys.readouterr().out
+    converted("own again.pt")
+    assert torch.load("again.pt", weights_only=True)["config"]["mean"] == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("told, want", [
+    (dict(size=24, image_mean=[0.5], image_std=[1]), dict(img_size=(24, 24), mean=(0.5,), std=(1,))),
+    (dict(size={"shortest_edge": 256}, do_center_crop=True, crop_size={"height": 24, "width": 32}),
+     dict(img_size=(24, 32))), (dict(), {}), ([], {}), (dict(size={"longest_edge": 9}), {}),
+    (dict(size="big"), "img_size ['big', 'big']: expected numbers"), (dict(size=10 ** 9), "expected numbers"),
+    (dict(image_std=[0.5, "x"]), "std [0.5, 'x']: expected numbers; without the file, --img-size, --mean"),
+])
+def test_what_image_processors_say_is_read_or_refused(folder, told, want):
+    (folder / "p.json").write_text(json.dumps(told))
+    if isinstance(want, dict):
+        assert read_processor(folder / "p.json") == want
+    else:
+        with pytest.raises(UserError) as refused:
+            read_processor(folder / "p.json")
+        assert want in str(refused.value)
 
 
 def test_positions_of_both_parts_are_resampled_on_request(folder):
@@ -116,15 +162,17 @@ def test_what_has_no_place_is_let_go_on_request(folder):
     (". x.pt", ". holds none of last.pt, classifier.pt, encoder.pt, model.safetensors, pytorch_model.bin"),
     ("torn.pt x.pt", "checkpoint torn.pt cannot be read"),
     ("torn.safetensors x.pt", "checkpoint torn.safetensors cannot be read"),
-    ("resnet.pt x.pt", "resnet.pt is of no known family (ours, MAE, timm, mmpretrain, Transformers); it "
-                       "holds conv1.weight, bn1.weight, fc.bias ..."),
+    ("resnet.pt x.pt", "resnet.pt is of no known family (ours, MAE, timm, mmpretrain, Transformers): "
+                       "expected a ViT, with a tensor named patch_embed.proj.weight or patch_embed.proj"),
+    ("resnet.pt x.pt", "anywhere in the file; it holds conv1.weight, bn1.weight, fc.bias ..."),
     ("empty.pt x.pt", "it holds nothing ..."), ("list.pt x.pt", "holds a list: expected a dict"),
     ("evil.pt x.pt", "checkpoint evil.pt is refused: it asks for posix.system"),
     ("odd.pt x.pt", "odd.pt fits no model size: it is 24 wide and has 3 blocks; width x blocks of the "
                     "models: vit_test 64 x 12, vit_t 192 x 12"),
     ("flat.pt x.pt", "flat.pt has a patch projection of shape (64,): expected (width, channels, side"),
     ("broken.pt x.pt", "is of another model: encoder.blocks.5.mlp.fc1.weight has shape (255, 64), here (256"),
-    ("more.pt x.pt", "does not go over whole; unexpected: reg_token; --allow-missing goes on without"),
+    ("more.pt x.pt", "does not go over whole; unexpected: reg_token, without which it would compute "
+                     "something else (register tokens); expected a plain ViT: docs/weights.md; --allow"),
     ("less.pt x.pt", "does not go over whole; missing: encoder.blocks.*.attn.qkv.bias x12"),
     ("encoder.pth x.pt --part whole", "encoder.pth holds an encoder alone: --part whole needs a decoder"),
     ("mff.pt x.pt --part whole --to timm", "--part whole: timm has no decoder"),
