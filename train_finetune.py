@@ -35,7 +35,7 @@ from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups
 from mff_min.probe import accuracy, count_all, shown
 from mff_min.rng import MIX, Rng
 from mff_min.stream import Stream, each_once
-from mff_run import process
+from mff_run import process, small
 from mff_run.files import write_tensors
 from mff_run.flops import classifier_flops
 from mff_run.run import Run, RunFlags
@@ -88,6 +88,9 @@ class Config(RunFlags):
     output_dir: str = knob("runs/finetune", "the run's folder")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
+
+    def small_settings(self):
+        return small.FINETUNE
 
 
 def check(cfg, world_size):

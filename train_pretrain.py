@@ -35,7 +35,7 @@ from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups
 from mff_min.stream import Stream
 from mff_min.targets import PixelTarget, low_pass_radius_at
 from mff_min.vit import MODELS, VisionTransformer
-from mff_run import process
+from mff_run import process, small
 from mff_run.files import write_atomically, write_tensors
 from mff_run.flops import step_flops
 from mff_run.picture import reconstruction_sheet
@@ -91,6 +91,9 @@ class Config(RunFlags):
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     picture_every: int = knob(0, "steps between pictures; 0: ten over the run", least=0)
     picture_images: int = knob(8, "images in a picture", above=0)
+
+    def small_settings(self):
+        return small.of_model(self.model)
 
 
 def check(cfg, world):
