@@ -88,9 +88,7 @@ class Config(RunFlags):
     output_dir: str = knob("runs/finetune", "the run's folder")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
-
-    def small_settings(self):
-        return small.FINETUNE
+    small_settings = small.FINETUNE                                     # what --small gives
 
 
 def check(cfg, world_size):

@@ -74,9 +74,7 @@ class Config(RunFlags):
     # these do not change the result; nor do the flags of RunFlags
     output_dir: str = knob("runs/probe", "the run's folder")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
-
-    def small_settings(self):
-        return small.PROBE
+    small_settings = small.PROBE                                        # what --small gives
 
 
 def check(cfg, world_size):

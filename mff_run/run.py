@@ -72,10 +72,10 @@ class RunFlags:
 
     @classmethod
     def from_flags(cls, **given):
-        """The configuration of the flags that were given."""
+        """The configuration of the flags that were given. The stage's small_settings says what --small is."""
         cfg = cls(**given)
         by_default = getattr(cfg, "model", "") in small.BY_DEFAULT
-        return small.complete(cfg, given, cfg.small_settings(), by_default)
+        return small.complete(cfg, given, cfg.small_settings, by_default)
 
 
 class Run:
@@ -133,7 +133,7 @@ class Run:
     def open(self, num_images):
         """Make the run's folder ready. --max-bad is a share of so many images. Raises UserError."""
         self.folder = open_folder(self.cfg, self.world, self.state)
-        if self.cfg.small and (flags := small.taken(self.cfg, self.cfg.small_settings())):
+        if self.cfg.small and (flags := small.taken(self.cfg, self.cfg.small_settings)):
             self.say(f"for a small machine: {flags} (--no-small: the paper's settings)")
         self.bad_samples = BadSamples(self.folder, self.world, num_images, self.cfg.max_bad)
 

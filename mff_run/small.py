@@ -68,7 +68,7 @@ def instead(cfg, seconds):
         flags, names, steps = "--model vit_test", ("data", "in_chans", "mean", "std"), 500      # minutes
     else:
         images = 1800 / seconds                                         # of half an hour
-        flags, names, steps = "--small", ("checkpoint", "data"), images / cfg.small_settings()["global_batch"]
+        flags, names, steps = "--small", ("checkpoint", "data"), images / cfg.small_settings["global_batch"]
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         if field.name in names and value != field.default:
