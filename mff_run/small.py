@@ -58,8 +58,9 @@ def batches(images, given):
 def taken(cfg, settings):
     """Those of these settings that a configuration has, as flags."""
     settings = settings | batches(settings["global_batch"], {})
-    return " ".join(f"{flag_of(name)} {typed(value)}" for name, value in settings.items()
-                    if getattr(cfg, name) == value)
+    chosen = {name: value for name, value in settings.items() if getattr(cfg, name) == value}
+    return " ".join(f"{flag_of(name)} {f'{value:g}' if isinstance(value, float) else typed(value)}"
+                    for name, value in chosen.items())
 
 
 def instead(cfg, seconds):

@@ -105,6 +105,10 @@ def chosen(said):
 
 
 def test_what_was_chosen_is_said_as_flags_and_kept_with_the_run(tmp_path, cache, capsys):
+    tuning = small.taken(config("--small", stage=train_finetune), small.FINETUNE)
+    assert tuning == "--global-batch 64 --lr 0.001 --batch-size 64"
+    assert small.taken(config("--model vit_t"), small.of_model("vit_t")).endswith(
+        "--lr 0.001 --epochs 100 --batch-size 64")
     common = ["--data shapes:40 --device cpu --picture-images 1 --steps 1 --decoder-depth 1 --lr 1e-3",
               f"--output-dir {tmp_path} --cache-dir {cache}"]
     train_pretrain.main(config("--model vit_test", *common))
