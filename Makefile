@@ -8,8 +8,7 @@ BIN = $(VENV)/bin
     gpu gpu-study record-gpu-study test test-rest test-all claims test-oldest \
     faults record-faults lint clean
 
-SMALL = --model vit_test --img-size 48 --decoder-embed-dim 64 --decoder-depth 3 --decoder-num-heads 2 \
-    --global-batch 32 --batch-size 32 --lr 3e-3
+SMALL = --model vit_test
 
 demo: $(VENV)/demo-installed
 	rm -rf runs/demo

@@ -37,7 +37,7 @@ from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups
 from mff_min.probe import accuracy, count_all, shown
 from mff_min.rng import MIX, Rng
 from mff_min.stream import Stream, each_once
-from mff_run import process
+from mff_run import process, small
 from mff_run.files import write_tensors
 from mff_run.flops import classifier_flops
 from mff_run.run import Run, RunFlags
@@ -85,6 +85,7 @@ class Config(CheckpointFlags, RunFlags):
     output_dir: str = knob("runs/finetune", "the run's folder")
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
+    small_settings = small.FINETUNE                                     # what --small gives
 
 
 def check(cfg, world_size):

@@ -1,6 +1,6 @@
 """Pre-train a ViT by predicting masked pixels: MAE, PixMIM, MFF_MAE, MFF_PixMIM (arXiv 2308.00261, table 1).
 
-    python train_pretrain.py --model vit_b                              MFF_MAE on the embedded images
+    python train_pretrain.py --model vit_test                           a small MFF_MAE on the embedded images
     torchrun --nproc-per-node=8 train_pretrain.py --model vit_b --data IMAGENET --batch-size 512 --workers 12
 
 The methods are combinations of independent flags:
@@ -36,7 +36,7 @@ from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups
 from mff_min.stream import Stream
 from mff_min.targets import PixelTarget, low_pass_radius_at
 from mff_min.vit import MODELS, VisionTransformer
-from mff_run import process
+from mff_run import process, small
 from mff_run.files import write_atomically, write_tensors
 from mff_run.flops import step_flops
 from mff_run.picture import reconstruction_sheet
@@ -96,6 +96,7 @@ class Config(DataFlags, RunFlags):
     grad_checkpointing: bool = knob(False, "recompute activations to save memory, for vit_l and vit_h")
     picture_every: int = knob(0, "steps between pictures; 0: ten over the run", least=0)
     picture_images: int = knob(8, "images in a picture", above=0)
+    small_settings = property(lambda cfg: small.of_model(cfg.model))    # what --small gives
 
 
 def check(cfg, world):
@@ -188,9 +189,8 @@ def pretrain(cfg, run):
     if cfg.fsdp:                                                        # takes the parameters' place
         trained = shard(model, run.world, schedule.accumulation > 1, cfg.compile)
     else:
-        several = run.world.size > 1
         options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)   # the target's never change
-        trained = DistributedDataParallel(model, **options) if several else model
+        trained = DistributedDataParallel(model, **options) if run.world.size > 1 else model
         if cfg.compile:
             trained = torch.compile(trained, dynamic=False)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), betas=(0.9, 0.95), fused=True)

@@ -33,7 +33,7 @@ from mff_min.optim import LARS, clip_grad_norm, cosine_lr, make_schedule, param_
 from mff_min.probe import (LinearProbe, accuracy, collect_features, count_all, count_hits, knn_scores,
                            pool_tokens, shown)
 from mff_min.stream import Stream, each_once
-from mff_run import process
+from mff_run import process, small
 from mff_run.flops import classifier_flops
 from mff_run.progress import Progress
 from mff_run.run import Run, RunFlags
@@ -70,6 +70,7 @@ class Config(CheckpointFlags, RunFlags):
     # these do not change the result; nor do the flags of RunFlags
     output_dir: str = knob("runs/probe", "the run's folder")
     eval_every: float = knob(10.0, "epochs between evaluations; there is always one at the end", above=0)
+    small_settings = small.PROBE                                        # what --small gives
 
 
 def check(cfg, world_size):

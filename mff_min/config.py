@@ -8,7 +8,7 @@
 
 A field annotated bool becomes --flag and --no-flag; one annotated `X | None` is "not given" when it is None.
 One without a default, opt(REQUIRED, ...), is no flag but an argument; these stand in the order of the fields,
-and one annotated tuple[...] takes what is left.
+and one annotated tuple[...] takes what is left. A class whose defaults depend on flags has from_flags.
 """
 
 import argparse
@@ -42,9 +42,8 @@ def opt(default, help, choices=None, type=None, least=None, above=None, changes_
     type turns the flag's text into the value where the annotation cannot; the value must be in choices, at
     least `least` and more than `above`, where these are given.
     """
-    metadata = dict(help=help, choices=choices, type=type, least=least, above=above,
-                    changes_result=changes_result)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, type=type, least=least, above=above, changes_result=changes_result))
 
 
 def knob(default, help, **bounds):
@@ -57,8 +56,7 @@ def check_ranges(cfg):
     for field in dataclasses.fields(cfg):
         value, least, above = getattr(cfg, field.name), field.metadata["least"], field.metadata["above"]
         flag = f"--{field.name.replace('_', '-')} {value}"
-        too_big = isinstance(value, int) and value >= 2 ** 63
-        if too_big or isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, int) and value >= 2 ** 63 or value in (math.inf, -math.inf) or value != value:
             raise UserError(f"{flag}: expected a finite number")
         if value is not None and least is not None and not value >= least:
             raise UserError(f"{flag}: expected {least} or more")
@@ -96,21 +94,20 @@ def parse(config_class, argv=None):
         names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
         if field.default is REQUIRED:
-            many = getattr(field.type, "__origin__", None) is tuple     # one or more of them
-            nargs = "+" if many else None
+            nargs = "+" if getattr(field.type, "__origin__", None) is tuple else None   # one or more
             parser.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=text)
             continue
-        text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
-        common = dict(default=field.default, help=text)
+        text += "" if field.default in (None, "") else f" [{typed(field.default)}]"
+        common = dict(default=argparse.SUPPRESS, help=text)
         if field.type is bool:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         else:
             kind, choices = field.metadata["type"] or _plain_type(field.type), field.metadata["choices"]
             metavar = None if choices else field.name.upper()
             group.add_argument(*names, type=kind, choices=choices, metavar=metavar, **common)
-    values = vars(parser.parse_args(argv))
-    return config_class(**{name: tuple(value) if isinstance(value, list) else value
-                           for name, value in values.items()})
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+    return getattr(config_class, "from_flags", config_class)(**given)
 
 
 def side_or_sides(text):
@@ -140,8 +137,8 @@ def _plain_type(annotation):
     return options[0]
 
 
-def _shown(value):
-    """A default as the user would type it."""
+def typed(value):
+    """A value as the user would type it."""
     if isinstance(value, tuple):
         return ("x" if isinstance(value[0], int) else ",").join(map(str, value))
     return value

@@ -11,6 +11,7 @@ import torch
 from mff_min.errors import STOP_SIGNALS, Fault, UserError, shared_memory
 from mff_run.output import steady_output, whisper
 from mff_run.ranks import Lost
+from mff_run.world import check_launcher
 
 
 class Stopped(Exception):
@@ -44,7 +45,8 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.number:
             self.number = number
-            whisper("stopping as soon as the state is saved; Ctrl-C again stops at once")
+            if "TORCHELASTIC_RUN_ID" not in os.environ:                 # torchrun says so for all
+                whisper("stopping as soon as the state is saved; Ctrl-C again stops at once")
             if self.interrupts:
                 raise Interrupted
 
@@ -83,6 +85,7 @@ def run(main, cfg):
     resumable = hasattr(cfg, "resume")
     steady_output()
     try:
+        check_launcher()
         main(cfg)
     except (UserError, Fault, Lost) as error:
         leave(f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3, error)
@@ -117,9 +120,10 @@ def own_words(error):
 
 
 def leave(text, code, error=None):
-    """Print why to stderr, unless another rank has done so of the error raised, and end the process."""
+    """Print why to stderr, unless another rank does so of the error raised, and end the process."""
     sys.stdout.flush()
-    if not getattr(error, "told", False):
+    by_rank_0 = isinstance(error, KeyboardInterrupt) and os.environ.get("RANK", "0") != "0"     # torchrun's
+    if not getattr(error, "told", by_rank_0):
         print("\n" * sys.stdout.isatty() + text, file=sys.stderr, flush=True)     # below the progress line
     raise SystemExit(code)
 

@@ -44,13 +44,15 @@ class Meter(Progress):
 
     It measures throughput and the time lost to waiting for data, and says early how long the run will take.
     peak_img_per_s is the throughput of devices that do nothing but multiply, of which mfu is the share; 0
-    where it is not known. advice is said once, if data is late.
+    where it is not known. advice is said once, if data is late. instead, of the seconds of an image, is the
+    command to try where a CPU takes too long.
     """
 
-    def __init__(self, schedule, start, world, peak_img_per_s=0.0, advice="more --workers would help"):
+    def __init__(self, schedule, start, world, peak_img_per_s=0.0, advice="more --workers would help",
+                 instead=None):
         super().__init__(schedule.stop * schedule.global_batch, start * schedule.global_batch, world)
-        self.schedule, self.start, self.device = schedule, start, world.device
-        self.peak_img_per_s, self.advice = peak_img_per_s, advice
+        self.schedule, self.start, self.device, self.ranks = schedule, start, world.device, world.size
+        self.peak_img_per_s, self.advice, self.instead = peak_img_per_s, advice, instead
         self.micro, self.asked = 0, time.monotonic()
         self.waited, self.read_at, self.read_step = 0.0, self.asked, start
         self.queued = torch.cuda.Event() if world.device.type == "cuda" else None
@@ -78,13 +80,31 @@ class Meter(Progress):
         yield
         self.read_at += time.monotonic() - began
 
+    def foresee(self, seconds, rate):
+        """Say before the first step how long the run will take at least: its micro-batches so many seconds.
+
+        rate is that of the device, in TFLOP/s, from which seconds follow.
+        """
+        self.say(f"this {self.device.type.upper()} multiplies {1e3 * rate:.0f} GFLOP/s: a micro-batch takes "
+                 f"{seconds:.1f} s or more, and the run {duration(self.total_of(seconds))} or more")
+        self.warn_if_hopeless(seconds)
+
     def estimate(self, seconds):
         """Say how long the run will take, with micro-batches of so many seconds."""
-        total = seconds * self.schedule.accumulation * (self.schedule.stop - self.start)
-        self.say(f"a micro-batch takes {seconds:.2f} s, so the run takes about {duration(total)}")
-        if self.device.type == "cpu" and total > 86_400:
-            self.say("that is over a day on this CPU: `make demo` trains a small model on small images in "
-                     "minutes, and --steps ends this run early")
+        self.say(f"a micro-batch takes {seconds:.2f} s, so the run takes about "
+                 f"{duration(self.total_of(seconds))}")
+        self.warn_if_hopeless(seconds)
+
+    def total_of(self, seconds):
+        """Seconds of all steps, with micro-batches of so many."""
+        return seconds * self.schedule.accumulation * (self.schedule.stop - self.start)
+
+    def warn_if_hopeless(self, seconds):
+        """Say once what to try where a CPU would take over a day."""
+        if self.instead and self.device.type == "cpu" and self.total_of(seconds) > 86_400:
+            each = seconds * self.ranks / self.schedule.images_at_once
+            self.say(f"that is over a day on this CPU; to try it first: {self.instead(each)}")
+            self.instead = None
 
     def read(self, done, loss, lr):
         """Show the line at step `done`; {img_per_s, data_wait, perhaps mfu} since it was last read."""

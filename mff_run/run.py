@@ -22,14 +22,16 @@ A Run is no trainer. It never calls the model, the loss, backward() or optimizer
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import asdict, dataclass
 
 from mff_min.config import knob
 from mff_min.optim import load_optimizer
 from mff_min.probe import shown
+from mff_run import small
 from mff_run.finite import FiniteSteps
-from mff_run.flops import peak_img_per_s
+from mff_run.flops import peak_img_per_s, product_tflops
 from mff_run.log import BadSamples, Log
 from mff_run.process import Interrupted, Stopped, StopSignals
 from mff_run.progress import Meter
@@ -48,6 +50,7 @@ from mff_run.world import start_world
 
 HINT = ("--resume auto goes on from the last checkpoint; --allow-change clip_grad,lr,dtype with --clip-grad, "
         "a lower --lr or --dtype float32 may help")
+SLOW = 1e11                                                             # FLOPs: a second or more of a CPU
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,15 @@ class RunFlags:
     log_every: int = knob(20, "steps between lines of the log", above=0)
     save_every: int = knob(500, "steps between checkpoints", above=0)
     cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+    small: bool = knob(False, "settings for a small machine where a flag gives no other; the default for "
+                              "pre-training vit_test and vit_t")
+
+    @classmethod
+    def from_flags(cls, **given):
+        """The configuration of the flags that were given. The stage's small_settings says what --small is."""
+        cfg = cls(**given)
+        by_default = getattr(cfg, "model", "") in small.BY_DEFAULT
+        return small.complete(cfg, given, cfg.small_settings, by_default)
 
 
 class Run:
@@ -128,6 +140,8 @@ class Run:
     def open(self, num_images):
         """Make the run's folder ready. --max-bad is a share of so many images. Raises UserError."""
         self.folder = open_folder(self.cfg, self.world, self.state)
+        if self.cfg.small and (flags := small.taken(self.cfg, self.cfg.small_settings)):
+            self.say(f"for a small machine: {flags} (--no-small: the paper's settings)")
         self.bad_samples = BadSamples(self.folder, self.world, num_images, self.cfg.max_bad)
 
     def begin(self, schedule, stream, source, model, optimizer, scaler=None, *, flops, dtype, advice,
@@ -153,7 +167,12 @@ class Run:
     def steps(self):
         """The numbers of the steps that are left, from 0. In between, a signal is only noted."""
         peak = peak_img_per_s(self.flops, self.dtype, self.world)
-        self.meter = Meter(self.schedule, self.start, self.world, peak, self.advice)
+        self.meter = Meter(self.schedule, self.start, self.world, peak, self.advice,
+                           functools.partial(small.instead, self.cfg))
+        micro_batch = self.flops * self.schedule.images_at_once / self.world.size
+        if self.device.type == "cpu" and micro_batch > SLOW:            # else the first steps tell it at once
+            rate = product_tflops(self.device, self.dtype, side=512, seconds=0.1)
+            self.meter.foresee(micro_batch / rate / 1e12, rate)
         self.signals.start()
         for step in range(self.start, self.schedule.stop):
             self.step, self.world.step = step, step + 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import subprocess
@@ -136,6 +137,50 @@ def start_world(device, deterministic=False, timeout=600.0):
     finally:
         for file in world.held:
             file.close()
+
+
+WITHOUT_SRUN = 2 ** 32 - 16                                             # and above: steps of no srun -n
+
+
+def check_launcher(environment=os.environ):
+    """Raise UserError where Slurm or MPI started this command several times, and torchrun did not.
+
+    Each would be a run of one process. The error has told=True on all of them but the first. A job of Slurm
+    that was given many tasks may run this once: only a step, which srun starts, has tasks that run.
+    """
+    def number(name, default=0):
+        text = environment.get(name, "")
+        return int(text) if text.isdecimal() else default
+
+    if {"RANK", "WORLD_SIZE"} & environment.keys():
+        return
+    step = number("SLURM_STEP_ID", 0 if "SLURM_STEP_NUM_TASKS" in environment else WITHOUT_SRUN)
+    tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS"))
+    found = [("srun", tasks if step < WITHOUT_SRUN or number("SLURM_PROCID") else 0, number("SLURM_PROCID")),
+             *(("mpirun", number(f"{name}_SIZE"), number(f"{name}_RANK"))
+               for name in ("OMPI_COMM_WORLD", "PMI", "MV2_COMM_WORLD")),
+             ("PMIx", number("PMIX_RANK") + 1, 0)]                      # which tells no size
+    launcher, size, rank = max(found, key=lambda start: start[1])
+    if size < 2:
+        return
+    hosts = max(number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1)), 1)
+    each = number("OMPI_COMM_WORLD_LOCAL_SIZE", math.ceil(size / hosts))
+    several = f"--nnodes={hosts} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 " if hosts > 1 else ""
+    many, one = (f"{start} {this_command()} ..." for start in
+                 (f"torchrun {several}--nproc-per-node={each}", "python"))
+    if launcher == "srun":
+        many, one = f"srun --nodes={hosts} --ntasks={hosts} {many}", f"srun --ntasks=1 {one}"
+    times = f"{size} times" + " or more" * (launcher == "PMIx")
+    error = UserError(f"{launcher} started this {times}, and each would be a run of its own; expected "
+                      f"one torchrun on each host: {many} (docs/running.md); or one process: {one}")
+    error.told = rank > 0
+    raise error
+
+
+def this_command():
+    """This program as `python` and torchrun take it: "train_probe.py" or "-m tools.evaluate"."""
+    spec = sys.modules["__main__"].__spec__
+    return f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
 
 
 def pick_dtype(name, device):

@@ -1,6 +1,8 @@
 """A wheel works from another folder, the checkout hides no other package, a copied kernels/ works alone."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +67,40 @@ print(ops.layer_sum([torch.ones(2)], torch.zeros(1)).tolist(), type(encoder).__n
 """
     assert python(tmp_path, site, "-c", code) == "[1.0, 1.0] VisionTransformer\n"
     assert "usage: " in python(tmp_path, site, "-m", "tools.convert", "--help")
+
+
+ON_WINDOWS = """
+import contextlib, importlib.abc, io, json, runpy, sys
+import torch.nn.parallel, torch.optim.swa_utils, torch.profiler, torch.utils.checkpoint
+import numpy, PIL.Image
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "mff_min.kernels", "resource"):   # the link is a text file there
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+sys.modules.pop("fcntl", None)
+sys.platform, known, found = "win32", set(sys.modules), {}
+for name in sys.argv[1:]:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            runpy.run_module(name, run_name="__main__")
+        except SystemExit as end:
+            found[name] = end.code, said.getvalue()
+    for each in set(sys.modules) - known:
+        del sys.modules[each]
+print(json.dumps(found))
+"""
+
+
+def test_windows_is_refused_in_one_line_by_every_stage_and_tool(tmp_path):
+    names = [module_of(path).removesuffix(".__main__") for path, text in FILES.items()
+             if re.search(r"^ *(process\.)?run\(main, ", text, re.M) or path == "tools/bench/__main__.py"]
+    assert len(names) >= 11 and "train_pretrain" in names and "tools.pack" in names and "tools.study" in names
+    found = json.loads(python(tmp_path, ROOT, "-c", ON_WINDOWS, *names))
+    line = "error: Windows is not supported: expected Linux, which WSL 2 or a container gives\n"
+    assert found == {name: [2, line] for name in names}
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -19,7 +19,6 @@ says where each number is from).
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import json
@@ -404,6 +403,7 @@ def held(folder, kind, patience=30.0):
 
     Raises UserError where one does for so many seconds, or where the folder is of another kind of study.
     """
+    import fcntl  # absent from Windows, which is refused where it is known
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")                               # units inherit it, and so hold it too

@@ -1,8 +1,12 @@
-"""Promise 11: a folder has one run at a time, and goes on with its own settings and images or not at all."""
+"""Promise 11: a folder has one run at a time, and goes on with its own settings and images or not at all.
+
+So a command that a launcher starts several times, and torchrun does not join, is refused.
+"""
 
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import socket
 import time
@@ -12,7 +16,7 @@ from faults.killed import command, differences, uninterrupted
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, stage
 from PIL import Image
 
-from mff_run import files, resume, run
+from mff_run import files, process, resume, run
 
 
 def contents(folder):
@@ -134,7 +138,29 @@ def other_images(folder, quick):
     return tally.outcome()
 
 
+# ---------------------------------------------------------------- several tasks
+
+LAUNCHERS = [dict(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="{}"),
+             dict(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="{}"), dict(PMI_SIZE="2", PMI_RANK="{}")]
+
+
+def tasks_without_torchrun(folder, quick):
+    """Of two tasks that srun or mpirun starts neither begins, and the first says what would join them."""
+    tally = Tally()
+    for name in ("pretrain",) if quick else STAGES:
+        for kind, task in itertools.product(LAUNCHERS, range(2)):
+            def work(name=name, kind=kind, task=task):
+                os.environ.update({key: value.format(task) for key, value in kind.items()})
+                stage(name, folder / name, "--steps", 1)()
+            ended = fork(work)
+            problem = fine(ended, 2, *["started this 2 times", "torchrun --nproc-per-node=2"] * (task == 0))
+            problem = problem or "it says so too" * bool(task and ended.said.strip())
+            tally.note(problem or "it has begun" * (folder / name).exists())
+    return tally.outcome()
+
+
 FAULTS = [Fault("a second run in a folder", 11, second_runs),
+          Fault("tasks without torchrun", 11, tasks_without_torchrun),
           Fault("a run given other settings", 11, other_settings),
           Fault("a run given other images", 11, other_images)]
 
@@ -151,6 +177,11 @@ def take_any_images():
     run.check_same_data = lambda cfg, state, seen: None
 
 
+def start_any_task():
+    process.check_launcher = lambda: None
+
+
 GUARDS = [Guard("no-folder-lock", "a second run in a folder", lock_nothing),
+          Guard("launcher-asked", "tasks without torchrun", start_any_task),
           Guard("settings-not-compared", "a run given other settings", take_any_settings),
           Guard("images-not-compared", "a run given other images", take_any_images)]

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,6 +279,22 @@ def test_two_ranks_compile(pretrain, tmp_path, cache):
     assert read_log(tmp_path / "two" / "log.jsonl")[-1]["loss"] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("after", ["fused blocks", "step 2/"])
+def test_ctrl_c_under_torchrun_is_one_line_of_ours(tmp_path, cache, after):
+    """Before the first step and in a later one. torchrun adds what it has to say: lines of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["--steps", "100000", "--batch-size", "4"]
+    process = shell(tmp_path, cache, *flags, launcher=launcher, start_new_session=True)
+    while after not in (line := process.stdout.readline()):
+        assert line, process.wait()
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    before, _, trace = said.partition("Traceback ")                     # torchrun's own
+    theirs = re.compile(r"[WEI]\d{4} .*torch/distributed/elastic/| *\d+\.\d %  step |steps 0 |a micro-batch")
+    ours = [line for line in before.splitlines() if line and not theirs.match(line)]
+    assert len(ours) == 1 and ours[0].startswith("stopped: ") and "Traceback" not in trace, said
+
+
 # ---------------------------------------------------------------- other data
 
 
@@ -321,17 +338,20 @@ def test_initial_weights_come_from_a_run_or_from_an_encoder(pretrain, tmp_path, 
 
 def test_few_images_are_said_to_be_seen_more_than_once(pretrain, capsys):
     pretrain("--data", "shapes:10", "--steps", "2")
-    assert "10 images are fewer than the global batch of 16" in capsys.readouterr().out
+    assert "10 images are fewer than the global batch of 16: some repeat" in capsys.readouterr().out
 
 
-def test_a_run_of_more_than_a_day_on_a_cpu_names_the_small_command(capsys):
+def test_a_run_of_more_than_a_day_on_a_cpu_names_once_what_to_try(capsys):
     schedule = Schedule(10_000, 64, images_at_once=32, stop=1000, epochs=6.4, warmup_epochs=1, lr=1.0)
-    meter = Meter(schedule, 0, World(0, 1, 0, torch.device("cpu")))
-    meter.estimate(100.0)
-    said = capsys.readouterr().out
-    assert "2 days 7:33:20" in said and "make demo" in said
+    meter = Meter(schedule, 0, World(0, 2, 0, torch.device("cpu")), instead=lambda each: f"{each} s each")
     meter.estimate(1.0)
-    assert "make demo" not in capsys.readouterr().out
+    assert "to try it" not in capsys.readouterr().out
+    meter.foresee(100.0, rate=0.05)
+    said = capsys.readouterr().out
+    assert "multiplies 50 GFLOP/s: a micro-batch takes 100.0 s or more, and the run 2 days 7:33:20 or" in said
+    assert said.endswith("over a day on this CPU; to try it first: 6.25 s each\n")       # 16 of this rank
+    meter.estimate(120.0)
+    assert capsys.readouterr().out == "a micro-batch takes 120.00 s, so the run takes about 2 days 18:40:00\n"
 
 
 @pytest.fixture

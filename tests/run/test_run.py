@@ -4,7 +4,9 @@ A new stage costs a row. What is special to one stage is in test_pretrain, test_
 """
 
 import json
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,6 +193,55 @@ def test_two_ranks_equal_one_with_accumulation(row, flags_of, whole, tmp_path):
         assert not row.sums or a.get("acc1") == b.get("acc1")
         if "loss" in a:                                                 # one adds micro-batches in float32
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6 if row.sums else 1e-5)
+
+
+# ---------------------------------------------------------------- how long it will take
+
+
+def hopeless(monkeypatch):
+    """Every run is worth an estimate, of a CPU that is slower than any."""
+    monkeypatch.setattr(run_module, "SLOW", 0)
+    monkeypatch.setattr(run_module, "product_tflops", lambda *given, **options: 1e-12)
+
+
+def test_the_estimate_comes_before_the_first_step_with_a_command_to_try(row, start, flags_of, tmp_path,
+                                                                        monkeypatch, capsys):
+    class Begun(Exception):
+        """The first micro-batch is asked for."""
+
+    def begin(i):
+        raise Begun
+    hopeless(monkeypatch)
+    training_loader(row.stage, monkeypatch, begin)
+    monkeypatch.setattr("sys.argv", [row.stage.__file__])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(Begun):
+        start(*STEPS)
+    said = capsys.readouterr().out
+    assert "a micro-batch takes " in said and " or more, and the run " in said
+    command = shlex.split(said.splitlines()[-1].partition("; to try it first: ")[2])
+    assert command[:2] == ["python", Path(row.stage.__file__).name]
+    asked, to_try = (parse(row.stage.Config, words) for words in (flags_of(row, tmp_path / "a"), command[2:]))
+    assert to_try.small and to_try.steps >= 1 and to_try.data == asked.data
+    assert to_try.output_dir == f"{asked.output_dir}-small"
+    assert getattr(to_try, "checkpoint", "") == getattr(asked, "checkpoint", "")
+
+
+def test_the_estimate_changes_no_bit_of_a_run(row, start, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "SLOW", 0)
+    before = torch.get_rng_state()
+    drawn = run_module.product_tflops(torch.device("cpu"), torch.float32, side=64, seconds=0)
+    assert drawn > 0 and torch.equal(torch.get_rng_state(), before)
+    start(*STEPS, *row.busy.split())
+    assert "GFLOP/s: a micro-batch takes" in capsys.readouterr().out
+    assert_same_run(whole, tmp_path / "a")
+
+
+def test_a_run_whose_first_steps_take_no_time_is_not_estimated_before_them(row, start, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "product_tflops", None)
+    start("--steps", "3")
+    said = capsys.readouterr().out
+    assert " or more" not in said and "so the run takes about" in said
 
 
 # ---------------------------------------------------------------- what a step costs

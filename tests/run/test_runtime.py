@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -198,3 +199,82 @@ def test_a_lost_worker_is_named_also_where_its_signal_breaks_a_save(capsys):
         run(save, None)
     said = capsys.readouterr().err
     assert stop.value.code == 3 and said.startswith("error: DataLoader worker (pid 5) is killed by signal: ")
+
+
+# ---------------------------------------------------------------- launchers
+
+
+SRUN = dict(SLURM_NTASKS="4", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0")
+INTERACTIVE = dict(SLURM_STEP_ID=str(2 ** 32 - 6))                      # the shell of salloc
+
+
+def launched(monkeypatch, environment):
+    """What run says and returns where a launcher has set this environment: ("", 0) if it begins."""
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "OMPI_", "PMI", "MV2_")) or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_probe.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    begun = []
+    try:
+        run(begun.append, None)
+    except SystemExit as end:
+        assert not begun
+        return end.code
+    assert begun == [None]
+    return 0
+
+
+@pytest.mark.parametrize("environment, told", [
+    (SRUN, "srun started this 4 times, and each would be a run of its own; expected one torchrun on each "
+           "host: srun --nodes=1 --ntasks=1 torchrun --nproc-per-node=4 train_probe.py ... (docs/running.md)"
+           "; or one process: srun --ntasks=1 python train_probe.py ..."),
+    (SRUN | dict(SLURM_STEP_NUM_NODES="2"),
+     "srun --nodes=2 --ntasks=2 torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+     "--nproc-per-node=2 train_probe.py"),
+    (dict(SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_ID="0"), "srun started this 4 times"),
+    (dict(OMPI_COMM_WORLD_SIZE="6", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_SIZE="3"),
+     "mpirun started this 6 times, and each would be a run of its own; expected one torchrun on each host: "
+     "torchrun --nproc-per-node=3 train_probe.py ... (docs/running.md); or one process: python train_probe"),
+    (dict(PMI_SIZE="2", PMI_RANK="0"), "mpirun started this 2 times"),
+    (dict(PMIX_RANK="3"), "PMIx started this 4 times or more, and"),
+])
+def test_several_tasks_without_torchrun_are_refused_with_what_starts_them(monkeypatch, capsys, environment,
+                                                                          told):
+    assert launched(monkeypatch, environment) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and told in error
+
+
+@pytest.mark.parametrize("environment", [
+    SRUN | dict(SLURM_PROCID="3"), dict(OMPI_COMM_WORLD_SIZE="6", OMPI_COMM_WORLD_RANK="5"),
+    dict(SLURM_NTASKS="4", SLURM_PROCID="2")])
+def test_of_several_tasks_the_first_alone_says_so(monkeypatch, capsys, environment):
+    assert launched(monkeypatch, environment) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("environment", [
+    {}, dict(SLURM_NTASKS="4", SLURM_NNODES="2"),                       # salloc -n 4; python
+    dict(SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0"),        # sbatch -n 4, a script without srun
+    SRUN | INTERACTIVE, SRUN | INTERACTIVE | dict(SLURM_STEP_NUM_TASKS="1"),
+    SRUN | dict(SLURM_STEP_NUM_TASKS="1"),                              # srun -n 1 in a job of four tasks
+    SRUN | dict(RANK="0", WORLD_SIZE="1"),                              # srun torchrun
+    dict(OMPI_COMM_WORLD_SIZE="1", OMPI_COMM_WORLD_RANK="0"), dict(PMIX_RANK="0"), dict(PMI_SIZE="many"),
+])
+def test_one_task_of_a_job_of_many_begins(monkeypatch, environment):
+    assert launched(monkeypatch, environment) == 0
+
+
+@pytest.mark.parametrize("rank, lines", [(None, 1), ("0", 1), ("1", 0)])
+def test_an_interrupt_that_reaches_every_rank_is_said_by_rank_0_alone(monkeypatch, capsys, rank, lines):
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+
+    def main(cfg):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        run(main, None)
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped: interrupted\n" * lines
