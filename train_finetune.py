@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mff_data.sources import check_classes, check_labels, fingerprint, open_data, subset
+from mff_data.sources import fingerprint, match_labels, open_data, relabel, subset
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.augment import (draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
                              soft_targets)
@@ -50,8 +50,8 @@ class Config(RunFlags):
     # these change the result
     checkpoint: str = opt("", "what to start from: a run folder, or a file of any family of tools.convert")
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
-    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
-                              "folder or pack of images: train/<class>/*, val/<class>/*")
+    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, list:DIR, "
+                              "cars:DIR, or a folder or pack of images: train/<class>/*, val/<class>/*")
     subset: str = opt("", "a file that names the training images to use, one per line (low-shot)")
     img_size: tuple[int, int] | None = opt(None, "crop, SIDE or HEIGHTxWIDTH; not given: the checkpoint's",
                                            type=side_or_sides)
@@ -124,10 +124,10 @@ def finetune(cfg, run):
     # ------------------------------------------------------------ data
     train_set = world.local_main_first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say))
     val_set = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say))
-    check_labels(cfg.data, train_set, val_set)
-    classes = train_set.classes
     if run.state:
-        check_classes(classes, run.state["classes"], want=f"the run in {cfg.output_dir}")
+        train_set = relabel(train_set, run.state["classes"], say, "train", f"the run in {cfg.output_dir}")
+    train_set, val_set = match_labels(cfg.data, train_set, val_set, say)
+    classes = train_set.classes
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
     run.check_data(fingerprint(train_set))

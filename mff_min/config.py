@@ -96,9 +96,9 @@ def parse(config_class, argv=None):
         names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
         if field.default is REQUIRED:
-            many = getattr(field.type, "__origin__", None) is tuple     # one or more of them
-            nargs = "+" if many else None
-            parser.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=text)
+            nargs = "+" if getattr(field.type, "__origin__", None) is tuple else None   # + is one or more
+            parser.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=text,
+                                type=os.path.expanduser)
             continue
         text += "" if field.default in (None, "") else f" [{_shown(field.default)}]"
         common = dict(default=field.default, help=text)
@@ -135,9 +135,9 @@ def numbers(text):
 
 
 def _plain_type(annotation):
-    """int for `int` and for `int | None`, and so on."""
+    """int for `int` and for `int | None`, and so on. Texts may be paths: a ~ at their start is expanded."""
     options = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
-    return options[0]
+    return os.path.expanduser if options[0] is str else options[0]
 
 
 def _shown(value):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mff_data.sources import check_labels, open_data
+from mff_data.sources import match_labels, open_data
 from mff_data.views import Views, make_loader
 from mff_min.config import check_ranges, knob, opt, parse
 from mff_min.errors import UserError
@@ -140,7 +140,7 @@ def probe_layers(cfg, world, baselines):
     if baselines:
         encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
     sources = [open_data(cfg.data, split, cfg.cache_dir, world.say) for split in ("train", "val")]
-    check_labels(cfg.data, *sources)
+    sources = match_labels(cfg.data, *sources, world.say)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(map(len, sources)), cfg.max_bad)
 
