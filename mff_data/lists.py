@@ -68,8 +68,8 @@ def read_list(root, split):
         paths.append(file)
         labels.append(same_name(label))
     if absent:
-        raise UserError(f"{absent[0]} is no file in {root} or {root / places[1]} (the first of {len(absent)} such "
-                        f"lines); expected paths below one of them")
+        raise UserError(f"{absent[0]} is no file in {root} or {root / places[1]} (first of {len(absent)} "
+                        f"such lines); expected paths below one of them")
     if not paths:
         raise UserError(f"{path} lists no images: {LAYOUT}")
     classes = sorted(set(labels))

@@ -284,10 +284,8 @@ def relabel(source, classes, say, have="the data", want="the checkpoint"):
     extra = [name for name, has in zip(source.classes, has_images, strict=True)
              if has and same_name(name) not in index]
     if extra:
-        missing = (Counter(map(same_name, classes)) - Counter(map(same_name, source.classes))).elements()
-        raise UserError(f"the classes differ: {have} has {listed(source.classes)}, {want} has "
-                        f"{listed(classes)}; only {have}: {listed(extra)}; only {want}: "
-                        f"{listed(missing)}; {way_on(extra, classes, want)}")
+        raise UserError(f"{have} has classes that {want} has not: {listed(extra)}; {want} has "
+                        f"{listed(classes)}; {way_on(extra, classes)}")
     counts = Counter(map(same_name, classes))
     twice = [name for name in source.classes if counts[same_name(name)] > 1]
     if twice:
@@ -303,15 +301,15 @@ def relabel(source, classes, say, have="the data", want="the checkpoint"):
     return found
 
 
-def way_on(extra, classes, want):
+def way_on(extra, classes):
     """What to do about classes that one list has more than another."""
     lower = {same_name(name).casefold(): name for name in classes}
     twins = [f"{name} and {lower[same_name(name).casefold()]}" for name in extra
              if same_name(name).casefold() in lower]
     if twins:
         return f"expected the same names, and {listed(twins)} differ in case alone: rename the folders"
-    return (f"expected classes of {want} alone: rename or remove the others; if labels stand in a file, "
-            f"--data list:DIR reads them: docs/data.md, Labels in lists")
+    return ("expected no others: rename the folders, or remove them; if labels stand in a file, --data "
+            "list:DIR reads them: docs/data.md, Labels in lists")
 
 
 def check_class_folders(source, owner):

@@ -184,7 +184,7 @@ def test_what_is_missing_from_cars_is_named(tmp_path):
     (root / "val.txt").unlink()
     assert "has no val folder: expected" in refusal(matched, f"cars:{root}")
     (root / "val.txt").write_text("cars_test/00001.jpg\tLada\n")
-    assert "only val: Lada (1)" in refusal(matched, f"cars:{root}")
+    assert "val has classes that train has not: Lada (1)" in refusal(matched, f"cars:{root}")
     (root / "train.txt").write_text("# nothing\n")
     assert "train.txt lists no images" in refusal(source_of, f"cars:{root}")
 
@@ -221,7 +221,7 @@ def test_labels_of_a_list_may_be_names_with_spaces_and_commas(tmp_path):
 @pytest.mark.parametrize("line, message", [
     ("b.jpg", "line 3, is b.jpg: expected a path and a label, with a tab, space or comma between them"),
     ("x.jpg\t", "line 3, is x.jpg: expected a path and a label"),
-    ("no.jpg 1\nnot.jpg 2", "line 3: no.jpg is no file in {0} or {0}/train (the first of 2 such lines); exp"),
+    ("no.jpg 1\nnot.jpg 2", "line 3: no.jpg is no file in {0} or {0}/train (first of 2 such lines); exp"),
     ("label path", "line 3: label is no file in"), ("path label", "line 3: path is no file in"),
     ("x.jpg 1\n./x.jpg 1", "line 4: ./x.jpg is listed in line 3 already; expected each image once"),
     ("a b/c d.jpg 2", "line 3: a b/c d.jpg is listed in line 1 already"),
@@ -268,7 +268,7 @@ def test_the_splits_of_a_list_have_trains_classes(tmp_path):
     (tmp_path / "test.txt").write_text("3.png 3\n")
     assert [source_of(f"list:{tmp_path}", "val").name(i) for i in range(1)] == [f"{tmp_path}/test/3.png"]
     (tmp_path / "test.txt").write_text("3.png 12\n")
-    assert "only val: 12 (1)" in refusal(matched, f"list:{tmp_path}")
+    assert "val has classes that train has not: 12 (1)" in refusal(matched, f"list:{tmp_path}")
     (tmp_path / "test.txt").unlink()
     alone = source_of(f"list:{tmp_path}", "val", said.append)           # pre-training needs no val
     assert not alone.is_split and len(alone) == 12 and "val: none; 12 images" in said[-1]
@@ -375,10 +375,9 @@ def test_labels_are_by_the_list_of_classes_that_is_given_whatever_its_order():
 
 
 def test_classes_that_a_list_has_not_are_refused():
-    assert refusal(relabel, of_classes("a", "c"), ["a", "b"], print, "val", "train").startswith(
-        "the classes differ: val has a, c (2), train has a, b (2); only val: c (1); only train: b (1); "
-        "expected classes of train alone")
-    assert r"only the data: 'x\ny' (1)" in refusal(relabel, of_classes("x\ny"), ["a"], print)
+    said = refusal(relabel, of_classes("a", "c"), ["a", "b"], print, "val", "train")
+    assert said.startswith("val has classes that train has not: c (1); train has a, b (2); expected no others: ")
+    assert r"classes that the checkpoint has not: 'x\ny' (1)" in refusal(relabel, of_classes("x\ny"), ["a"], print)
     assert "several classes called a (1)" in refusal(relabel, of_classes("a"), ["a", "a"], print)
     assert "label 2 of  1 is outside the 2 classes" in refusal(
         relabel, ImageArray(np.zeros((2, 4, 4, 3), np.uint8), {"class": np.array([0, 2])}, ["a", "b"], ""),
@@ -398,7 +397,7 @@ def test_names_of_cifars_classes_do_not_pass_for_its_numbers(tmp_path):
     write_cifar(tmp_path, "cifar10")
     numbers = source_of(f"cifar10:{tmp_path}").classes
     (tmp_path / "batches.meta.txt").write_text("\n".join(f"z{i}" for i in range(10)))
-    assert "only the checkpoint: 0, 1, 2, 3, 4, ... (10)" in refusal(
+    assert "the checkpoint has 0, 1, 2, 3, 4, ... (10)" in refusal(
         relabel, source_of(f"cifar10:{tmp_path}"), numbers, print)
 
 
@@ -421,7 +420,7 @@ def test_a_val_without_class_folders_is_told_of_lists(tmp_path):
     (tmp_path / "val" / "ILSVRC2012_val_00000001.png").rename(tmp_path / "val" / "images" / "val_0.png")
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.png\tn01\t0\t0\t62\t62\n")
     said = refusal(matched, tmp_path)
-    assert "only val: images (1)" in said and "--data list:DIR" in said and "docs/data.md" in said
+    assert "train has not: images (1)" in said and "--data list:DIR" in said and "docs/data.md" in said
 
 
 def test_one_class_is_nothing_to_tell_apart(tmp_path):
@@ -443,7 +442,7 @@ def test_a_val_without_some_of_trains_classes_has_trains_labels_and_a_warning(tm
 def test_a_class_of_val_alone_is_refused_by_name(tmp_path):
     write_images(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/0.png", "val/z/0.png")
     said = refusal(matched, tmp_path)
-    assert "only val: z (1); only train: b (1); expected classes of train alone" in said
+    assert "val has classes that train has not: z (1); train has a, b (2); expected no others" in said
     (tmp_path / "val" / "z").rename(tmp_path / "val" / "B")
     said = refusal(matched, tmp_path)
     assert said.endswith("expected the same names, and B and b (1) differ in case alone: rename the folders")

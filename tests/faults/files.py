@@ -448,16 +448,17 @@ def odd_folders(folder, quick):
     more = ["c", "d", "e", "f", "g", "h\x1b[2J"]
     for name in more:
         (root / "val" / name).mkdir()
-    ends("empty class folders", 0)                                      # a class is what has images
+    ends("empty class folders", 0)                                      # of no image: no label is lost
     write(*(f"{name}/0.png" for name in more))
-    ends("classes of val alone", 2, "the classes differ: train has a, b (2)", "c, d, e, f, g, ... (6)")
+    ends("classes of val alone", 2, "val has classes that train has not: c, d, e, f, g, ... (6)",
+         "train has a, b (2)")
     for name in more:
         shutil.rmtree(root / "val" / name)
     write("0.png")
     ends("outside class folders", 2, "val has images outside class folders")
     (root / "val" / "0.png").unlink()
     (root / "val" / "a").rename(root / "val" / "z\x1b[2J")
-    ends("renamed", 2, "only train: a (1)", r"only val: 'z\x1b[2J' (1)")
+    ends("renamed", 2, r"val has classes that train has not: 'z\x1b[2J' (1)", "train has a, b (2)")
 
     def look():
         as_nobody()
