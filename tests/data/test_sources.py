@@ -276,6 +276,25 @@ def test_the_splits_of_a_list_have_trains_classes(tmp_path):
         matched, f"list:{tmp_path}")
 
 
+def test_the_lines_of_the_docs_make_lists_of_flat_validation_images(tmp_path, monkeypatch):
+    """ILSVRC's layout and Tiny-ImageNet's."""
+    ilsvrc, tiny = tmp_path / "CLS-LOC", tmp_path / "tiny-imagenet-200"
+    write_images(ilsvrc, "train/n01/n01_1.JPEG", "train/n02/n02_1.JPEG", "val/ILSVRC2012_val_00000001.JPEG")
+    (ilsvrc / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n02 85 1 499 272 n02 1 2 3 4\n")
+    write_images(tiny, "train/n01/images/n01_1.JPEG", "train/n02/images/n02_1.JPEG", "val/images/val_0.JPEG")
+    (tiny / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t32\t44\t62\n")
+    (tiny / "train" / "n01" / "n01_boxes.txt").write_text("n01_1.JPEG\t0\t10\t63\t58\n")
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    for root, word in ((ilsvrc, "LOC_val"), (tiny, "val_annotations")):
+        assert "list:DIR" in refusal(matched, root)
+        monkeypatch.chdir(root)
+        exec(next(lines for lines in code if word in lines), {})
+        train, val = matched(f"list:{root}")
+        assert sorted(named(train).values()) == train.classes == ["n01", "n02"]
+        assert list(named(val).values()) == ["n02"]
+
+
 def test_a_path_of_a_list_is_found_in_the_other_unicode_form(tmp_path):
     write_images(tmp_path, f"{DECOMPOSED}.png")
     (tmp_path / "train.txt").write_text(f"{COMPOSED}.png a\n")
@@ -376,8 +395,9 @@ def test_labels_are_by_the_list_of_classes_that_is_given_whatever_its_order():
 
 def test_classes_that_a_list_has_not_are_refused():
     said = refusal(relabel, of_classes("a", "c"), ["a", "b"], print, "val", "train")
-    assert said.startswith("val has classes that train has not: c (1); train has a, b (2); expected no others: ")
-    assert r"classes that the checkpoint has not: 'x\ny' (1)" in refusal(relabel, of_classes("x\ny"), ["a"], print)
+    assert said.startswith("val has classes that train has not: c (1); train has a, b (2); expected no oth")
+    said = refusal(relabel, of_classes("x\ny"), ["a"], print)
+    assert r"the data has classes that the checkpoint has not: 'x\ny' (1)" in said
     assert "several classes called a (1)" in refusal(relabel, of_classes("a"), ["a", "a"], print)
     assert "label 2 of  1 is outside the 2 classes" in refusal(
         relabel, ImageArray(np.zeros((2, 4, 4, 3), np.uint8), {"class": np.array([0, 2])}, ["a", "b"], ""),
