@@ -212,7 +212,7 @@ def open_data(spec, split, cache_dir, say):
     for note in source.notes:
         say(f"warning: {note}")
     named = [name for name in source.classes if name]
-    what = f"{len(source)} images" + f" of {len(named)} classes" * bool(named)
+    what = f"{len(source)} images" + f" of {len(named)} class{'es' * (len(named) > 1)}" * bool(named)
     if source.is_split or split == "train":
         say(f"{split}: {what} in {printable(source.origin)}")
     else:

@@ -62,8 +62,8 @@ def test_test_images_are_not_trained_on_and_the_first_lines_say_what_is(pretrain
     metrics = pretrain("--data", str(tmp_path / "data"), "--steps", "1")
     assert metrics["val_images"] == 3 and len(state_of(tmp_path / "a")["data"]) == 12
     assert capsys.readouterr().out.splitlines()[:2] == [
-        f"train: 12 images of 1 classes in {tmp_path}/data/training",
-        f"val: 3 images of 1 classes in {tmp_path}/data/validation"]
+        f"train: 12 images of 1 class in {tmp_path}/data/training",
+        f"val: 3 images of 1 class in {tmp_path}/data/validation"]
 
 
 # ---------------------------------------------------------------- methods
