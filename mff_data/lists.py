@@ -15,8 +15,8 @@ from mff_min.errors import UserError, printable
 
 HEADERS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "images", "image_id",
            "image_name", "image_path", "imageid", "img", "img_path", "name", "id"}
-LAYOUT = ("expected train.txt and val.txt, on each line a path below it, or below its train/ or val/, then "
-          "a tab, space or comma, and a label: docs/data.md, Labels in lists")
+LAYOUT = ("expected train.txt and val.txt, on each line a path below that folder, its train/ or val/, then a "
+          "tab, space or comma, and a label: docs/data.md, Labels in lists")
 
 
 def same_name(name):
@@ -68,8 +68,9 @@ def read_list(root, split):
         paths.append(file)
         labels.append(same_name(label))
     if absent:
-        raise UserError(f"{absent[0]} is no file in {root} or {root / places[1]} (first of {len(absent)} "
-                        f"such lines); expected paths below one of them")
+        more = f" (first of {len(absent)} such lines)" if len(absent) > 1 else ""
+        raise UserError(f"{absent[0]} is no file in {root} or {root / places[1]}{more}; expected paths "
+                        f"below one of them")
     if not paths:
         raise UserError(f"{path} lists no images: {LAYOUT}")
     classes = sorted(set(labels))

@@ -211,8 +211,10 @@ def open_data(spec, split, cache_dir, say):
     source = find_source(spec, split, cache_dir, say)
     for note in source.notes:
         say(f"warning: {note}")
-    named = [name for name in source.classes if name]
-    what = f"{len(source)} images" + f" of {len(named)} class{'es' * (len(named) > 1)}" * bool(named)
+    images, classes = len(source), sum(map(bool, source.classes))
+    what = f"{images} image{'s' * (images > 1)}"
+    if classes:
+        what += f" of {classes} class{'es' * (classes > 1)}"
     if source.is_split or split == "train":
         say(f"{split}: {what} in {printable(source.origin)}")
     else:
@@ -308,7 +310,7 @@ def way_on(extra, classes):
              if same_name(name).casefold() in lower]
     if twins:
         return f"expected the same names, and {listed(twins)} differ in case alone: rename the folders"
-    return ("expected no others: rename the folders, or remove them; if labels stand in a file, --data "
+    return ("expected no others: rename or remove them; if labels stand in a file, --data "
             "list:DIR reads them: docs/data.md, Labels in lists")
 
 

@@ -69,8 +69,9 @@ def folder_of_split(root, split):
     group = groups[0]
     found = group.get(split, []) or (group.get("test", []) if split == "val" else [])
     if len(found) > 1:
-        raise UserError(f"data folder {root} has {named} and no {split}/, so it is not clear which is "
-                        f"meant: expected one; rename it {split}, or make a link of that name")
+        several = " and ".join(f"{printable(name)}/" for name in found)
+        raise UserError(f"data folder {root} has {several} and no {split}/: it is not clear which is meant; "
+                        f"expected one: rename it {split}, or make a link of that name")
     if found:
         return root / found[0], True
     if split == "val":

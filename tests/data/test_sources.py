@@ -540,7 +540,7 @@ def test_splits_of_other_names_are_found_and_named(tmp_path, splits, train, val)
 
 
 @pytest.mark.parametrize("splits, parts", [
-    (["Train", "Training", "Test"], ["Test/, Train/, Training/", "not clear"]),
+    (["Train", "Training", "Test"], ["has Train/ and Training/ and no train/", "not clear"]),
     (["validation", "testing"], ["testing/, validation/ but no train/", "images alone"]),
     (["val", "a"], ["val/ but no train/"]), (["test"], ["test/ but no train/", "its own path"]),
     (["trainA", "testA", "trainB", "testB"], ["several folders that look like splits", "trainB/"]),
