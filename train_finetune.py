@@ -26,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mff_data.decode import reading_of
-from mff_data.sources import (check_classes, check_labels, describe_files, fingerprint, open_data,
-                              subset)
+from mff_data.sources import describe_files, fingerprint, match_labels, open_data, relabel, subset
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.augment import (MODES, draw_mix, erase, fill_color, mix_arguments, mix_images, rand_augment,
                              soft_targets)
@@ -51,8 +50,8 @@ from mff_weights.pretrained import CheckpointFlags, build_like, load_for_tuning,
 class Config(CheckpointFlags, RunFlags):
     # these change the result
     random_init: bool = opt(False, "start from random weights of the checkpoint's sizes: the baseline")
-    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
-                              "folder or pack of images: train/<class>/*, val/<class>/*")
+    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, list:DIR, "
+                              "cars:DIR, or a folder or pack of images: train/<class>/*, val/<class>/*")
     subset: str = opt("", "a file that names the training images to use, one per line (low-shot)")
     global_pool: str = opt("avg", "avg: mean of the patch tokens, fc_norm; token: class token, final norm",
                            choices=["avg", "token"])
@@ -124,10 +123,10 @@ def finetune(cfg, run):
     train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
     val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
     describe_files(say, train_set, val_set)
-    check_labels(cfg.data, train_set, val_set)
-    classes = train_set.classes
     if run.state:
-        check_classes(classes, run.state["classes"], want=f"the run in {cfg.output_dir}")
+        train_set = relabel(train_set, run.state["classes"], say, "train", f"the run in {cfg.output_dir}")
+    train_set, val_set = match_labels(cfg.data, train_set, val_set, say)
+    classes = train_set.classes
     if cfg.subset:
         train_set = subset(train_set, cfg.subset)
     run.check_data(fingerprint(train_set))

@@ -52,8 +52,8 @@ from mff_weights.checkpoint import adapted, load_weights, read_weights
 class Config(DataFlags, RunFlags):
     # these change the result; so do the flags of DataFlags
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
-    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
-                              "folder or pack of images, with or without train/ and classes")
+    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, list:DIR, "
+                              "cars:DIR, or a folder or pack of images, with or without train/ and classes")
     img_size: tuple[int, int] = opt((224, 224), "crop in pixels: SIDE or HEIGHTxWIDTH", type=side_or_sides)
     patch_size: int | None = opt(None, "side of a patch in pixels; not given: the model's own", above=0)
     in_chans: int = opt(3, "channels of an image; but for 1, 3 and 4, of .npy arrays (H, W, C)",

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mff_data.decode import reading_of
-from mff_data.sources import check_labels, describe_files, fingerprint, open_data
+from mff_data.sources import describe_files, fingerprint, match_labels, open_data, relabel
 from mff_data.views import Views, advice_if_late, make_loader
 from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse
 from mff_min.errors import Fault, UserError
@@ -46,8 +46,8 @@ from mff_weights.pretrained import CheckpointFlags, build_encoder, open_pretrain
 @dataclass(frozen=True)
 class Config(CheckpointFlags, RunFlags):
     # these change the result
-    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, cars:DIR, or a "
-                              "folder or pack of images: train/<class>/*, val/<class>/*")
+    data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, list:DIR, "
+                              "cars:DIR, or a folder or pack of images: train/<class>/*, val/<class>/*")
     pool: str = opt("token", "after the final norm: the class token, or avg, the mean of the patch tokens",
                     choices=["token", "avg"])
     epochs: float | None = opt(None, "epochs of the schedule; not given: 90, or what --steps makes", above=0)
@@ -108,7 +108,9 @@ def probe(cfg, run):
     train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
     val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
     describe_files(say, train_set, val_set)
-    check_labels(cfg.data, train_set, val_set)
+    if run.state and "classes" in run.state:                            # once a checkpoint had none
+        train_set = relabel(train_set, run.state["classes"], say, "train", f"the run in {cfg.output_dir}")
+    train_set, val_set = match_labels(cfg.data, train_set, val_set, say)
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(90, 10))
@@ -165,7 +167,7 @@ def probe(cfg, run):
     trained = DistributedDataParallel(head, broadcast_buffers=False) if world.size > 1 else head
     run.begin(schedule, stream, train_set, head, optimizer, dtype=dtype, copies=2,
               flops=classifier_flops(encoder, head.head, True), advice=advice_if_late(train_set, cfg.workers),
-              hint="a lower --blr may help")
+              hint="a lower --blr may help", classes=lambda: train_set.classes)
 
     def evaluate():
         """Accuracy on all validation images, each counted by one rank; an unreadable one counts as wrong."""

@@ -6,75 +6,138 @@ Shapes: n images.
 """
 
 import os
-from pathlib import PurePath
+import re
+import unicodedata
 
 import numpy as np
 
-from mff_min.errors import UserError, listed, printable
+from mff_min.errors import UserError, printable
+
+HEADERS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "images", "image_id",
+           "image_name", "image_path", "imageid", "img", "img_path", "name", "id"}
+LAYOUT = ("expected train.txt and val.txt, on each line a path below that folder, its train/ or val/, then a "
+          "tab, space or comma, and a label: docs/data.md, Labels in lists")
+
+
+def same_name(name):
+    """A name in one Unicode form: macOS writes an e and an accent where others write one letter."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_lines(path):
     """[(number, line)] of a text file, without blank lines and those that begin with #. Raises UserError."""
     try:
-        lines = os.fsdecode(path.read_bytes()).split("\n")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"the list {path} cannot be read: {error.strerror}") from None
-    lines = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"the list {path} is in UTF-16: expected UTF-8; iconv -f UTF-16 -t UTF-8 converts it")
+    lines = [os.fsdecode(line).strip() for line in content.removeprefix(b"\xef\xbb\xbf").splitlines()]
+    return [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
 
 
-def read_list(path):
-    """[(path, label)] of a text list: path, space and label on each line; a tab where labels have spaces."""
-    entries = []
-    for number, line in read_lines(path):
-        image, _, label = line.rpartition("\t" if "\t" in line else " ")
-        if not image:
-            raise UserError(f"{path}, line {number}, is {printable(line[:80])}: expected a path and a label")
-        entries.append((image.strip(), label.strip()))
-    return entries
+def natural(name):
+    """What sorts names by the numbers in them: 2 stands before 10, as in timm."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def check_paths(root, paths, origin):
-    """Raise UserError for the first paths of `origin` that leave root, or that are no files in it."""
-    outside = [path for path in paths if os.path.isabs(path) or ".." in PurePath(path).parts]
-    if outside:
-        raise UserError(f"{origin} is refused: {listed(outside)} may lie outside {root}, and its paths must "
-                        f"not")
-    missing = [path for path in paths if not os.path.isfile(root / path)]
-    if missing:
-        raise UserError(f"{origin} lists images that are not in {root}: {listed(missing)}")
+def read_list(root, split):
+    """(paths below root, labels (n,), classes, whether it is this split's, its name) of a list with labels.
 
-
-def read_cars(root, split):
-    """(paths below root, labels (n,), classes) of a split of Stanford Cars; None where class folders hold it.
-
-    From train.txt and val.txt or test.txt. Raises UserError where there is neither train.txt nor train/, and
-    for files that are missing or damaged.
+    It is root/train.txt, for "val" val.txt or test.txt, or train.txt where there is neither. classes are
+    the labels that stand in it, numbers in their own order. Raises UserError with the number of the line.
     """
+    names = ["train.txt"] if split == "train" else ["val.txt", "test.txt", "train.txt"]
+    path = next((root / name for name in names if (root / name).is_file()), None)
+    if not path:
+        what = f"has no {names[0]}" if root.is_dir() else "is no folder"
+        raise UserError(f"{root} {what}: {LAYOUT}")
+    places = list(dict.fromkeys(["", path.stem, split]))
+    paths, labels, before, absent = [], [], {}, []
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        image, file, label = columns_of(line, root, places, where)
+        if not file:
+            if before or absent or image.lower() not in HEADERS:        # a first line may name the columns
+                absent.append(f"{where}: {printable(image)}")
+            continue
+        if file in before:
+            raise UserError(f"{where}: {printable(image)} is listed in line {before[file]} already; expected "
+                            f"each image once: remove one of these lines")
+        before[file] = number
+        paths.append(file)
+        labels.append(same_name(label))
+    if absent:
+        more = f" (first of {len(absent)} such lines)" if len(absent) > 1 else ""
+        raise UserError(f"{absent[0]} is no file in {root} or {root / places[1]}{more}; expected paths "
+                        f"below one of them")
+    if not paths:
+        raise UserError(f"{path} lists no images: {LAYOUT}")
+    classes = sorted(set(labels))
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=natural)
+    index = {name: i for i, name in enumerate(classes)}
+    is_split = split == "train" or path.stem != "train"
+    return paths, np.array([index[label] for label in labels]), classes, is_split, os.fspath(path)
+
+
+def columns_of(line, root, places, where):
+    """(path, its file below root or "", label) of a line.
+
+    A tab ends the path; else a space or a comma does, the last one before which a file's name ends. Path and
+    label may stand in double quotes. Raises UserError where there is no label, or more than one.
+    """
+    if "\t" in line:
+        cuts = [line.index("\t")]
+    else:
+        cuts = [cut.start() for cut in re.finditer("[ ,]", line)]
+    image = file = label = separator = ""
+    for cut in cuts[::-1]:
+        path = unquoted(line[:cut])
+        file = file_of(path, root, places, where)
+        if file or not separator:                                       # else the last one counts
+            image, separator = path, line[cut]
+            label = line[cut:].strip("\t ").removeprefix(",").strip()
+        if file:
+            break
+    if not image or not label:
+        raise UserError(f"{where}, is {printable(line[:80])}: expected a path and a label, with a tab, space "
+                        f"or comma between them")
+    if separator in label and unquoted(label) == label:
+        raise UserError(f"{where}, is {printable(line[:80])}: expected two columns, a path and a label; put "
+                        f"a tab between them, or the label in double quotes")
+    return image, file, unquoted(label)
+
+
+def unquoted(text):
+    """The text without the double quotes around it, if they are there."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+def file_of(image, root, places, where):
+    """The path below root of the file that an image of a list is, "" where it is none in any of the places.
+
+    Raises UserError for a path that could leave root.
+    """
+    if os.path.isabs(image) or ".." in image.split(os.sep):
+        raise UserError(f"{where} is refused: {printable(image)} may lie outside {root}; expected a path "
+                        f"below it, without ..")
+    forms = () if image.isascii() else ("NFC", "NFD")
+    for place in places:
+        for spelling in (image, *(unicodedata.normalize(form, image) for form in forms)):
+            if image and os.path.isfile(os.path.join(root, place, spelling)):
+                return os.path.normpath(os.path.join(place, spelling))
+    return ""
+
+
+def has_lists(root):
+    """Whether Stanford Cars lie in a folder as text lists, not as class folders. UserError for neither."""
     if (root / "train.txt").is_file():
-        return read_text_lists(root, split)
+        return True
     if (root / "train").is_dir():
-        return None
+        return False
     devkit = [*root.glob("*.mat"), *root.glob("devkit/*.mat")]
     found = "has the devkit's .mat files, which are not read" if devkit else "has no train.txt and no train/"
     raise UserError(f"{root} {found}: expected Stanford Cars as text lists, train.txt and test.txt, or class "
                     f"folders; docs/data.md has the lines that make the lists of the devkit")
-
-
-def read_text_lists(root, split):
-    """As read_cars, from text lists. The labels of train.txt are the classes, numbers in their own order."""
-    train = read_list(root / "train.txt")
-    names = {label for _, label in train}
-    are_numbers = all(name.isdecimal() for name in names)
-    classes = sorted(names, key=lambda name: (len(name), name) if are_numbers else name)
-    path = root / ("train.txt" if split == "train" else
-                   "val.txt" if (root / "val.txt").is_file() else "test.txt")
-    entries = train if split == "train" else read_list(path)
-    if not entries:
-        raise UserError(f"{path} lists no images")
-    unknown = {label for _, label in entries} - names
-    if unknown:
-        raise UserError(f"{path} has labels that {root / 'train.txt'} has not: {listed(unknown)}")
-    paths, index = [image for image, _ in entries], {name: i for i, name in enumerate(classes)}
-    check_paths(root, paths, path)
-    return paths, np.array([index[label] for _, label in entries]), classes

@@ -47,12 +47,14 @@ class Packed:
     Raises UserError where the file is no pack, or another version's, or is truncated or altered.
     """
 
+    notes = ()
+
     def __init__(self, path, split):
         self.path = Path(path)
         self.header, self.index = read_index(self.path)
         self.classes, self.short_side = self.header["classes"], self.header["short_side"]
         self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
-        self.is_split = self.header["split"] == split
+        self.is_split, self.origin = self.header["split"] == split, os.fspath(path)
         # Which records were read before: by this process, or by the workers that it forks, who share this.
         self.checked = torch.zeros(len(self), dtype=torch.bool).share_memory_().numpy()
 
@@ -85,7 +87,7 @@ class Packed:
         return {name: value for name, value in self.__dict__.items() if name != "bytes"}
 
     def label(self, i):
-        return int(self.index["label"][i])
+        return int(self.labels["class"][i])
 
     def name(self, i):
         return os.path.join(self.path, os.fsdecode(self.index["path"][i]))

@@ -5,12 +5,14 @@ is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.sh
 where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
 about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
 them, which classes names. `source.spellings(i)` are the names by which a list may call image i, and
-`source.paths` (n,) the bytes of its name below the data's folder.
+`source.paths` (n,) the bytes of its name below the data's folder. `source.origin` says where it was found,
+`source.is_split` whether that is the split's own place (training images may stand in for val), and
+`source.notes` are warnings.
 
 Shapes: n images, H W.
 """
 
-import bisect
+import copy
 import hashlib
 import os
 from collections import Counter
@@ -32,9 +34,10 @@ from mff_data.decode import (
     range_of,
     suffixes,
 )
-from mff_data.lists import read_cars, read_lines
+from mff_data.lists import has_lists, read_lines, read_list, same_name
 from mff_data.packed import open_packed
 from mff_data.shapes import SHAPES, load_shapes
+from mff_data.splits import folder_of_split, folders_in, is_leftover, refuse_deeper_splits
 from mff_min.errors import UserError, listed, printable
 
 # Files that lie beside images, and are not missed among them.
@@ -48,13 +51,14 @@ class ImageFiles:
     left_out names the suffixes of other files that lie there.
     """
 
-    short_side = 0
+    short_side, notes = 0, ()
 
-    def __init__(self, root, paths, labels, classes, is_split=True, reading=AS_THEY_ARE, left_out=""):
+    def __init__(self, root, paths, labels, classes, is_split=True, origin="", reading=AS_THEY_ARE,
+                 left_out=""):
         # One array of bytes: millions of Python strings would be copied into every worker, touch by touch.
         self.root, self.paths = root, np.array([os.fsencode(path) for path in paths])
         self.labels, self.classes, self.is_split = {"class": labels}, classes, is_split
-        self.reading, self.left_out = reading, left_out
+        self.reading, self.left_out, self.origin = reading, left_out, origin or os.fspath(root)
 
     def __len__(self):
         return len(self.paths)
@@ -76,8 +80,10 @@ class ImageFiles:
 class ImageFolder(ImageFiles):
     """Image files below a folder: ROOT/<split>/<class>/*, or ROOT/train or ROOT where there is no such split.
 
-    Without class folders every label is 0, and the class's name is empty. Raises UserError when there is no
-    image, or none but in val/, and where a folder cannot be read.
+    classes are the folders at its top, also those without images, sorted as text; names that differ in
+    Unicode form alone are one class. Without class folders every label is 0, and the class's name is empty.
+    Raises UserError when there is no image, where no training images are to be told from others, and where a
+    folder cannot be read.
     """
 
     def __init__(self, root, split, reading=AS_THEY_ARE):
@@ -86,9 +92,7 @@ class ImageFolder(ImageFiles):
             problem = "is a file" if root.exists() else "does not exist"
             raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
                             f"train/ and val/")
-        top = next(path for path in (root / split, root / "train", root) if path.is_dir())
-        if top == root and (root / "val").is_dir():
-            raise UserError(f"data folder {root} has val/ but no train/: expected both, or images alone")
+        top, is_split = folder_of_split(root, split)
         found = files_below(top)
         paths, others = [], []
         for path in found:
@@ -98,10 +102,18 @@ class ImageFolder(ImageFiles):
             raise UserError(f"data folder {top} holds no images ({len(found)} other files"
                             f"{': ' * bool(left_out)}{left_out}): expected files that end in "
                             f"{' '.join(suffixes())}")
+        if top == root:
+            refuse_deeper_splits(root, paths)
         tops = [path.split(os.sep)[0] if os.sep in path else "" for path in paths]
-        classes = sorted(set(tops))
-        labels = np.array([bisect.bisect_left(classes, top) for top in tops])
-        super().__init__(top, paths, labels, classes, (root / split).is_dir(), reading, left_out)
+        folders = {*tops, *folders_in(top)} if any(tops) else {""}
+        classes = sorted(set(map(same_name, folders)))
+        index = {name: i for i, name in enumerate(classes)}
+        labels = np.array([index[same_name(top)] for top in tops])
+        super().__init__(top, paths, labels, classes, is_split, reading=reading, left_out=left_out)
+        if len(classes) < len(folders):
+            merged = [name for name, count in Counter(map(same_name, folders)).items() if count > 1]
+            self.notes = (f"{top} has folders whose names differ in Unicode form alone: {listed(merged)}; "
+                          f"they are one class: rename one if that is not meant",)
 
 
 def counted_suffixes(paths):
@@ -113,7 +125,7 @@ def counted_suffixes(paths):
 
 
 def files_below(top):
-    """The paths of the files below a folder, as seen from it. Hidden files and folders are skipped.
+    """The paths of the files below a folder, as seen from it. Hidden files and leftovers are skipped.
 
     Links are followed, wherever they lead, but one to a folder that it lies in. Raises UserError where a
     folder cannot be read: its images would be missing in silence.
@@ -126,7 +138,7 @@ def files_below(top):
         for name in list(folders):
             path = os.path.join(folder, name)
             real = os.path.realpath(path)
-            if name[0] == "." or real in way:
+            if is_leftover(name) or real in way:
                 folders.remove(name)
             else:
                 ways[path] = way | {real}
@@ -189,10 +201,11 @@ def spread(count, most=16):
 class ImageArray:
     """Images in one uint8 array (n, H, W, 3), with labels {name: (n,)}; classes names those of the first."""
 
-    short_side = 0
+    short_side, notes = 0, ()
 
-    def __init__(self, images, labels, classes, kind):
+    def __init__(self, images, labels, classes, kind, origin="memory"):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
+        self.origin = origin
         self.paths = np.arange(len(images)).astype(bytes)
 
     def __len__(self):
@@ -216,7 +229,7 @@ class Subset:
 
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
-        self.classes, self.is_split = source.classes, source.is_split
+        self.classes, self.is_split, self.origin = source.classes, source.is_split, source.origin
         self.short_side, self.paths = source.short_side, source.paths[indices]
         self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
 
@@ -227,7 +240,7 @@ class Subset:
         return self.source.open(self.indices[i])
 
     def label(self, i):
-        return self.source.label(self.indices[i])
+        return int(next(iter(self.labels.values()))[i])
 
     def name(self, i):
         return self.source.name(self.indices[i])
@@ -243,12 +256,12 @@ def subset(source, path):
     name() gives. Blank lines and those that begin with # are skipped. Raises UserError for names that are
     absent, that fit several images, and for images that are listed twice.
     """
-    lines = [line for _, line in read_lines(Path(path))]
+    lines = [same_name(line) for _, line in read_lines(Path(path))]
     if not lines:
         raise UserError(f"--subset {path} lists no images: expected a path or a file name a line")
     found = {line: [] for line in lines}
     for i in range(len(source)):
-        for spelling in source.spellings(i):
+        for spelling in set(map(same_name, source.spellings(i))):
             if spelling in found:
                 found[spelling].append(i)
     absent = [line for line, images in found.items() if not images]
@@ -267,18 +280,35 @@ def subset(source, path):
 
 
 def open_data(spec, split, cache_dir, say, reading=AS_THEY_ARE):
-    """The source that --data names, for split "train" or "val"; say(text) is told about long work.
+    """The source that --data names, for split "train" or "val"; say(text) is told what was found, and where.
 
     reading is how files become images.
 
     shapes or shapes:COUNT      the embedded images, drawn once into cache_dir; val has a fifth of COUNT
     cifar10:DIR, cifar100:DIR   the binary version of CIFAR
-    cars:DIR                    Stanford Cars: train.txt and val.txt or test.txt with a path and a label per
-                                line, or train/<class>/* and val/<class>/* or test/<class>/*
+    list:DIR                    train.txt and val.txt or test.txt: a path and a label per line
+    cars:DIR                    Stanford Cars, as list:DIR, or as DIR where there is no train.txt
     DIR                         a folder of images: train/<class>/* and val/<class>/*, or images alone
     PACK, FILE.pack             what tools.pack wrote: the folder, or one of its files
     """
+    source = find_source(spec, split, cache_dir, say, reading)
+    for note in source.notes:
+        say(f"warning: {note}")
+    images, classes = len(source), sum(map(bool, source.classes))
+    what = f"{images} image{'s' * (images > 1)}"
+    if classes:
+        what += f" of {classes} class{'es' * (classes > 1)}"
+    if source.is_split or split == "train":
+        say(f"{split}: {what} in {printable(source.origin)}")
+    else:
+        say(f"{split}: none; {what} in {printable(source.origin)} take its place")
+    return source
+
+
+def find_source(spec, split, cache_dir, say, reading):
+    """What open_data returns."""
     kind, _, argument = spec.partition(":")
+    argument = os.path.expanduser(argument)                             # a shell leaves the ~ of cars:~/data
     if kind == "shapes":
         if argument and not (argument.isdecimal() and int(argument) >= 5):
             raise UserError(f"--data {spec}: expected shapes or shapes:COUNT with COUNT of at least 5")
@@ -288,21 +318,19 @@ def open_data(spec, split, cache_dir, say, reading=AS_THEY_ARE):
         except OSError as error:
             raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
         labels = {"shape": arrays["shape"], "texture": arrays["texture"]}
-        return ImageArray(arrays["images"], labels, list(SHAPES), f"shapes {split}")
+        return ImageArray(arrays["images"], labels, list(SHAPES), f"shapes {split}", spec)
     if kind in ("cifar10", "cifar100"):
         images, labels, classes = read_cifar(argument, split, kind)
-        return ImageArray(images, {"class": labels}, classes, f"CIFAR-{kind.removeprefix('cifar')} {split}")
-    if kind == "cars":
-        root = Path(argument)
-        files = read_cars(root, split)
-        if files:
-            return ImageFiles(root, *files, reading=reading)
-        return ImageFolder(root, "test" if split == "val" and not (root / "val").is_dir() else split, reading)
-    packed = open_packed(spec, split)
+        name = f"CIFAR-{kind.removeprefix('cifar')} {split}"
+        return ImageArray(images, {"class": labels}, classes, name, argument)
+    if kind == "list" or kind == "cars" and has_lists(Path(argument)):
+        return ImageFiles(argument, *read_list(Path(argument), split), reading=reading)
+    folder = argument if kind == "cars" else os.path.expanduser(spec)
+    packed = open_packed(folder, split)
     if packed and split == "train" and reading.levels not in (None, levels_of_flag(packed.header["white"])):
         say(f"warning: --white does not change a pack: {packed.path} was made with --white "
             f"{packed.header['white']}")
-    return packed or ImageFolder(spec, split, reading)
+    return packed or ImageFolder(folder, split, reading)
 
 
 def fingerprint(source):
@@ -311,42 +339,72 @@ def fingerprint(source):
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).sort().values
 
 
-def check_labels(spec, train, val):
-    """Raise UserError unless both splits are there, have the same classes, and no label is outside them."""
+def match_labels(spec, train, val, say):
+    """(train, val) with labels by train's list of classes; say(text) is warned of classes without images.
+
+    Raises UserError unless both splits are there, train has all classes of val, and no label is outside them.
+    """
     for split, source in (("train", train), ("val", val)):
         if not source.is_split:
-            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/*, val/<class>/*")
-        labels = next(iter(source.labels.values()))
-        outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
-        if len(outside):
-            name = printable(source.name(outside[0]))
-            raise UserError(f"label {labels[outside[0]]} of {name} is outside the {len(source.classes)} "
-                            f"classes of the head")
-    check_classes(train.classes, val.classes, "train", "val")
+            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/*, val/<class>/*, "
+                            f"or list:DIR with train.txt and val.txt")
+    train = relabel(train, train.classes, say, "train", "train")
+    val = relabel(val, train.classes, say, "val", "train")
     if len(train.classes) < 2:
         raise UserError(f"--data {spec} has one class: expected train/<class>/* and val/<class>/* of two or "
                         f"more")
+    return train, val
 
 
-def check_classes(classes, wanted, have="the data", want="the checkpoint"):
-    """Raise UserError unless the classes are those wanted, in the same order: a head's outputs have no names.
+def relabel(source, classes, say, have="the data", want="the checkpoint"):
+    """The source with labels by this list of classes: a head's outputs have no names, but these.
 
-    have and want say whose they are.
+    Names that differ in Unicode form alone are the same. say(text) is warned of classes that have no images
+    here. have and want say whose the classes are. Raises UserError for one that is not in the list.
     """
-    for names, owner in ((classes, have), (wanted, want)):
-        check_class_folders(names, owner)
-    ours, theirs = Counter(classes), Counter(wanted)
-    if ours != theirs:
-        extra, missing = (listed((a - b).elements()) for a, b in ((ours, theirs), (theirs, ours)))
-        raise UserError(f"the classes differ: {have} has {listed(classes)}, {want} has {listed(wanted)}; "
-                        f"only {have}: {extra}; only {want}: {missing}")
-    for i, (name, other) in enumerate(zip(classes, wanted, strict=True)):
-        if name != other:
-            raise UserError(f"the classes stand in another order: number {i} is {printable(name)} for {have} "
-                            f"and {printable(other)} for {want}")
+    check_class_folders(source, have)
+    kind, labels = next(iter(source.labels.items()))
+    outside = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
+    if len(outside):
+        raise UserError(f"label {labels[outside[0]]} of {printable(source.name(outside[0]))} is outside the "
+                        f"{len(source.classes)} classes of the head")
+    index = {same_name(name): i for i, name in enumerate(classes)}
+    has_images = np.bincount(labels, minlength=len(source.classes)) > 0     # a folder may be empty
+    extra = [name for name, has in zip(source.classes, has_images, strict=True)
+             if has and same_name(name) not in index]
+    if extra:
+        raise UserError(f"{have} has classes that {want} has not: {listed(extra)}; {want} has "
+                        f"{listed(classes)}; {way_on(extra, classes)}")
+    counts = Counter(map(same_name, classes))
+    twice = [name for name in source.classes if counts[same_name(name)] > 1]
+    if twice:
+        raise UserError(f"{want} has several classes called {listed(twice)}, which {have} has too: expected "
+                        f"a name of its own for each; rename them")
+    places = np.array([index.get(same_name(name), -1) for name in source.classes])
+    found = copy.copy(source)
+    found.classes, found.labels = list(classes), source.labels | {kind: places[labels]}
+    absent = np.bincount(found.labels[kind], minlength=len(classes)) == 0
+    if absent.any():
+        names = listed(classes[i] for i in np.flatnonzero(absent))
+        say(f"warning: {have} has no images of {names}; labels are by {want}'s {len(classes)} classes")
+    return found
 
 
-def check_class_folders(classes, owner):
+def way_on(extra, classes):
+    """What to do about classes that one list has more than another."""
+    lower = {same_name(name).casefold(): name for name in classes}
+    twins = [f"{name} and {lower[same_name(name).casefold()]}" for name in extra
+             if same_name(name).casefold() in lower]
+    if twins:
+        return f"expected the same names, and {listed(twins)} differ in case alone: rename the folders"
+    return ("expected no others: rename or remove them; if labels stand in a file, --data "
+            "list:DIR reads them: docs/data.md, Labels in lists")
+
+
+def check_class_folders(source, owner):
     """Raise UserError where images stand outside class folders, so that they have no label."""
-    if "" in classes:
-        raise UserError(f"{owner} has images outside class folders: expected <class>/*, each class its own")
+    if "" in source.classes:
+        outside = int(np.argmax(next(iter(source.labels.values())) == source.classes.index("")))
+        raise UserError(f"{owner} has images outside class folders, such as "
+                        f"{printable(source.name(outside))}: expected <class>/*, each class its own; if "
+                        f"labels stand in a file, --data list:DIR reads them: docs/data.md, Labels in lists")

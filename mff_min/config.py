@@ -94,8 +94,9 @@ def parse(config_class, argv=None):
         names = dict.fromkeys([flag.replace("_", "-"), flag])           # both spellings, each once
         text = field.metadata["help"].replace("%", "%%")
         if field.default is REQUIRED:
-            nargs = "+" if getattr(field.type, "__origin__", None) is tuple else None   # one or more
-            parser.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=text)
+            nargs = "+" if getattr(field.type, "__origin__", None) is tuple else None   # + is one or more
+            parser.add_argument(field.name, metavar=field.name.upper(), nargs=nargs, help=text,
+                                type=os.path.expanduser)
             continue
         text += "" if field.default in (None, "") else f" [{typed(field.default)}]"
         common = dict(default=argparse.SUPPRESS, help=text)
@@ -132,9 +133,9 @@ def numbers(text):
 
 
 def _plain_type(annotation):
-    """int for `int` and for `int | None`, and so on."""
+    """int for `int` and for `int | None`, and so on. Texts may be paths: a ~ at their start is expanded."""
     options = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
-    return options[0]
+    return os.path.expanduser if options[0] is str else options[0]
 
 
 def typed(value):

@@ -7,13 +7,15 @@ The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from mff_data.decode import reading_of
-from mff_data.sources import check_classes, describe_files, open_data
+from mff_data.lists import natural, read_lines
+from mff_data.sources import describe_files, open_data, relabel
 from mff_min.config import check_ranges, knob, opt, parse
-from mff_min.errors import UserError
+from mff_min.errors import UserError, printable
 from mff_min.probe import accuracy, shown
 from mff_run.log import BadSamples
 from mff_run.process import run
@@ -29,6 +31,7 @@ class Config(CheckpointFlags):
     # these change the result
     data: str = opt("shapes", "images whose val is measured, as --data of the stages")
     robustness: str = opt("", "instead: imagenet-a:DIR, or -r, -sketch, -c")
+    classes: str = opt("", "a file that names the outputs, one per line, of a checkpoint that does not")
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -62,17 +65,21 @@ def measure(cfg, world):
     model.to(world.device)
 
     source, classes, reading = None, pretrained.classes, reading_of(cfg)
+    if cfg.classes:
+        if classes:
+            raise UserError(f"checkpoint {pretrained.path} names its classes: expected no --classes")
+        classes = [name for _, name in read_lines(Path(cfg.classes))]
+    if classes and len(classes) != num_classes:
+        named = f"--classes {cfg.classes}" if cfg.classes else f"checkpoint {pretrained.path}"
+        raise UserError(f"{named} names {len(classes)} classes, and the classifier has {num_classes} "
+                        f"outputs: expected a name for each")
     if not cfg.robustness or not classes:
         source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say, reading))
         if not source.is_split:
-            raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*")
-        check_classes(source.classes, classes or source.classes, want=f"checkpoint {pretrained.path}")
-        if not classes:
-            world.say(f"{pretrained.path} does not name its classes: taken for those of {cfg.data}, in order")
-        classes = source.classes
-    if len(classes) != num_classes:
-        raise UserError(f"checkpoint {pretrained.path} has {num_classes} outputs and does not name them, and "
-                        f"--data {cfg.data} has {len(classes)} classes: expected the data it was trained on")
+            raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*, or list:DIR with "
+                            f"val.txt")
+        classes = classes or guess_order(source.classes, num_classes, pretrained.path, cfg.data, world.say)
+        source = relabel(source, classes, world.say, want=f"checkpoint {pretrained.path}")
     sets = (open_robustness(cfg.robustness, classes, reading) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
     describe_files(world.say, *(one.source for one in sets))
@@ -92,6 +99,28 @@ def measure(cfg, world):
         metrics = accuracy(*found["val"])
     record(folder, cfg, world, metrics)
     return metrics
+
+
+def guess_order(classes, num_classes, path, data, say):
+    """The data's classes in the order that a checkpoint's outputs, which it does not name, have by all odds.
+
+    Class folders are sorted as text by torchvision, by the numbers in their names by timm: timm's order is
+    taken. Raises UserError where there are more outputs or fewer.
+    """
+    if len(classes) != num_classes:
+        raise UserError(f"checkpoint {path} has {num_classes} outputs and does not name them, and --data "
+                        f"{data} has {len(classes)} classes: expected the data it was trained on, or "
+                        f"--classes FILE with the name of each output in a line")
+    by_number = sorted(classes, key=natural)
+    if classes == by_number or classes != sorted(classes):              # CIFAR and lists have their own order
+        say(f"{path} does not name its classes: taken for those of {data}, in order")
+        return classes
+    first = next(i for i in range(num_classes) if classes[i] != by_number[i])
+    say(f"warning: {path} does not name its classes: taken for those of {data} in the order of their "
+        f"numbers, as timm sorts them, so output {first} is {printable(by_number[first])}. torchvision sorts "
+        f"them as text, and there it is {printable(classes[first])}. --classes FILE with the name of each "
+        f"output in a line decides")
+    return by_number
 
 
 if __name__ == "__main__":

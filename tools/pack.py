@@ -28,7 +28,7 @@ from mff_data.packed import (
     open_packed,
     plan_of,
 )
-from mff_data.sources import ImageFolder, describe_files
+from mff_data.sources import ImageFiles, describe_files, open_data
 from mff_data.views import begin_worker, check_fit, end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError, amount, printable
@@ -45,7 +45,7 @@ KEPT = "what is packed is kept, and the same line goes on from there"
 @dataclass(frozen=True)
 class Config(DataFlags):
     # these change the result
-    source: str = opt(REQUIRED, "the folder of images: train/<class>/* and val/<class>/*, or images alone")
+    source: str = opt(REQUIRED, "images: a folder as --data of the stages takes it, list:DIR or cars:DIR")
     output: str = opt(REQUIRED, "the folder for train.pack and val.pack")
     short_side: int = opt(256, "pixels of the shorter side; 0: keep every image as it is", least=0)
     resample: str = opt("bicubic", "how Pillow resizes", choices=["bicubic", "bilinear"])
@@ -92,7 +92,13 @@ def pack(cfg):
     output = Path(cfg.output)
     settings = dict(short_side=cfg.short_side, resample=cfg.resample, in_chans=cfg.in_chans, white=cfg.white,
                     max_pixels=cfg.max_pixels)
-    sources = {split: ImageFolder(cfg.source, split, reading_of(cfg)) for split in ("val", "train")}
+    if cfg.source.partition(":")[0] in ("shapes", "cifar10", "cifar100"):
+        raise UserError(f"{cfg.source} is no folder of images and needs no pack: expected a folder, list:DIR "
+                        f"or cars:DIR")
+    splits = ("val", "train")                                           # train.pack is written last
+    sources = {split: open_data(cfg.source, split, "", say, reading_of(cfg)) for split in splits}
+    if not isinstance(sources["train"], ImageFiles):
+        raise UserError(f"{cfg.source} is a pack already: expected the images that it was made of")
     if not sources["val"].is_split:
         del sources["val"]
         if (output / "val.pack").exists():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mff_data.decode import reading_of
-from mff_data.sources import check_labels, describe_files, open_data
+from mff_data.sources import describe_files, match_labels, open_data
 from mff_data.views import Views, make_loader
 from mff_min.config import check_ranges, knob, opt, parse
 from mff_min.errors import UserError
@@ -145,7 +145,7 @@ def probe_layers(cfg, world, baselines):
     sources = [open_data(cfg.data, split, cfg.cache_dir, world.say, reading_of(cfg))
                for split in ("train", "val")]
     describe_files(world.say, *sources)
-    check_labels(cfg.data, *sources)
+    sources = match_labels(cfg.data, *sources, world.say)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(map(len, sources)), cfg.max_bad)
 

@@ -7,13 +7,16 @@ and counts hits by the source's own labels; `summarise` makes the published metr
 Shapes: K folders of classes.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mff_data.decode import AS_THEY_ARE
-from mff_data.sources import ImageFolder, check_class_folders
+from mff_data.lists import same_name
+from mff_data.sources import ImageFolder, check_class_folders, relabel
 from mff_min.errors import UserError, listed
 from mff_min.probe import accuracy
 
@@ -50,6 +53,7 @@ def open_robustness(spec, classes, reading=AS_THEY_ARE):
     do not name, and where there is nothing to measure.
     """
     kind, _, folder = spec.partition(":")
+    folder = os.path.expanduser(folder)
     if kind not in PUBLISHED or not folder:
         raise UserError(f"--robustness {spec}: expected NAME:DIR with a NAME of {', '.join(PUBLISHED)}")
     if kind != "imagenet-c":
@@ -72,8 +76,9 @@ def open_robustness(spec, classes, reading=AS_THEY_ARE):
 def open_set(kind, name, folder, classes, crop, reading):
     """The RobustnessSet of one folder of class folders."""
     source = ImageFolder(folder, ".", reading)
-    check_class_folders(source.classes, str(folder))
-    logits = {label: i for i, label in enumerate(classes)}
+    check_class_folders(source, str(folder))
+    source = relabel(source, [source.classes[i] for i in np.unique(source.labels["class"])], print)
+    logits = {same_name(label): i for i, label in enumerate(classes)}
     unknown = [label for label in source.classes if label not in logits]
     if unknown:
         raise UserError(f"{folder} has classes that the checkpoint has not: {listed(unknown)}; it has "

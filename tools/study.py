@@ -39,7 +39,7 @@ import torch
 import train_finetune
 import train_pretrain
 import train_probe
-from mff_data.sources import check_labels, fingerprint, open_data
+from mff_data.sources import fingerprint, match_labels, open_data
 from mff_min.config import check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError
 from mff_run.files import make_folder, write_atomically, write_json, write_tensors
@@ -369,7 +369,7 @@ def images_of(cfg):
     if cfg.data == "shapes":
         return PRESETS[cfg.preset]["shapes"]
     splits = [open_data(cfg.data, split, cfg.cache_dir, print) for split in ("train", "val")]
-    check_labels(cfg.data, *splits)
+    match_labels(cfg.data, *splits, print)
     return hashlib.sha256(b"".join(fingerprint(split).numpy().tobytes() for split in splits)).hexdigest()
 
 

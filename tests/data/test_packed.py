@@ -24,7 +24,7 @@ import train_pretrain
 from mff_data import crops, packed
 from mff_data.decode import open_image
 from mff_data.packed import Packed, open_packed
-from mff_data.sources import check_labels, open_data, subset
+from mff_data.sources import match_labels, open_data, subset
 from mff_data.views import Views, collate, make_loader
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
@@ -107,7 +107,7 @@ def test_a_resized_pack_shows_views_of_the_resized_images(folder, tmp_path):
 def test_a_pack_has_the_labels_names_and_splits_of_its_folder(folder, tmp_path):
     spec = str(packing(folder))
     train, val = (open_data(spec, split, "", print) for split in ("train", "val"))
-    check_labels(spec, train, val)
+    train, val = match_labels(spec, train, val, print)
     images = open_data(str(folder), "train", "", print)
     assert train.classes == images.classes and len(train) == len(images) == 11
     assert [train.label(i) for i in range(11)] == [images.label(i) for i in range(11)]
@@ -119,6 +119,44 @@ def test_a_pack_has_the_labels_names_and_splits_of_its_folder(folder, tmp_path):
     assert len(alone) == 11 and not alone.is_split and Packed(Path(spec, "val.pack"), "val").is_split
     flat = open_data(str(packing(folder / "train" / "cat", to="flat")), "val", "", print)
     assert len(flat) == 5 and not flat.is_split and flat.classes == [""]
+
+
+@pytest.mark.parametrize("spec", ["{}", "list:{}"])
+def test_a_pack_of_other_layouts_has_the_labels_of_what_it_was_made_of(folder, tmp_path, spec, capsys):
+    """Splits of other names with an empty class in train and an absent one in val, and text lists of them."""
+    (folder / "train").rename(folder / "Training")
+    (folder / "val").rename(folder / "validation")
+    for name in ("ant", "zebra", "@eaDir"):
+        (folder / "Training" / name).mkdir()
+    noise_image(9, 9).save(folder / "Training" / "zebra" / "0.png")
+    noise_image(9, 9).save(folder / "Training" / "@eaDir" / "0.png")
+    for split, file in (("Training", "train"), ("validation", "val")):
+        paths = folder.glob(f"{split}/[cdz]*/*")
+        (folder / f"{file}.txt").write_text("".join(
+            f"{path.relative_to(folder)},{path.parent.name}\n" for path in paths))
+    spec = spec.format(folder)
+    pack.main(parse(pack.Config, [spec, str(tmp_path / "pack"), "--max-bad", "1", "--short-side", "8"]))
+    assert ("train: 12 images of " in capsys.readouterr().out)
+    found = []
+    for data in (spec, str(tmp_path / "pack")):
+        splits = [open_data(data, split, "", print) for split in ("train", "val")]
+        train, val = match_labels(data, *splits, print)
+        found.append([{os.fsdecode(source.paths[i]): source.classes[source.label(i)]
+                       for i in range(len(source))} for source in (train, val)])
+        assert train.classes == val.classes == ["ant"] * (spec == str(folder)) + ["cat", "dog", "zebra"]
+    assert found[0] == found[1] and [len(source) for source in found[0]] == [12, 11]
+    said = capsys.readouterr().out
+    assert said.count("warning: val has no images of ") == 2
+    assert f"train: 12 images of {len(train.classes)} classes in {tmp_path}/pack/train.pack" in said
+
+
+@pytest.mark.parametrize("source, message", [
+    ("shapes", "shapes is no folder of images and needs no pack"), ("cifar10:x", "needs no pack: expected"),
+    ("PACK", "is a pack already: expected the images that it was made of")])
+def test_what_is_no_images_is_not_packed(folder, tmp_path, source, message):
+    source = source.replace("PACK", str(packing(folder)))
+    with pytest.raises(UserError, match=message):
+        pack.main(parse(pack.Config, [source, str(tmp_path / "other")]))
 
 
 def test_a_worker_gets_a_packs_path_and_not_its_pixels(folder):

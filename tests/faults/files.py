@@ -20,7 +20,7 @@ from faults.evaluation import on_two_ranks, ready
 from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
-from mff_data import crops, decode, views
+from mff_data import crops, decode, sources, views
 from mff_data.decode import MAX_BYTES, MAX_PIXELS, open_image
 from mff_data.sources import ImageFolder
 from mff_data.views import Views, make_loader
@@ -508,16 +508,17 @@ def odd_folders(folder, quick):
     more = ["c", "d", "e", "f", "g", "h\x1b[2J"]
     for name in more:
         (root / "val" / name).mkdir()
-    ends("empty class folders", 0)                                      # a class is what has images
+    ends("empty class folders", 0)                                      # of no image: no label is lost
     write(*(f"{name}/0.png" for name in more))
-    ends("classes of val alone", 2, "the classes differ: train has a, b (2)", "c, d, e, f, g, ... (6)")
+    ends("classes of val alone", 2, "val has classes that train has not: c, d, e, f, g, ... (6)",
+         "train has a, b (2)")
     for name in more:
         shutil.rmtree(root / "val" / name)
     write("0.png")
     ends("outside class folders", 2, "val has images outside class folders")
     (root / "val" / "0.png").unlink()
     (root / "val" / "a").rename(root / "val" / "z\x1b[2J")
-    ends("renamed", 2, "only train: a (1)", r"only val: 'z\x1b[2J' (1)")
+    ends("renamed", 2, r"val has classes that train has not: 'z\x1b[2J' (1)", "train has a, b (2)")
 
     def look():
         as_nobody()
@@ -532,6 +533,32 @@ def odd_folders(folder, quick):
     return tally.outcome()
 
 
+def others_layouts(folder, quick):
+    """Splits of other names, an absent class, leftovers, lists: labels and images are the right ones."""
+    tally, root = Tally(), folder / "data"
+    for split, names in (("Training", "abc@"), ("Validation", "bc@"), ("Testing", "abc")):
+        for name in names:
+            place = root / split / name.replace("@", "@eaDir")
+            place.mkdir(parents=True)
+            for i in range(4):
+                colour = (100 * "abc@".index(name), 240 - 80 * "abc@".index(name), 9 * i)
+                Image.new("RGB", (24, 24), colour).save(place / f"{i}.png")
+    for split, file in (("Training", "train"), ("Validation", "val")):
+        paths = sorted(root.glob(f"{split}/?/*"))
+        (root / f"{file}.txt").write_text("".join(
+            f"{path.relative_to(root)},{path.parent.name}\r\n" for path in paths))
+    ready()
+    for data in (root, f"list:{root}"):
+        for flags in ((), ("--cache", 1), ("--knn", 1)):
+            run = folder / f"{data == root}{flags}"
+            end = fork(stage("probe", run, "--data", data, "--steps", 2, *flags))
+            metrics = json.loads((run / "metrics.json").read_text()) if not end.code else {}
+            right = metrics.get("val_images") == 8 and ("--knn" not in flags or metrics["acc1"] == 100)
+            whole = right and "train: 12 images of 3 classes" in end.said and "no images of a (1)" in end.said
+            tally.note("" if whole else f"{data} {flags}: code {end.code}, {end.said[-300:]!r}")
+    return tally.outcome()
+
+
 FAULTS = [
     Fault("mutated images of seven formats", 9, mutated_images),
     Fault("mutated images of newer formats, and arrays", 9,
@@ -541,6 +568,7 @@ FAULTS = [
     Fault("deep, float and unusual pixels", 9, unusual_pixels),
     Fault("pipes, torn files and others named as images", 9, odd_files),
     Fault("folders that cannot be meant", 9, odd_folders),
+    Fault("layouts and lists of other people", 9, others_layouts),
 ]
 
 
@@ -559,8 +587,18 @@ def load_arrays_as_numpy_may():
     decode.open_array = lambda path, most: np.load(path, allow_pickle=True)
 
 
+def labels_by_own_classes():
+    sources.relabel = lambda source, *rest: source
+
+
+def all_folders_are_classes():
+    sources.folder_of_split = lambda root, split: (root, False)
+
+
 GUARDS = [
     Guard("every-decode-error", "mutated images of seven formats", catch_oserror_alone),
     Guard("arrays-read-without-pickle", "arrays that are something else", load_arrays_as_numpy_may),
     Guard("deep-pixels-scaled", "deep, float and unusual pixels", convert_to_rgb),
+    Guard("labels-by-train", "layouts and lists of other people", labels_by_own_classes),
+    Guard("splits-told-apart", "layouts and lists of other people", all_folders_are_classes),
 ]

@@ -1,6 +1,7 @@
 """Fine-tuning: what is loaded and what is new, averages, measuring, and bad input. See also test_run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -318,6 +319,65 @@ def test_corruptions_are_measured_and_a_part_of_them_has_no_mce(finetune, evalua
     assert "no mCE without" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_val_without_some_classes_is_measured_by_trains_list(finetune, evaluate, imagenet, capsys):
+    shutil.rmtree(imagenet / "val" / "n01")
+    flags = ["--data", str(imagenet)]
+    warning = "warning: val has no images of n01 (1); labels are by train's 5 classes"
+    assert finetune(*flags, *PLAIN)["acc1"] == 100 and warning in capsys.readouterr().out
+    metrics = evaluate(*flags)
+    assert (metrics["acc1"], metrics["val_images"]) == (100, 8)
+    assert "warning: the data has no images of n01 (1); labels are by checkpoint" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_in_the_order_of_its_own_classes(finetune, tmp_path):
+    """Numbers in a list stand in their own order, folders in that of the alphabet."""
+    names = ["1", "2", "10"]
+    for split in ("train", "val"):
+        class_folders(tmp_path / "data" / split, names)
+        lines = [f"{name}/{name}_{i}.png {name}\n" for name in names for i in range(2)]
+        (tmp_path / "data" / f"{split}.txt").write_text("".join(lines))
+    finetune("--data", f"list:{tmp_path / 'data'}", "--steps", "1")
+    assert state_of(tmp_path / "a")["classes"] == names
+    more = ["--resume", "auto", "--allow-change", "data,steps", "--steps", "2"]
+    finetune("--data", str(tmp_path / "data"), *more)
+    assert state_of(tmp_path / "a")["classes"] == names and state_of(tmp_path / "a")["step"] == 2
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Class folders 1 to 12, of which 2 has 11 images, and classifiers that always say output 1."""
+    class_folders(tmp_path / "data" / "val", [str(i) for i in range(1, 13)], count=1, size=8)
+    for i in range(1, 11):
+        shutil.copy(tmp_path / "data" / "val" / "2" / "2_0.png", tmp_path / "data" / "val" / "2" / f"{i}.png")
+    state = build_vit("vit_test", (8, 8), 4, 3, num_classes=12).state_dict()
+    state["head.weight"].zero_()
+    state["head.bias"].copy_(torch.eye(12)[1])
+    content = dict(model=state, config=dict(model="vit_test", img_size=(8, 8), patch_size=4))
+    torch.save(content, tmp_path / "unnamed.pt")
+    torch.save(content | dict(classes=sorted(str(i) for i in range(1, 13))), tmp_path / "text.pt")
+    return tmp_path
+
+
+def test_class_folders_that_are_numbers_count_by_their_numbers_where_a_classifier_has_no_names(
+        evaluate, numbered, capsys):
+    flags = ["--data", str(numbered / "data"), "--checkpoint"]
+    assert evaluate(*flags, str(numbered / "unnamed.pt"))["acc1"] == 50
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: "))
+    assert "as timm sorts them, so output 1 is 2. torchvision sorts them as text, and there it is 10." in said
+    assert "--classes FILE" in said
+    (numbered / "names.txt").write_text("\n".join(sorted(map(str, range(1, 13)))))
+    names = ["--classes", str(numbered / "names.txt")]
+    assert evaluate(*flags, str(numbered / "unnamed.pt"), *names)["acc1"] == pytest.approx(100 / 22)
+    assert evaluate(*flags, str(numbered / "text.pt"))["acc1"] == pytest.approx(100 / 22)   # its own list
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="names its classes: expected no --classes"):
+        evaluate(*flags, str(numbered / "text.pt"), *names)
+    (numbered / "names.txt").write_text("2\n1\n")
+    with pytest.raises(UserError, match="names.txt names 2 classes, and the classifier has 12 outputs"):
+        evaluate(*flags, str(numbered / "unnamed.pt"), *names)
+
+
 def test_a_measurement_replaces_no_run(finetune, evaluate, imagenet):
     finetune("--data", str(imagenet), "--steps", "1")
     with pytest.raises(UserError, match="holds a run, whose records this would replace"):
@@ -350,7 +410,7 @@ def wrong(tmp_path_factory):
 @pytest.mark.parametrize("flags, message", [
     ("--checkpoint=", "--checkpoint is not given"),
     ("--batch-size 3 --global-batch 3", "--batch-size 3 is odd: mixup and cutmix mix pairs"),
-    ("--data WRONG/differ", "the classes differ: train has a, b, c (3), val has a, b, d (3)"),
+    ("--data WRONG/differ", "val has classes that train has not: d (1); train has a, b, c (3)"),
     ("--data WRONG/flat", "has no train folder"),
     ("--data cifar10:WRONG", "3072 bytes"),
     ("--data WRONG/good --subset WRONG/absent.txt", "x0.png, x1.png, x2.png, x3.png, x4.png, ... (7)"),
@@ -379,8 +439,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wr
     ("--checkpoint WRONG/az.pt --batch-size 0", "--batch-size 0: expected more than 0"),
     ("--checkpoint WRONG/az.pt --img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
     ("--checkpoint WRONG/az.pt --data WRONG/unsplit", "has no val folder"),
-    ("--checkpoint WRONG/az.pt --data WRONG/good", "only the data: b (1)"),
+    ("--checkpoint WRONG/az.pt --data WRONG/good", "the data has classes that checkpoint"),
     ("--checkpoint WRONG/unnamed.pt --data WRONG/differ", "has 2 outputs and does not name them"),
+    ("--checkpoint WRONG/unnamed.pt --data list:WRONG", "has no val.txt: expected train.txt and val.txt"),
     ("--robustness imagenet-a:WRONG/good/val --checkpoint WRONG/az.pt", "that the checkpoint has not: b"),
     ("--robustness imagenet-q:WRONG --checkpoint WRONG/az.pt", "expected NAME:DIR"),
     ("--random-init", "unknown flag --random-init"),
@@ -417,5 +478,5 @@ def test_a_run_goes_on_with_the_classes_and_settings_it_began_with(finetune, ima
         finetune(*flags, "--steps", "1", "--mixup", "0.5")
     for split in ("train", "val"):
         (imagenet / split / "n05").rename(imagenet / split / "n06")
-    with pytest.raises(UserError, match=r"only the data: n06 \(1\); only the run in"):
+    with pytest.raises(UserError, match=r"train has classes that the run in .* has not: n06 \(1\)"):
         finetune(*flags, "--steps", "1")

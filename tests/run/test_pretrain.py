@@ -52,6 +52,21 @@ def shell(tmp_path, cache, *flags, to="a", launcher=(sys.executable,), **options
                             stderr=subprocess.STDOUT, **options)
 
 
+# ---------------------------------------------------------------- which images
+
+
+def test_test_images_are_not_trained_on_and_the_first_lines_say_what_is(pretrain, tmp_path, capsys):
+    for split, count in (("training", 12), ("validation", 3), ("testing", 5)):
+        (tmp_path / "data" / split / "a").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (16, 16)).save(tmp_path / "data" / split / "a" / f"{i}.png")
+    metrics = pretrain("--data", str(tmp_path / "data"), "--steps", "1")
+    assert metrics["val_images"] == 3 and len(state_of(tmp_path / "a")["data"]) == 12
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"train: 12 images of 1 class in {tmp_path}/data/training",
+        f"val: 3 images of 1 class in {tmp_path}/data/validation"]
+
+
 # ---------------------------------------------------------------- methods
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from images import furthest, noise_image
 from PIL import Image
-from run_folders import log_of, same_bits, torchrun
+from run_folders import log_of, same_bits, state_of, torchrun
 from sources import ROOT
 
 import train_probe
@@ -22,6 +22,7 @@ from mff_min.rng import Rng
 from mff_min.vit import MODELS
 from mff_run.process import run
 from mff_weights.pretrained import build_encoder, build_fusion, read_pretrained
+from tools import pack
 
 SMALL = ("--data shapes:100 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 --blr 1 "
          "--device cpu").split()
@@ -319,7 +320,7 @@ def bad(tmp_path_factory):
     ("--checkpoint LICENSE", "checkpoint LICENSE is a text of"),
     ("--checkpoint=", "--checkpoint is not given"),
     (f"--checkpoint /tmp/{'n' * 300}", "nnn cannot be read: File name too long"),
-    ("--data BAD/differ", "train has a, b, c (3), val has a, b, d (3); only train: c (1); only val: d (1)"),
+    ("--data BAD/differ", "val has classes that train has not: d (1); train has a, b, c (3); exp"),
     ("--data BAD/empty", "holds no images"),
     ("--data BAD/flat", "has no train folder"),
     ("--data cifar10:BAD/cifar", "label 200 of CIFAR-10 val 0 is outside the 10 classes of the head"),
@@ -342,6 +343,44 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, ba
     assert stop.value.code == 2 and len(errors) == 1
     assert errors[0].startswith("error: ") and message in errors[0]
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("flags", ["--epochs 60 --blr 30", "--cache 1 --epochs 60 --blr 30", "--knn 1"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_val_without_some_classes_is_probed_by_trains_list(probe, tmp_path, capsys, flags, packed):
+    """And the images lie in splits of other names, with a class folder that is empty."""
+    root = tmp_path / "data"
+    for split, names in (("Train", "abc"), ("Validation", "bc")):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            for i in range(8):
+                colour = (120 * "abc".index(name), 240 - 120 * "abc".index(name), 9 * i)
+                Image.new("RGB", (16, 16), colour).save(root / split / name / f"{i}.png")
+    (root / "Train" / "d").mkdir()
+    data = root
+    if packed:
+        data = tmp_path / "pack"
+        pack.main(parse(pack.Config, [str(root), str(data)]))
+    metrics = probe("--data", str(data), "--batch-size", "16", *flags.split())
+    assert (metrics["acc1"], metrics["val_images"]) == (100, 16)
+    said = capsys.readouterr().out
+    assert "warning: train has no images of d (1); labels are by train's 4 classes" in said
+    assert "warning: val has no images of a, d (2); labels are by train's 4 classes" in said
+    assert f"train: 24 images of 4 classes in {data / ('train.pack' if packed else 'Train')}" in said
+
+
+def test_a_probe_keeps_its_classes_and_goes_on_in_their_order(probe, tmp_path):
+    for split in ("train", "val"):
+        for name in ("1", "2", "10"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / "data" / split / name / "0.png")
+        lines = [f"{name}/0.png {name}\n" for name in ("1", "2", "10")]
+        (tmp_path / "data" / f"{split}.txt").write_text("".join(lines))
+    probe("--data", f"list:{tmp_path / 'data'}", "--steps", "1")
+    assert state_of(tmp_path / "a")["classes"] == ["1", "2", "10"]
+    changed = ["--resume", "auto", "--allow-change", "data,steps"]
+    probe("--data", str(tmp_path / "data"), "--steps", "2", *changed)
+    assert state_of(tmp_path / "a")["classes"] == ["1", "2", "10"]
 
 
 def test_a_probe_is_no_encoder_and_a_classifiers_head_is_left_behind(probe, pretrained, tmp_path, capsys):

@@ -45,6 +45,19 @@ def test_flags_have_the_type_of_their_field():
     assert cfg == Config(img_size=(32, 32), mean=(0.1, 0.2), steps=3, lr=1e-3)
 
 
+def test_a_home_folder_is_found_whatever_the_shell_leaves_of_it(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Script:
+        source: str = opt(REQUIRED, "what to read")
+        more: tuple[str, ...] = opt(REQUIRED, "what else")
+        output_dir: str = opt("runs", "a folder")
+        name: str | None = opt(None, "a text")
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = parse(Script, ["~/a", "b", "~/c", "--output-dir=~/runs", "--name", "a~b"])
+    assert cfg == Script("/home/me/a", ("b", "/home/me/c"), "/home/me/runs", "a~b")
+    assert parse(Script, ["a", "b"]) == Script("a", ("b",))
+
+
 def test_fields_without_a_default_are_arguments_in_their_order(capsys):
     @dataclasses.dataclass(frozen=True)
     class Script:

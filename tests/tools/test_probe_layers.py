@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -108,6 +109,15 @@ def test_what_can_be_separated_is_and_an_unreadable_validation_image_is_wrong(pr
     assert probe(*flags, to="again")["train_images"] == 23              # and a training image is left out
     with pytest.raises(Fault, match="more than --max-bad 0.01"):
         probe(*flags, "--max-bad", "0.01", to="strict")
+
+
+def test_a_val_without_some_classes_is_measured_by_trains_list(probe, two_colours, capsys):
+    shutil.rmtree(two_colours / "val" / "black")
+    metrics = probe("--data", str(two_colours), "--layers", "5", baselines=False)
+    row = next(row for row in metrics["rows"] if row["kind"] == "trained")
+    assert (row["acc1"], row["val_images"]) == (100, 5)
+    said = capsys.readouterr().out
+    assert "warning: val has no images of black (1); labels are by train's 2 classes" in said
 
 
 def test_weights_that_are_not_finite_have_no_accuracy(probe, pretrained, tmp_path):
