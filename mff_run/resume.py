@@ -97,6 +97,9 @@ def check_same_settings(cfg, saved, data=()):
     commas, those that may differ.
     """
     known = settings_of_result(cfg)
+    for field in dataclasses.fields(cfg):                               # it may be older than a flag
+        before = getattr(cfg, field.name) if field.default is None else field.default
+        saved = {field.name: before} | saved
     allowed = [name.strip().replace("-", "_") for name in cfg.allow_change.split(",") if name.strip()]
     for name in allowed:
         if name not in known:

@@ -10,20 +10,19 @@ import torch
 from mff_min.errors import UserError
 from mff_run.files import read_checkpoint
 
-# What a run's checkpoint holds: (types, whether it has been there in all versions). A stage may add to it.
-RUN_STATE = {"model": (dict, True), "optimizer": (dict, True), "step": (int, True), "loss": (float, True),
-             "config": (dict, True), "data": (torch.Tensor, False), "scaler": (dict, False),
-             "skips": (list, False), "classes": (list, False), "average": (dict, False)}
+# What a run's checkpoint holds, and what it may hold: a stage adds it, or once there was none.
+RUN_STATE = {"model": dict, "optimizer": dict, "step": int, "loss": float, "config": dict}
+MORE_STATE = {"data": torch.Tensor, "scaler": dict, "skips": list, "classes": list, "average": dict}
 # What an optimizer keeps of a parameter: "step" is a count, all else has the parameter's shape.
 KEPT = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"momentum"}}
 
 
 def read_state(path):
     """The state in a run's checkpoint. UserError where it is damaged, or no run could have written it."""
-    state = read_checkpoint(path, tuple(name for name, (_, always) in RUN_STATE.items() if always))
-    for name, (kind, always) in RUN_STATE.items():
+    state = read_checkpoint(path, RUN_STATE)
+    for name, kind in (RUN_STATE | MORE_STATE).items():
         value = state.get(name)
-        if type(value) is not kind and (always or value is not None):
+        if type(value) is not kind and (name in RUN_STATE or value is not None):
             raise UserError(f"checkpoint {path} has a {name} that is {type(value).__name__}: expected "
                             f"{kind.__name__}")
     if not all(isinstance(name, str) for name in state.get("classes") or ()):

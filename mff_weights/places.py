@@ -10,7 +10,7 @@ from collections import Counter, deque
 import torch
 
 from mff_min.errors import UserError, printable
-from mff_run.resume import RUN_STATE
+from mff_run.state import RUN_STATE
 from mff_run.torchfile import StandIn
 from mff_weights.families import PROJECTIONS, find_places, strip_wrappers
 

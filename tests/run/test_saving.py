@@ -1,6 +1,7 @@
 """Files that outlive a fault: sealed ones are read as ever, altered ones are not. (Whole runs: tests/faults.)
 """
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 from run_folders import same_bits
 
+import train_finetune
 import train_pretrain
 from mff_data.sources import ImageFolder, Subset, fingerprint, open_data
 from mff_min.config import parse
@@ -18,7 +20,7 @@ from mff_min.errors import UserError
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run import files, resume
 from mff_run.files import append_line, make_folder, read_checkpoint, seal_of, write_tensors
-from mff_run.resume import changed_settings, find_checkpoint, set_newer_aside, table_of
+from mff_run.resume import changed_settings, check_same_settings, find_checkpoint, set_newer_aside, table_of
 from mff_run.world import World, start_world
 
 STATE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "optimizer": {}, "step": 4, "loss": 0.5,
@@ -201,6 +203,16 @@ def test_a_run_that_began_and_ended_between_a_look_and_the_lock_is_not_overwritt
         with pytest.raises(UserError, match="already holds a run"):
             resume.open_folder(cfg, world)
     assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_run_that_began_before_there_was_a_flag_goes_on():
+    cfg = parse(train_finetune.Config, "--checkpoint x --lr 0.1 --in-chans 3".split())
+    saved = dataclasses.asdict(cfg)
+    for name in ("adapt", "in_chans", "white"):
+        del saved[name]
+    check_same_settings(cfg, saved)
+    with pytest.raises(UserError, match="adapt +False +True"):
+        check_same_settings(dataclasses.replace(cfg, adapt=True), saved)
 
 
 def test_differences_of_settings_are_a_table():
