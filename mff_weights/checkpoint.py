@@ -277,7 +277,8 @@ def fit(weights, shapes, old_grid, new_grid):
     """(the tensors that a model of these shapes takes, what was found).
 
     Positions are resampled from one grid of (rows, columns) to the other. What was found is {"loaded": names,
-    "missing": ..., "unexpected": ..., "resized": ...}. Raises UserError where a shape differs.
+    "missing": ..., "unexpected": ..., "resized": ...}. Raises UserError where a shape differs, or a number is
+    not finite.
     """
     found = {kind: [] for kind in ("loaded", "missing", "unexpected", "resized")}
     fitting, problems = {}, []
@@ -298,6 +299,9 @@ def fit(weights, shapes, old_grid, new_grid):
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"checkpoint {weights.path} is of another model: {'; '.join(problems[:3])}{more}")
+    if broken := [name for name, tensor in fitting.items() if not tensor.float().isfinite().all()]:
+        raise UserError(f"checkpoint {weights.path} has NaN or infinity in {', '.join(shown(broken, 3))}: "
+                        f"expected finite numbers, of an earlier checkpoint perhaps")
     found["unexpected"] = [name for name in weights.state if name not in shapes] + weights.unknown
     return fitting, found
 
