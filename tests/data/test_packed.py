@@ -10,7 +10,6 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import PIL
@@ -525,7 +524,7 @@ def test_a_pack_smaller_than_the_crop_is_refused(folder):
     Views(source, "evaluation", (28, 28), 3, 1, 0)
     with pytest.raises(UserError, match="short side 32, and the crop evaluation of 29x32 needs 33"):
         Views(source, "evaluation", (29, 32), 3, 1, 0)
-    source = SimpleNamespace(short_side=256)                            # of a pack with the default flags
+    source.short_side = 256                                             # a pack's with the default flags
     for side in (224, 225, 256):
         Views(source, "evaluation", (side, side), 3, 1, 0)
     message = ("short side 256, and the crop evaluation of 384x384 needs 384: expected a smaller --img-size, "

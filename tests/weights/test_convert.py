@@ -106,7 +106,7 @@ def test_a_folder_has_an_image_processor_that_transformers_reads_and_we_do(folde
     told |= dict(size=dict(height=32, width=32), image_mean=[0.5] * 3, image_std=[0.25] * 3)
     (folder / "own" / "preprocessor_config.json").write_text(json.dumps(told))
     settings = settings_of(read_pretrained("own"))
-    assert settings == dict(img_size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    assert settings == dict(img_size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), white=None)
     capsys.readouterr()
     encoder = build_encoder(read_pretrained("own"))
     assert encoder.grid == (8, 8) and "encoder.pos_embed from 4x6 to 8x8 patches" in capsys.readouterr().out
