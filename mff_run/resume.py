@@ -213,7 +213,7 @@ def check_nothing_lost(folder, save_every):
                         f"name another --output-dir to begin anew")
     lines = read_log(Path(folder) / "log.jsonl")
     reached = max(filter(None, map(step_of, lines)), default=0)
-    if reached >= save_every or any("done" in line for line in lines):
+    if reached > save_every or any("done" in line for line in lines):
         raise UserError(f"{folder} has the log of a run that came to step {reached}, and no checkpoint to go "
                         f"on from: name another --output-dir to begin anew")
 

@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")                           # small models: threads do not help
 
-import signal
 import sys
 from pathlib import Path
 
@@ -24,13 +23,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]                      # for the t
 
 def pytest_configure(config):
     """Choose between the two kinds of process before a test module is imported."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:               # a script began it in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for_gpu = config.option.markexpr == "gpu"
     os.environ["TRITON_INTERPRET"] = "0" if for_gpu else "1"
     if not for_gpu:
         os.environ["GPU_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")      # for test_gpu.py
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from faults.suite import hear_signals
+    hear_signals()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -26,7 +26,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from faults.suite import FORK, Outcome, prepared, shared_memory
+from faults.suite import FORK, Outcome, hear_signals, prepared, shared_memory
 
 from mff_min.config import opt, parse
 from mff_min.errors import UserError
@@ -169,6 +169,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    hear_signals()
     try:
         raise SystemExit(not main(parse(Config)))
     except UserError as error:

@@ -154,7 +154,7 @@ def unwritable(folder, quick):
             run()
         ended = fork(work)
         fine = ended.code == 2 and str(place) in ended.last and os.strerror(reason) in ended.last
-        fine = fine and ended.said.count("\n") == 1
+        fine = fine and ended.said.count("error: ") == 1 and "Traceback" not in ended.said
         tally.note("" if fine else f"{place.name}: code {ended.code}, {ended.said}")
     return tally.outcome()
 

@@ -180,7 +180,7 @@ def probes_accuracy(folder, quick):
         train, val = images(24), images(MOST)
         if count is not None:
             val = first(images(MOST, labels), count)
-        train_probe.open_data = lambda spec, split, cache_dir, say: train if split == "train" else val
+        train_probe.open_data = lambda spec, split, *rest: train if split == "train" else val
         to = folder / "-".join(map(str, (*flags, count, batch_size)))
         flags = flags_of("probe", ready(), to, *flags, "--steps", 2, "--batch-size", batch_size,
                          "--global-batch", 12, "--lr", 30)

@@ -10,6 +10,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import train_finetune
 import train_pretrain
 import train_probe
 from mff_min.config import parse
+from mff_min.errors import STOP_SIGNALS
 from mff_min.vit import MODELS
 from mff_run.process import run
 
@@ -84,6 +86,13 @@ class Tally:
 
 
 # ---------------------------------------------------------------- children
+
+
+def hear_signals():
+    """Hear the signals that nohup, or a script that began this in the background, has ignored for us."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
