@@ -46,7 +46,8 @@ class StopSignals:
         if not self.number:
             self.number = number
             if "TORCHELASTIC_RUN_ID" not in os.environ:                 # torchrun says so for all
-                whisper("stopping as soon as the state is saved; Ctrl-C again stops at once")
+                whisper("stopping as soon as the state is saved" +
+                        "; Ctrl-C again stops at once" * (number == signal.SIGINT))
             if self.interrupts:
                 raise Interrupted
 

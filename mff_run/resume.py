@@ -82,8 +82,10 @@ def settings_of_result(cfg):
 def already_a_run(cfg):
     """What to say of a folder that holds a run already, with what differs from its settings."""
     changes = []
-    with contextlib.suppress(OSError, ValueError):
-        saved = json.loads((Path(cfg.output_dir) / "config.json").read_text())
+    path = Path(cfg.output_dir) / "config.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        saved = json.loads(path.read_text() if path.is_file() else "{}")
+        saved = saved if isinstance(saved, dict) else {}
         changes = changed_settings(saved, dataclasses.asdict(cfg), settings_of_result(cfg))
     table = f", of other settings:\n{table_of(changes)}\n" if changes else ": "
     return (f"{cfg.output_dir} already holds a run{table}add --resume auto to go on with it, or name another "
@@ -202,20 +204,23 @@ def checkpoints_in(folder):
 
 def traces_of(folder):
     """The names that a run has left in a folder: links count, also to what is not there."""
-    return [name for name in ("last.pt", "previous.pt", "log.jsonl") if os.path.lexists(Path(folder) / name)]
+    names = ("last.pt", "previous.pt", "log.jsonl", "encoder.pt", "classifier.pt")
+    return [name for name in names if os.path.lexists(Path(folder) / name)]
 
 
 def check_nothing_lost(folder, save_every):
-    """Raise UserError where a folder without a checkpoint has the log of one, or a link to one."""
-    links = [name for name in traces_of(folder) if not (Path(folder) / name).exists()]
+    """Raise UserError where a folder without a checkpoint has the log or results of one, or a link to one."""
+    traces = traces_of(folder)
+    links = [name for name in traces if not (Path(folder) / name).exists()]
     if links:
         raise UserError(f"{Path(folder) / links[0]} is a link to what is not there (is a disk not mounted?): "
                         f"name another --output-dir to begin anew")
     lines = read_log(Path(folder) / "log.jsonl")
     reached = max(filter(None, map(step_of, lines)), default=0)
-    if reached > save_every or any("done" in line for line in lines):
-        raise UserError(f"{folder} has the log of a run that came to step {reached}, and no checkpoint to go "
-                        f"on from: name another --output-dir to begin anew")
+    done = any("done" in line for line in lines)
+    if done or reached > save_every or set(traces) - {"log.jsonl"}:
+        raise UserError(f"{folder} has {' and '.join(traces)} of a run, and no checkpoint to go on from: "
+                        f"name another --output-dir to begin anew")
 
 
 def find_checkpoint(folder, resume, say):
@@ -262,8 +267,11 @@ def set_newer_aside(folder, path, say):
 def changed_settings(saved, now, names):
     """[(name, saved, now)] of the settings of these names that differ between two dicts."""
     def plain(settings, name):
-        return json.dumps(settings.get(name), default=str)              # a tuple is a list
-    return [(name, printable(str(saved.get(name))), printable(str(now.get(name)))) for name in names
+        try:
+            return json.dumps(settings.get(name), default=str)          # a tuple is a list
+        except (TypeError, ValueError, RecursionError):                 # a stranger's
+            return None
+    return [(name, printable(str(saved.get(name))[:60]), printable(str(now.get(name))[:60])) for name in names
             if plain(saved, name) != plain(now, name)]
 
 

@@ -27,6 +27,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from mff_min.config import knob
+from mff_min.errors import UserError
 from mff_min.optim import load_optimizer
 from mff_min.probe import shown
 from mff_run import small
@@ -154,6 +155,9 @@ class Run:
         what else a checkpoint holds.
         """
         world = self.world
+        if self.start > schedule.stop:
+            raise UserError(f"the run in {self.folder} has come to step {self.start}, and these flags end it "
+                            f"at {schedule.stop}: expected more steps, or another --output-dir")
         self.schedule, self.model, self.optimizer, self.scaler = schedule, model, optimizer, scaler
         self.flops, self.dtype, self.advice, self.hint, self.kept = flops, dtype, advice, hint, kept
         warn_of_space(self.folder, world, model, copies)
@@ -216,7 +220,7 @@ class Run:
         done, cfg = self.step + 1, self.cfg
         ends, logs = done == self.schedule.stop, done % cfg.log_every == 0 or done == 1
         saves = done % cfg.save_every == 0 or ends or save
-        stops = saves and not ends and self.world.max(self.signals.number)      # before an evaluation
+        stops = saves and self.world.max(self.signals.number)           # before an evaluation
         if logs or saves:
             self.finite.check()
             self.loss = self.world.mean([loss.item()])[0]

@@ -27,12 +27,13 @@ def read_state(path):
                             f"{kind.__name__}")
     if not all(isinstance(name, str) for name in state.get("classes") or ()):
         raise UserError(f"checkpoint {path} has classes that are no text: it is not the state of a run")
-    if "data" in state and (state["data"].dtype, state["data"].ndim) != (torch.int64, 1):
-        raise UserError(f"checkpoint {path} has data of {state['data'].dtype}: expected a number per image")
-    skips = state.get("skips") or [0, 0]
-    if state["step"] < 0 or len(skips) != 2 or not all(type(n) is int and n >= 0 for n in skips):
-        raise UserError(f"checkpoint {path} is of step {state['step']}, with {str(skips)[:40]} skipped: "
-                        f"expected counts")
+    data = state.get("data", torch.zeros(1, dtype=torch.int64))
+    if (data.layout, data.device.type, data.dtype, data.ndim) != (torch.strided, "cpu", torch.int64, 1):
+        raise UserError(f"checkpoint {path} has data of {data.dtype}: expected a whole number per image")
+    counts = state.get("skips") or [0, 0]
+    if len(counts) != 2 or not all(type(n) is int and 0 <= n < 2 ** 62 for n in (state["step"], *counts)):
+        raise UserError(f"checkpoint {path} is of step {str(state['step'])[:40]}, with {str(counts)[:40]} "
+                        f"skipped: expected counts")
     return state
 
 
@@ -46,7 +47,8 @@ def is_like(value, own):
 def check_optimizer(state, optimizer):
     """Raise UserError unless state holds what this optimizer would have saved at its step.
 
-    A fused step trusts the shapes of what it is given: it would write outside of memory.
+    A fused step trusts the shapes of what it is given, and that each tensor has memory of its own: else it
+    writes outside of it.
     """
     saved, kept, count = state["optimizer"], KEPT[type(optimizer).__name__], torch.tensor(0.0)
     own = [param for group in optimizer.param_groups for param in group["params"]]
@@ -54,7 +56,7 @@ def check_optimizer(state, optimizer):
     def fits(param, values):
         if not (isinstance(values, dict) and values.keys() == kept):
             return False
-        return all(is_like(value, count if name == "step" else param)
+        return all(is_like(value, count if name == "step" else param) and value.is_contiguous()
                    and not (name == "exp_avg_sq" and (value < 0).any())
                    and not (name == "step" and not 0 <= value <= state["step"])
                    for name, value in values.items())
@@ -68,6 +70,8 @@ def check_optimizer(state, optimizer):
     elif wrong := [i for i in found if not fits(own[i], found[i])]:
         problem = (f"of parameter {wrong[0]} it has not {', '.join(sorted(kept))}, finite and shaped as here "
                    f"{tuple(own[wrong[0]].shape)}")
+    elif len({value.data_ptr() for i in found for value in found[i].values()}) < len(kept) * len(found):
+        problem = "its tensors share memory"
     if problem:
         raise UserError(f"the resumed optimizer does not fit: {problem}")
 

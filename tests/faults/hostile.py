@@ -34,6 +34,7 @@ VALUES = [None, True, -1, 10 ** 400, float("nan"), float("-inf"), "", "\x1b[31m"
           torch.zeros(1, dtype=torch.complex64)]
 TENSORS = {
     "one number": lambda x: x.flatten()[:1].clone(),
+    "one number in the place of all": lambda x: x.flatten()[:1].clone().expand(x.shape),
     "complex": lambda x: x.to(torch.complex64),
     "infinite": lambda x: torch.full_like(x, float("inf")),
     "NaN": lambda x: x * float("nan"),
@@ -86,6 +87,7 @@ def make_known(state, part, kind):
 
 
 KNOWN = [(part, kind) for kind in ("one number", "complex", "infinite") for part in ("optimizer", "model")]
+KNOWN += [("optimizer", "one number in the place of all")]
 
 # ---------------------------------------------------------------- runs that go on from it
 

@@ -354,3 +354,24 @@ def test_a_run_goes_on_with_the_settings_it_began_with(start):
     with pytest.raises(UserError, match=message):
         start("--steps", "3", "--seed", "7", "--workers", "1", "--resume", "auto")
     assert start("--steps", "2", "--workers", "1", "--resume", "auto")["step"] == 2
+
+
+def test_a_run_that_has_gone_further_is_not_called_done(start, tmp_path):
+    start("--steps", "3", "--epochs", "5")
+    before = state_of(tmp_path / "a"), (tmp_path / "a" / "log.jsonl").read_text()
+    with pytest.raises(UserError, match="has come to step 3, and these flags end it at 2: expected more steps"):
+        start("--steps", "2", "--epochs", "5", "--resume", "auto", "--allow-change", "steps")
+    assert same_bits(state_of(tmp_path / "a"), before[0])
+    assert (tmp_path / "a" / "log.jsonl").read_text() == before[1]
+
+
+def test_a_signal_in_the_last_step_ends_the_run_before_its_evaluation(row, start, whole, tmp_path, monkeypatch):
+    def before(i):
+        if i == 31:                                                     # the last micro-batch
+            signal.raise_signal(signal.SIGTERM)
+    flags = [*STEPS, *row.busy.split()]
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="signal 15 at step 1[56] of 16"):
+        training_loader(row.stage, patch, before)
+        start(*flags)
+    start(*flags, "--resume", "auto")
+    assert_same_run(whole, tmp_path / "a")
