@@ -359,13 +359,14 @@ def test_a_run_goes_on_with_the_settings_it_began_with(start):
 def test_a_run_that_has_gone_further_is_not_called_done(start, tmp_path):
     start("--steps", "3", "--epochs", "5")
     before = state_of(tmp_path / "a"), (tmp_path / "a" / "log.jsonl").read_text()
-    with pytest.raises(UserError, match="has come to step 3, and these flags end it at 2: expected more steps"):
+    with pytest.raises(UserError, match="has come to step 3, and these flags end it at 2: expected"):
         start("--steps", "2", "--epochs", "5", "--resume", "auto", "--allow-change", "steps")
     assert same_bits(state_of(tmp_path / "a"), before[0])
     assert (tmp_path / "a" / "log.jsonl").read_text() == before[1]
 
 
-def test_a_signal_in_the_last_step_ends_the_run_before_its_evaluation(row, start, whole, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_ends_the_run_before_its_evaluation(row, start, whole, tmp_path,
+                                                                       monkeypatch):
     def before(i):
         if i == 31:                                                     # the last micro-batch
             signal.raise_signal(signal.SIGTERM)
