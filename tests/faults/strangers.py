@@ -462,7 +462,7 @@ def believe_sizes():
 
 
 def believe_names():
-    torchfile.check_names = lambda path, file: None
+    torchfile.check_names = lambda path, file: set()
 
 
 GUARDS = [
