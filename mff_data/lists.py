@@ -113,8 +113,9 @@ def columns_of(line, root, places, where):
         if file:
             break
     if not image or not label:
+        other = next((f", not {mark}" for mark in ";|" if mark in line), "")
         raise UserError(f"{where}, is {printable(line[:80])}: expected a path and a label, with a tab, space "
-                        f"or comma between them")
+                        f"or comma between them{other}")
     if separator in label and unquoted(label) == label:
         raise UserError(f"{where}, is {printable(line[:80])}: expected two columns, a path and a label; put "
                         f"a tab between them, or the label in double quotes, and nothing behind it")

@@ -37,7 +37,14 @@ from mff_data.decode import (
 from mff_data.lists import has_lists, read_lines, read_list, same_name
 from mff_data.packed import open_packed
 from mff_data.shapes import SHAPES, load_shapes
-from mff_data.splits import folder_of_split, folders_in, is_leftover, like_training, refuse_deeper_splits
+from mff_data.splits import (
+    folder_of_split,
+    folders_in,
+    is_leftover,
+    like_training,
+    like_validation,
+    refuse_deeper_splits,
+)
 from mff_min.errors import UserError, listed, printable
 
 # Files that lie beside images, and are not missed among them.
@@ -350,8 +357,10 @@ def match_labels(spec, train, val, say):
     """
     for split, source in (("train", train), ("val", val)):
         if not source.is_split:
-            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/*, val/<class>/*, "
-                            f"or list:DIR with train.txt and val.txt")
+            likes = like_validation(os.path.expanduser(spec)) if split == "val" else []
+            has = f", but {listed(likes)}, which may be meant: rename one val" if likes else ""
+            raise UserError(f"--data {spec} has no {split} folder{has}: expected train/<class>/*, "
+                            f"val/<class>/*, or list:DIR with train.txt and val.txt")
     train = relabel(train, train.classes, say, "train", "train")
     val = relabel(val, train.classes, say, "val", "train")
     if len(train.classes) < 2:

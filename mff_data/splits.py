@@ -59,6 +59,12 @@ def like_training(names):
     return [name for name in names if len(names) <= FEW and re.search("train|trn", name, re.I)]
 
 
+def like_validation(root):
+    """Those folders in root, if it is one, whose names speak of validation or test images."""
+    names = folders_in(root) if os.path.isdir(root) else []
+    return [name for name in names if re.search("val|test|tst|dev", name, re.I)]
+
+
 def folder_of_split(root, split):
     """(folder, whether it is this split's own) of a data folder with or without splits.
 

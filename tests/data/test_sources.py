@@ -250,7 +250,8 @@ def test_labels_of_a_list_may_be_names_with_spaces_and_commas(tmp_path):
     ("../x.jpg 1", "line 3 is refused: ../x.jpg may lie outside"),
     ("/etc/passwd 1", "line 3 is refused: /etc/passwd is an absolute path; expected a path below"),
     ("sub\\a.png 1", "with / between folders"), ("photo,breed", "a header begins with"),
-    ("x.jpg,3,", "and nothing behind it"),
+    ("x.jpg,3,", "and nothing behind it"), ("x.jpg;cat", "space or comma between them, not ;"),
+    ("x.jpg|cat", "space or comma between them, not |"),
     ("a b/../../x.jpg\t1", "line 3 is refused: a b/../../x.jpg may"), (".. 1", "line 3 is refused: .. may"),
     ("\x1b[31mred.jpg 1", "line 3: '\\x1b[31mred.jpg' is no file"),
     ("x.jpg\0 1", "line 3: 'x.jpg\\x00' is no file"),
@@ -462,6 +463,12 @@ def test_a_val_without_class_folders_is_told_of_lists(tmp_path):
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.png\tn01\t0\t0\t62\t62\n")
     said = refusal(matched, tmp_path)
     assert "train has not: images (1)" in said and "--data list:DIR" in said and "docs/data.md" in said
+
+
+def test_folders_that_may_be_val_are_named(tmp_path):
+    write_images(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "val1", "val2") for name in "ab"))
+    assert "has no val folder, but val1, val2 (2), which may be meant: rename one val: exp" in refusal(
+        matched, str(tmp_path))
 
 
 def test_one_class_is_nothing_to_tell_apart(tmp_path):
