@@ -30,15 +30,24 @@ def read_lines(path):
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"the list {path} cannot be read: {error.strerror}") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"the list {path} is in UTF-16: expected UTF-8; iconv -f UTF-16 -t UTF-8 converts it")
+    wide = 32 if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")) else 16
+    if wide == 32 or content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"the list {path} is in UTF-{wide}: expected UTF-8; iconv -f UTF-{wide} -t UTF-8 "
+                        f"converts it")
     lines = [os.fsdecode(line).strip() for line in content.removeprefix(b"\xef\xbb\xbf").splitlines()]
     return [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
 
 
 def natural(name):
     """What sorts names by the numbers in them: 2 stands before 10, as in timm."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    # Python's int takes 4,300 digits at most, so numbers are compared by length, then digit by digit.
+    return [number_key(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def number_key(digits):
+    """(how many digits, digits) of a number without zeros in front, which sorts as the number does."""
+    digits = "".join(str(int(digit)) for digit in digits).lstrip("0")
+    return len(digits), digits
 
 
 def read_list(root, split):
@@ -51,6 +60,8 @@ def read_list(root, split):
     path = next((root / name for name in names if (root / name).is_file()), None)
     if not path:
         what = f"has no {names[0]}" if root.is_dir() else "is no folder"
+        if (root / names[0]).exists():
+            what = f"has {names[0]}, which is no regular file"
         raise UserError(f"{root} {what}: {LAYOUT}")
     places = list(dict.fromkeys(["", path.stem, split]))
     paths, labels, before, absent = [], [], {}, []
@@ -70,7 +81,8 @@ def read_list(root, split):
     if absent:
         more = f" (first of {len(absent)} such lines)" if len(absent) > 1 else ""
         raise UserError(f"{absent[0]} is no file in {root} or {root / places[1]}{more}; expected paths "
-                        f"below one of them")
+                        f"below one of them, before the label, with / between folders; a header begins with "
+                        f"path, file or image, or with #")
     if not paths:
         raise UserError(f"{path} lists no images: {LAYOUT}")
     classes = sorted(set(labels))
@@ -101,18 +113,19 @@ def columns_of(line, root, places, where):
         if file:
             break
     if not image or not label:
+        other = next((f", not {mark}" for mark in ";|" if mark in line), "")
         raise UserError(f"{where}, is {printable(line[:80])}: expected a path and a label, with a tab, space "
-                        f"or comma between them")
+                        f"or comma between them{other}")
     if separator in label and unquoted(label) == label:
         raise UserError(f"{where}, is {printable(line[:80])}: expected two columns, a path and a label; put "
-                        f"a tab between them, or the label in double quotes")
+                        f"a tab between them, or the label in double quotes, and nothing behind it")
     return image, file, unquoted(label)
 
 
 def unquoted(text):
-    """The text without the double quotes around it, if they are there."""
+    """The text without the double quotes around it, if they are there; doubled ones in it are one."""
     text = text.strip()
-    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' else text
+    return text[1:-1].replace('""', '"').strip() if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def file_of(image, root, places, where):
@@ -120,7 +133,10 @@ def file_of(image, root, places, where):
 
     Raises UserError for a path that could leave root.
     """
-    if os.path.isabs(image) or ".." in image.split(os.sep):
+    if os.path.isabs(image):
+        raise UserError(f"{where} is refused: {printable(image)} is an absolute path; expected a path below "
+                        f"{root}, such as train/0.png")
+    if ".." in image.split(os.sep):
         raise UserError(f"{where} is refused: {printable(image)} may lie outside {root}; expected a path "
                         f"below it, without ..")
     forms = () if image.isascii() else ("NFC", "NFD")

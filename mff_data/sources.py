@@ -37,7 +37,14 @@ from mff_data.decode import (
 from mff_data.lists import has_lists, read_lines, read_list, same_name
 from mff_data.packed import open_packed
 from mff_data.shapes import SHAPES, load_shapes
-from mff_data.splits import folder_of_split, folders_in, is_leftover, refuse_deeper_splits
+from mff_data.splits import (
+    folder_of_split,
+    folders_in,
+    is_leftover,
+    like_training,
+    like_validation,
+    refuse_deeper_splits,
+)
 from mff_min.errors import UserError, listed, printable
 
 # Files that lie beside images, and are not missed among them.
@@ -114,6 +121,10 @@ class ImageFolder(ImageFiles):
             merged = [name for name, count in Counter(map(same_name, folders)).items() if count > 1]
             self.notes = (f"{top} has folders whose names differ in Unicode form alone: {listed(merged)}; "
                           f"they are one class: rename one if that is not meant",)
+        if top == root and split == "train" and (found := like_training(folders_in(root))):
+            self.notes = (*self.notes, f"{root} has {listed(found)}, read as a class like the folders "
+                          f"beside it; if it holds the training images, rename it train, and the "
+                          f"others val and test")
 
 
 def counted_suffixes(paths):
@@ -346,8 +357,10 @@ def match_labels(spec, train, val, say):
     """
     for split, source in (("train", train), ("val", val)):
         if not source.is_split:
-            raise UserError(f"--data {spec} has no {split} folder: expected train/<class>/*, val/<class>/*, "
-                            f"or list:DIR with train.txt and val.txt")
+            likes = like_validation(os.path.expanduser(spec)) if split == "val" else []
+            has = f", but {listed(likes)}, which may be meant: rename one val" if likes else ""
+            raise UserError(f"--data {spec} has no {split} folder{has}: expected train/<class>/*, "
+                            f"val/<class>/*, or list:DIR with train.txt and val.txt")
     train = relabel(train, train.classes, say, "train", "train")
     val = relabel(val, train.classes, say, "val", "train")
     if len(train.classes) < 2:
@@ -374,7 +387,7 @@ def relabel(source, classes, say, have="the data", want="the checkpoint"):
              if has and same_name(name) not in index]
     if extra:
         raise UserError(f"{have} has classes that {want} has not: {listed(extra)}; {want} has "
-                        f"{listed(classes)}; {way_on(extra, classes)}")
+                        f"{listed(classes)}; {way_on(extra, classes, source.origin.endswith('.txt'))}")
     counts = Counter(map(same_name, classes))
     twice = [name for name in source.classes if counts[same_name(name)] > 1]
     if twice:
@@ -390,13 +403,19 @@ def relabel(source, classes, say, have="the data", want="the checkpoint"):
     return found
 
 
-def way_on(extra, classes):
-    """What to do about classes that one list has more than another."""
+def way_on(extra, classes, in_list):
+    """What to do about classes that one list has more than another, or a text list (in_list) has."""
     lower = {same_name(name).casefold(): name for name in classes}
     twins = [f"{name} and {lower[same_name(name).casefold()]}" for name in extra
              if same_name(name).casefold() in lower]
     if twins:
-        return f"expected the same names, and {listed(twins)} differ in case alone: rename the folders"
+        what = "change the labels in the list" if in_list else "rename the folders"
+        return f"expected the same names, and {listed(twins)} differ in case alone: {what}"
+    if in_list:
+        return "expected no others: change or remove the lines that have them"
+    if len(classes) == 1:
+        return (f"expected <class>/* in each split: the classes may lie one folder deeper, in "
+                f"{printable(classes[0])}/: move them up, or make train and val links to these folders")
     return ("expected no others: rename or remove them; if labels stand in a file, --data "
             "list:DIR reads them: docs/data.md, Labels in lists")
 

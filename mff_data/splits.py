@@ -7,10 +7,15 @@ from mff_min.errors import UserError, listed, printable
 
 # What systems and programs leave beside images: thumbnails, trash, copies of resource forks.
 LEFTOVERS = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx", "__pycache__",
-             "lost+found", "system volume information"}
-WORD = re.compile(r"(?<![A-Za-z])((?i:train(?:ing|val|set)?|val(?:id|idation|set)?|dev|eval(?:uation)?|"
-                  r"test(?:ing|set)?))(?![a-z])")                       # trainA is one too, trained is not
-KINDS = {"tra": "train", "val": "val", "dev": "val", "eva": "val", "tes": "test"}
+             "lost+found", "system volume information", "~snapshot", "@__thumb", "@tmp", "recycler",
+             "network trash folder", "cvs"}
+# trainA, TrainingSet and ImagesTrain are words too, trained is not.
+WORD = re.compile(r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
+                  r"((?i:(?:train(?:ing|val)?|trn|val(?:id|idation)?|dev|eval(?:uation)?|"
+                  r"test(?:ing)?|tst|hold[-_]?out)(?:[-_ ]?set)?))(?![a-z])")
+KINDS = {"tra": "train", "trn": "train", "val": "val", "dev": "val", "eva": "val", "tes": "test",
+         "tst": "test", "hol": "test"}
+FEW = 5                                                                 # splits side by side, or fewer
 
 
 def is_leftover(name):
@@ -47,6 +52,17 @@ def split_groups(names):
         return list(groups.values())
     clear = ["train"] in plain.values() or ["val"] in plain.values()
     return [group for group in groups.values() if len(group) > 1 or clear and group is plain]
+
+
+def like_training(names):
+    """Those of a few folders that are read as classes though their names speak of training images."""
+    return [name for name in names if len(names) <= FEW and re.search("train|trn", name, re.I)]
+
+
+def like_validation(root):
+    """Those folders in root, if it is one, whose names speak of validation or test images."""
+    names = folders_in(root) if os.path.isdir(root) else []
+    return [name for name in names if re.search("val|test|tst|dev", name, re.I)]
 
 
 def folder_of_split(root, split):

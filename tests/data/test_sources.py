@@ -1,5 +1,6 @@
 """Where images come from: CIFAR's files, lists with labels, splits, subsets, classes; bad input."""
 
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -211,6 +212,24 @@ def test_a_line_of_a_list_is_a_path_and_a_label(tmp_path, text):
     assert source.classes == ["7", "12"] and source.open(0).size == (8, 8)
 
 
+def test_a_label_may_be_a_number_of_any_length_and_hold_doubled_quotes(tmp_path):
+    long = "9" * 5000
+    assert source_of(write_list_data(tmp_path, f"x.jpg 10\na b/c d.jpg {long}\nin, split.jpg 2")).classes == [
+        "2", "10", long]
+    assert source_of(write_list_data(tmp_path, 'x.jpg,"a ""b"""\n')).classes == ['a "b"']
+
+
+@pytest.mark.parametrize("code", ["utf-32", "utf-16"])
+def test_a_wide_list_is_called_what_it_is(tmp_path, code):
+    said = refusal(source_of, write_list_data(tmp_path, "x.jpg 1".encode(code)))
+    assert f"is in {code.upper()}: expected UTF-8; iconv -f {code.upper()} " in said
+
+
+def test_a_pipe_is_no_list(tmp_path):
+    os.mkfifo(tmp_path / "train.txt")
+    assert "has train.txt, which is no regular file" in refusal(source_of, f"list:{tmp_path}")
+
+
 def test_labels_of_a_list_may_be_names_with_spaces_and_commas(tmp_path):
     source = source_of(write_list_data(
         tmp_path, f'a b/c d.jpg,tabby cat\nx.jpg\tmaillot, tank suit\nin, split.jpg,"{DECOMPOSED}, au lait"'))
@@ -229,7 +248,10 @@ def test_labels_of_a_list_may_be_names_with_spaces_and_commas(tmp_path):
     ("x.jpg,3,7", "line 3, is x.jpg,3,7: expected two columns"),
     ("x.jpg\tn01\t0\t62", "line 3, is 'x.jpg\\tn01\\t0\\t62': expected two columns"),
     ("../x.jpg 1", "line 3 is refused: ../x.jpg may lie outside"),
-    ("/etc/passwd 1", "line 3 is refused: /etc/passwd may lie outside"),
+    ("/etc/passwd 1", "line 3 is refused: /etc/passwd is an absolute path; expected a path below"),
+    ("sub\\a.png 1", "with / between folders"), ("photo,breed", "a header begins with"),
+    ("x.jpg,3,", "and nothing behind it"), ("x.jpg;cat", "space or comma between them, not ;"),
+    ("x.jpg|cat", "space or comma between them, not |"),
     ("a b/../../x.jpg\t1", "line 3 is refused: a b/../../x.jpg may"), (".. 1", "line 3 is refused: .. may"),
     ("\x1b[31mred.jpg 1", "line 3: '\\x1b[31mred.jpg' is no file"),
     ("x.jpg\0 1", "line 3: 'x.jpg\\x00' is no file"),
@@ -443,6 +465,12 @@ def test_a_val_without_class_folders_is_told_of_lists(tmp_path):
     assert "train has not: images (1)" in said and "--data list:DIR" in said and "docs/data.md" in said
 
 
+def test_folders_that_may_be_val_are_named(tmp_path):
+    write_images(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "val1", "val2") for name in "ab"))
+    assert "has no val folder, but val1, val2 (2), which may be meant: rename one val: exp" in refusal(
+        matched, str(tmp_path))
+
+
 def test_one_class_is_nothing_to_tell_apart(tmp_path):
     write_images(tmp_path, "train/x/a.png", "val/x/a.png")
     assert "has one class" in refusal(matched, tmp_path)
@@ -468,6 +496,16 @@ def test_a_class_of_val_alone_is_refused_by_name(tmp_path):
     assert said.endswith("expected the same names, and B and b (1) differ in case alone: rename the folders")
 
 
+def test_the_way_on_from_a_strange_class_fits_the_data(tmp_path):
+    write_list_data(tmp_path, "x.jpg a\na b/c d.jpg b\n")
+    for label, way in (("z", "change or remove the lines"), ("B", "change the labels in the list")):
+        write_list_data(tmp_path, f"x.jpg {label}\n", "val.txt")
+        said = refusal(matched, f"list:{tmp_path}")
+        assert way in said and "folders" not in said and "list:DIR" not in said
+    write_images(tmp_path / "k", "seg_train/seg_train/a/0.png", "seg_test/seg_test/a/0.png")
+    assert "one folder deeper, in seg_train/: move them up" in refusal(matched, tmp_path / "k")
+
+
 def test_a_class_folder_without_images_is_a_class(tmp_path):
     write_images(tmp_path, "train/a/0.png", "train/c/0.png", "val/a/0.png", "val/b/0.png")
     (tmp_path / "train" / "b").mkdir()
@@ -481,7 +519,8 @@ def test_a_class_folder_without_images_is_a_class(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", ".ipynb_checkpoints", ".thumbnails", "lost+found",
-                                  "$RECYCLE.BIN"])
+                                  "$RECYCLE.BIN", "~snapshot", "@__thumb", "@tmp", "RECYCLER",
+                                  "Network Trash Folder", "CVS"])
 def test_what_systems_leave_beside_images_is_no_class_and_holds_no_images(tmp_path, name):
     write_images(tmp_path, *(f"{split}/{path}" for split in ("train", "val") for path in (
         "a/0.png", "b/0.png", f"{name}/0.png", f"{name}/a/0.png", f"a/{name}/0.png/thumb.png")))
@@ -528,7 +567,11 @@ def write_splits(root, *splits):
     (["train", "val", "validation", "Train"], "train", "val"),
     (["train2017", "val2017", "test2017", "annotations"], "train2017", "val2017"),
     (["cars_train", "cars_test", "devkit"], "cars_train", "cars_test"),
-    (["trainval", "test"], "trainval", "test"),
+    (["trainval", "test"], "trainval", "test"), (["trainingset", "testset"], "trainingset", "testset"),
+    (["training", "validationset"], "training", "validationset"), (["trn", "tst"], "trn", "tst"),
+    (["ImagesTrain", "ImagesTest"], "ImagesTrain", "ImagesTest"),
+    (["training", "holdout"], "training", "holdout"), (["TrainingSet", "TestSet"], "TrainingSet", "TestSet"),
+    (["training_set", "test_set"], "training_set", "test_set"),
 ])
 def test_splits_of_other_names_are_found_and_named(tmp_path, splits, train, val):
     said = []
@@ -558,9 +601,21 @@ def test_splits_that_are_not_clear_are_refused(tmp_path, splits, parts):
 def test_classes_whose_names_look_like_a_split_are_classes(tmp_path, names):
     said = []
     assert source_of(write_splits(tmp_path, *names), say=said.append).classes == sorted(names)
-    assert said == [f"train: {2 * len(names)} images of {len(names)} classes in {tmp_path}"]
+    assert said[-1] == f"train: {2 * len(names)} images of {len(names)} classes in {tmp_path}"
+    trains = [name for name in names if "train" in name.lower()]
+    assert [line.startswith(f"warning: {tmp_path} has {trains[0]} (1), read as a class")
+            for line in said[:-1]] == [True] * len(trains)
+    said.clear()
     source_of(tmp_path, "val", said.append)
-    assert said[1].startswith("val: none; ")
+    assert len(said) == 1 and said[0].startswith("val: none; ")
+
+
+def test_splits_that_no_word_tells_are_warned_of(tmp_path):
+    said = []
+    source_of(write_splits(tmp_path, "imagestrain", "imagestest"), say=said.append)
+    assert said[0].startswith(f"warning: {tmp_path} has imagestrain (1), read as a class")
+    source_of(write_splits(tmp_path, *"abcdef"), say=said.append)       # one of many folders is a class
+    assert len(said) == 3
 
 
 def test_val_has_no_clear_folder_where_two_may_be_meant(tmp_path):
