@@ -45,7 +45,8 @@ def complete(cfg, given, settings, by_default):
 
 def batches(images, given):
     """A batch_size and a global_batch of about so many images, an even number of them on every process."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = os.environ.get("WORLD_SIZE", "1")
+    size = max(int(size), 1) if size.isdecimal() else 1                 # start_world refuses what is none
     if "global_batch" in given:
         share = given["global_batch"] // size
         fitting = [count for count in range(2, min(share, images) + 1, 2) if share % count == 0]
