@@ -73,7 +73,7 @@ def instead(cfg, seconds):
         flags, names, steps = "--small", ("checkpoint", "data"), images / cfg.small_settings["global_batch"]
     for field in fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in names and value != field.default:
+        if field.name in (*names, "device") and value != field.default:
             flags += f" {flag_of(field.name)} {shlex.quote(str(typed(value)))}"
     return (f"python {this_command()} {flags} --steps {max(int(steps), 1)} "
             f"--output-dir {shlex.quote(cfg.output_dir)}-small")

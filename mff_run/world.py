@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -198,9 +199,9 @@ def check_launcher(environment=os.environ):
 
 
 def this_command():
-    """This program as `python` and torchrun take it: "train_probe.py" or "-m tools.evaluate"."""
+    """This program as `python` and torchrun take it: its path as typed, or "-m tools.evaluate"."""
     spec = sys.modules["__main__"].__spec__
-    return f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
+    return f"-m {spec.name.removesuffix('.__main__')}" if spec else shlex.quote(sys.argv[0])
 
 
 def pick_dtype(name, device):

@@ -229,7 +229,7 @@ def launched(monkeypatch, environment):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/train_probe.py"])
+    monkeypatch.setattr(sys, "argv", ["train_probe.py"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     begun = []
     try:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -126,6 +128,21 @@ def test_what_was_chosen_is_said_as_flags_and_kept_with_the_run(tmp_path, cache,
     del state["config"]["small"]
     torch.save(state, tmp_path / "last.pt")
     train_pretrain.main(config("--model vit_test --resume auto", *common))
+
+
+def test_the_command_to_try_is_the_one_that_was_typed_on_the_same_device(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["../my repo/train_pretrain.py"])
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": types.SimpleNamespace(__spec__=None)})
+    for stage, flags in (train_pretrain, "--model vit_l"), (train_finetune, ""):
+        command = small.instead(config(flags, "--device cpu", stage=stage), 1.0)
+        assert command.startswith("python '../my repo/train_pretrain.py' --") and " --device cpu " in command
+
+
+def test_a_warning_of_few_images_names_small_where_it_lowers_the_batch():
+    few = make_schedule(50, 1024, 64, 10, None, None, 1e-3, None, published=(100, 5)).plan(0)
+    assert few.endswith("; --small or --global-batch lowers it")
+    few = make_schedule(50, 64, 64, 10, None, None, 1e-3, None, published=(100, 5)).plan(0)
+    assert few.endswith("; --global-batch lowers it")
 
 
 @pytest.mark.parametrize("before, now, flag", [
