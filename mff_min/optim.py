@@ -103,7 +103,8 @@ class Schedule:
                 f"{self.warmup_epochs:.3g} epochs of warm-up")
         if self.num_samples < self.global_batch:
             text += (f"\nwarning: {self.num_samples} images are fewer than the global batch of "
-                     f"{self.global_batch}: some repeat in new views; --small or --global-batch lowers it")
+                     f"{self.global_batch}: some repeat in new views; "
+                     f"{'--small or ' * (self.global_batch > 64)}--global-batch lowers it")
         return text
 
 

@@ -81,15 +81,24 @@ def settings_of_result(cfg):
 
 def already_a_run(cfg):
     """What to say of a folder that holds a run already, with what differs from its settings."""
-    changes = []
+    changes, began = [], ""
     path = Path(cfg.output_dir) / "config.json"
     with contextlib.suppress(OSError, ValueError, RecursionError):
         saved = json.loads(path.read_text() if path.is_file() else "{}")
         saved = saved if isinstance(saved, dict) else {}
         changes = changed_settings(saved, dataclasses.asdict(cfg), settings_of_result(cfg))
+        began = began_with(cfg, saved) if changes else ""
     table = f", of other settings:\n{table_of(changes)}\n" if changes else ": "
-    return (f"{cfg.output_dir} already holds a run{table}add --resume auto to go on with it, or name another "
-            f"--output-dir")
+    return (f"{cfg.output_dir} already holds a run{table}add --resume auto to go on with it{began}, or name "
+            f"another --output-dir")
+
+
+def began_with(cfg, saved):
+    """The flag to add where a run of these saved settings began with the other of --small and --no-small."""
+    small = bool(saved.get("small"))                                    # it may be older than the flag
+    if small == getattr(cfg, "small", small):
+        return ""
+    return f" (the run began with {'--small' if small else '--no-small'}: add it)"
 
 
 def check_same_settings(cfg, saved, data=()):
@@ -111,7 +120,7 @@ def check_same_settings(cfg, saved, data=()):
     if changes:
         names = ",".join(dict.fromkeys(name for name, *_ in changes))
         raise UserError(f"the run to resume began with other settings:\n{table_of(changes)}\n"
-                        f"give the same flags again, or --allow-change {names}")
+                        f"give the same flags again{began_with(cfg, saved)}, or --allow-change {names}")
 
 
 def check_same_data(cfg, state, seen):

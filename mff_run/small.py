@@ -45,7 +45,8 @@ def complete(cfg, given, settings, by_default):
 
 def batches(images, given):
     """A batch_size and a global_batch of about so many images, an even number of them on every process."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = os.environ.get("WORLD_SIZE", "1")
+    size = max(int(size), 1) if size.isdecimal() else 1                 # start_world refuses what is none
     if "global_batch" in given:
         share = given["global_batch"] // size
         fitting = [count for count in range(2, min(share, images) + 1, 2) if share % count == 0]
@@ -72,7 +73,7 @@ def instead(cfg, seconds):
         flags, names, steps = "--small", ("checkpoint", "data"), images / cfg.small_settings["global_batch"]
     for field in fields(cfg):
         value = getattr(cfg, field.name)
-        if field.name in names and value != field.default:
+        if field.name in (*names, "device") and value != field.default:
             flags += f" {flag_of(field.name)} {shlex.quote(str(typed(value)))}"
     return (f"python {this_command()} {flags} --steps {max(int(steps), 1)} "
             f"--output-dir {shlex.quote(cfg.output_dir)}-small")

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import PIL
 import torch
 import torch.distributed as dist
 
-from mff_min.errors import UserError
+from mff_min.errors import UserError, printable
 from mff_min.kernels import ops as kernels
 from mff_run.ranks import Ranks, watch_launcher
 
@@ -117,8 +118,7 @@ def start_world(device, deterministic=False, timeout=600.0):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch {torch.__version__} finds no GPU here; expected auto or "
                         f"cpu")
-    rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = place_among_ranks()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
@@ -139,7 +139,22 @@ def start_world(device, deterministic=False, timeout=600.0):
             file.close()
 
 
+def place_among_ranks(environment=os.environ):
+    """(rank, size, local rank) as torchrun set them. UserError where they are not what it sets."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    words = [environment.get(name, default) for name, default in zip(names, "010", strict=True)]
+    if all(word.isdecimal() for word in words):
+        rank, size, local_rank = map(int, words)
+        if rank < size and (size == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()):
+            return rank, size, local_rank
+    found = " ".join(f"{name}={printable(environment[name])}" for name in
+                     (*names, "MASTER_ADDR", "MASTER_PORT") if name in environment)
+    raise UserError(f"the environment has {found}; expected all that torchrun sets, or none of them: unset "
+                    f"them, or torchrun --nproc-per-node=N {this_command()} ...")
+
+
 WITHOUT_SRUN = 2 ** 32 - 16                                             # and above: steps of no srun -n
+LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 def check_launcher(environment=os.environ):
@@ -152,19 +167,25 @@ def check_launcher(environment=os.environ):
         text = environment.get(name, "")
         return int(text) if text.isdecimal() else default
 
-    if {"RANK", "WORLD_SIZE"} & environment.keys():
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
         return
     step = number("SLURM_STEP_ID", 0 if "SLURM_STEP_NUM_TASKS" in environment else WITHOUT_SRUN)
     tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS"))
     found = [("srun", tasks if step < WITHOUT_SRUN or number("SLURM_PROCID") else 0, number("SLURM_PROCID")),
              *(("mpirun", number(f"{name}_SIZE"), number(f"{name}_RANK"))
                for name in ("OMPI_COMM_WORLD", "PMI", "MV2_COMM_WORLD")),
+             ("jsrun", number("JSM_NAMESPACE_SIZE"), number("JSM_NAMESPACE_RANK")),
+             ("flux", number("FLUX_JOB_SIZE"), number("FLUX_TASK_RANK")),
              ("PMIx", number("PMIX_RANK") + 1, 0)]                      # which tells no size
     launcher, size, rank = max(found, key=lambda start: start[1])
     if size < 2:
         return
+    each = next(filter(None, map(number, LOCAL_SIZES)), 0) if launcher == "mpirun" else 0
     hosts = max(number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1)), 1)
-    each = number("OMPI_COMM_WORLD_LOCAL_SIZE", math.ceil(size / hosts))
+    if each:
+        hosts = math.ceil(size / each)
+    else:
+        each = math.ceil(size / hosts)
     several = f"--nnodes={hosts} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 " if hosts > 1 else ""
     many, one = (f"{start} {this_command()} ..." for start in
                  (f"torchrun {several}--nproc-per-node={each}", "python"))
@@ -178,9 +199,9 @@ def check_launcher(environment=os.environ):
 
 
 def this_command():
-    """This program as `python` and torchrun take it: "train_probe.py" or "-m tools.evaluate"."""
+    """This program as `python` and torchrun take it: its path as typed, or "-m tools.evaluate"."""
     spec = sys.modules["__main__"].__spec__
-    return f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
+    return f"-m {spec.name.removesuffix('.__main__')}" if spec else shlex.quote(sys.argv[0])
 
 
 def pick_dtype(name, device):

@@ -224,11 +224,12 @@ INTERACTIVE = dict(SLURM_STEP_ID=str(2 ** 32 - 6))                      # the sh
 def launched(monkeypatch, environment):
     """What run says and returns where a launcher has set this environment: ("", 0) if it begins."""
     for name in [*os.environ]:
-        if name.startswith(("SLURM_", "OMPI_", "PMI", "MV2_")) or name in ("RANK", "WORLD_SIZE"):
+        launchers = ("SLURM_", "OMPI_", "PMI", "MV2_", "MPI_", "JSM_", "FLUX_")
+        if name.startswith(launchers) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/train_probe.py"])
+    monkeypatch.setattr(sys, "argv", ["train_probe.py"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     begun = []
     try:
@@ -248,9 +249,16 @@ def launched(monkeypatch, environment):
      "srun --nodes=2 --ntasks=2 torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
      "--nproc-per-node=2 train_probe.py"),
     (dict(SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_ID="0"), "srun started this 4 times"),
-    (dict(OMPI_COMM_WORLD_SIZE="6", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_SIZE="3"),
+    (dict(OMPI_COMM_WORLD_SIZE="6", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_SIZE="6"),
      "mpirun started this 6 times, and each would be a run of its own; expected one torchrun on each host: "
-     "torchrun --nproc-per-node=3 train_probe.py ... (docs/running.md); or one process: python train_probe"),
+     "torchrun --nproc-per-node=6 train_probe.py ... (docs/running.md); or one process: python train_probe"),
+    (dict(OMPI_COMM_WORLD_SIZE="8", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_SIZE="4"),
+     "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --nproc-per-node=4 train_probe.py"),
+    (dict(PMI_SIZE="8", PMI_RANK="0", MPI_LOCALNRANKS="4"),
+     "torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --nproc-per-node=4 train_probe.py"),
+    (SRUN | dict(RANK=""), "srun started this 4 times"), (SRUN | dict(RANK="0"), "srun started this 4 times"),
+    (dict(JSM_NAMESPACE_SIZE="2", JSM_NAMESPACE_RANK="0"), "jsrun started this 2 times"),
+    (dict(FLUX_JOB_SIZE="2", FLUX_TASK_RANK="0"), "flux started this 2 times"),
     (dict(PMI_SIZE="2", PMI_RANK="0"), "mpirun started this 2 times"),
     (dict(PMIX_RANK="3"), "PMIx started this 4 times or more, and"),
 ])
@@ -279,6 +287,21 @@ def test_of_several_tasks_the_first_alone_says_so(monkeypatch, capsys, environme
 ])
 def test_one_task_of_a_job_of_many_begins(monkeypatch, environment):
     assert launched(monkeypatch, environment) == 0
+
+
+@pytest.mark.parametrize("environment, found", [
+    (dict(RANK="abc"), "RANK=abc"), (dict(RANK=""), "RANK="), (dict(WORLD_SIZE="-1"), "WORLD_SIZE=-1"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 WORLD_SIZE=2"),
+    (dict(RANK="0", WORLD_SIZE="2"), "RANK=0 WORLD_SIZE=2"),
+])
+def test_what_torchrun_did_not_set_whole_is_refused(monkeypatch, environment, found):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^the environment has {found}; expected all .* torchrun --nproc"):
+        with start_world("cpu"):
+            pass
 
 
 @pytest.mark.parametrize("rank, lines", [(None, 1), ("0", 1), ("1", 0)])

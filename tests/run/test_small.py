@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -13,9 +15,11 @@ import train_finetune
 import train_pretrain
 import train_probe
 from mff_min.config import check_batches, check_ranges, parse
+from mff_min.errors import UserError
 from mff_min.optim import make_schedule
 from mff_min.vit import MODELS
 from mff_run import small
+from mff_run.resume import already_a_run, check_same_settings
 from tools import study
 
 STAGES = [train_pretrain, train_probe, train_finetune]
@@ -124,6 +128,39 @@ def test_what_was_chosen_is_said_as_flags_and_kept_with_the_run(tmp_path, cache,
     del state["config"]["small"]
     torch.save(state, tmp_path / "last.pt")
     train_pretrain.main(config("--model vit_test --resume auto", *common))
+
+
+def test_the_command_to_try_is_the_one_that_was_typed_on_the_same_device(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["../my repo/train_pretrain.py"])
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": types.SimpleNamespace(__spec__=None)})
+    for stage, flags in (train_pretrain, "--model vit_l"), (train_finetune, ""):
+        command = small.instead(config(flags, "--device cpu", stage=stage), 1.0)
+        assert command.startswith("python '../my repo/train_pretrain.py' --") and " --device cpu " in command
+
+
+def test_a_warning_of_few_images_names_small_where_it_lowers_the_batch():
+    few = make_schedule(50, 1024, 64, 10, None, None, 1e-3, None, published=(100, 5)).plan(0)
+    assert few.endswith("; --small or --global-batch lowers it")
+    few = make_schedule(50, 64, 64, 10, None, None, 1e-3, None, published=(100, 5)).plan(0)
+    assert few.endswith("; --global-batch lowers it")
+
+
+@pytest.mark.parametrize("before, now, flag", [
+    ("--model vit_s --small", "--model vit_s", "--small"),
+    ("--model vit_test --no-small", "--model vit_test", "--no-small"),
+])
+def test_a_run_of_the_other_settings_names_the_flag_to_add(tmp_path, before, now, flag):
+    saved = vars(config(before))
+    if not saved["small"]:
+        del saved["small"]                                              # as a run of old
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    cfg = config(now, f"--output-dir {tmp_path}")
+    hint = re.escape(f"(the run began with {flag}: add it)")
+    with pytest.raises(UserError, match=f"give the same flags again {hint}, or --allow-change"):
+        check_same_settings(cfg, saved)
+    assert re.search(f"add --resume auto to go on with it {hint}, or name another", already_a_run(cfg))
+    check_same_settings(config(now, flag), saved)
+    assert "began" not in already_a_run(config(now, flag, f"--output-dir {tmp_path}"))
 
 
 @pytest.mark.parametrize("preset", study.PRESETS)
