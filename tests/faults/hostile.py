@@ -71,7 +71,8 @@ def make_hostile(state, draw):
         holder[draw.choice([f"{key}x", 7, None, "\x1b]"])] = value
         return f"{name} is there twice"
     if isinstance(value, torch.Tensor) and value.is_floating_point() and what < 0.7:
-        kind = draw.choice([*TENSORS, "negative"] if key in ("step", "exp_avg_sq") else [*TENSORS])
+        kinds = [kind for kind in TENSORS if part == "optimizer" or kind != "one number in the place of all"]
+        kind = draw.choice([*kinds, "negative"] if key in ("step", "exp_avg_sq") else kinds)
         holder[key] = TENSORS[kind](value) if kind in TENSORS else -value - 1
         return f"{name} is {kind}"
     holder[key] = draw.choice(VALUES)

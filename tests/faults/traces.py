@@ -53,7 +53,9 @@ def lost_folder(folder, quick):
                 flags = ["--steps", furthest(run) + 50, "--resume", "auto", "--allow-change", "steps"]
             second = fork(stage(name, run, *flags))
             tally.note(fine(second, 0))
-            tally.note(fine(first.end(20), 3, "is no longer this run's"))
+            said = first.end(20)                                        # it may have been in a save
+            tally.note(fine(said, 3, "error: ") if "No such file" in said.last else
+                       fine(said, 3, "is no longer this run's"))
     return tally.outcome()
 
 
