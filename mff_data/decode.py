@@ -289,6 +289,8 @@ def is_deep_colour(image):
         return False
     if image.format == "TIFF":
         return bool((np.ravel(image.tag_v2.get(BITS_PER_SAMPLE, 8)) > 8).any())
+    if image.format == "PPM" and image.mode == "RGB":                  # its tile has the value of white
+        return any(isinstance(tile[3], tuple) and tile[3][-1] > 255 for tile in image.tile)
     return any(";16" in str(tile[3]) for tile in image.tile)
 
 

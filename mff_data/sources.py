@@ -172,23 +172,25 @@ def describe_files(say, *sources):
 def warn_of_levels(source, say):
     """Say where none of some images of more than 8 bits uses the upper half of its range, or some leave it.
 
-    Raises UserError where nothing tells what is white in any of them.
+    Raises UserError where nothing tells what is white in any of the images, and all are such.
     """
     levels, unknown, found, colours = source.reading.levels, "", [], 0  # found: (least, most, black, white)
+    readable = 0
     for i in spread(len(source)):
-        name = source.name(i)
+        name, image = source.name(i), None
         try:
             image = open_file(name, source.reading)
+            readable += 1
             if is_deep(image):
                 found.append(range_of(image, levels)[1:])
             elif is_deep_colour(image):                                 # Pillow has its upper 8 bits
                 pixels, colours = np.asarray(image).astype(int), colours + 1
                 found.append((256 * pixels.min(), 256 * pixels.max() + 255, 0, 65535))
         except UnknownLevels as error:
-            unknown = unknown or f"{printable(name)}: {error}"
+            unknown, readable = unknown or f"{printable(name)}: {error}", readable - (image is not None)
         except DECODE_ERRORS:                                           # the run counts and names it
             pass
-    if unknown and not found:
+    if unknown and not readable:
         raise UserError(unknown)
     if not found:
         return
@@ -199,9 +201,9 @@ def warn_of_levels(source, say):
         say(f"{about}: those outside {black:g} to {white:g}, which --white says, become black or white")
     elif all(row[1] - min(row[2:]) < abs(row[3] - row[2]) / 2 for row in found):
         guess = 2 ** int(most).bit_length() - 1 if most >= 2 else f"{most:g}"
-        way = "save them as .npy arrays of uint16, with " if colours else ""
-        say(f"warning: {about}, and {white:g} is white: few greys are left of them; {way}--white {guess}, or "
-            f"--white=BLACK:WHITE, says what white (and black) is")
+        way = "save them as .npy arrays of uint16 and give" if colours else "give"
+        say(f"warning: {about}, and {white:g} is white: few greys are left of them; {way} --white {guess} or "
+            f"--white=BLACK:WHITE")
 
 
 def spread(count, most=16):

@@ -22,7 +22,8 @@ def read_state(path):
     state = read_checkpoint(path, RUN_STATE)
     for name, kind in (RUN_STATE | MORE_STATE).items():
         value = state.get(name)
-        if type(value) is not kind and (name in RUN_STATE or value is not None):
+        without = name in MORE_STATE and (name not in state or name == "skips" and value is None)
+        if type(value) is not kind and not without:
             raise UserError(f"checkpoint {path} has a {name} that is {type(value).__name__}: expected "
                             f"{kind.__name__}")
     if not all(isinstance(name, str) for name in state.get("classes") or ()):
@@ -63,7 +64,7 @@ def check_optimizer(state, optimizer):
     found, groups, problem = saved.get("state"), saved.get("param_groups"), ""
     groups = groups if isinstance(groups, list) else []
     places = [group.get("params") for group in groups if isinstance(group, dict)]
-    if places != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+    if str(places) != str([group["params"] for group in optimizer.state_dict()["param_groups"]]):
         problem = f"its parameters are in {len(places)} groups, here in {len(optimizer.param_groups)}"
     elif not isinstance(found, dict) or found and found.keys() != set(range(len(own))):
         problem = "it has no entry for each parameter"

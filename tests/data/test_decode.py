@@ -267,6 +267,28 @@ def test_colours_of_16_bits_that_are_not_full_are_warned_of_and_lead_to_arrays(t
         said_of(ImageFolder(tmp_path, "train", Reading((0, 4095))))
 
 
+def test_a_ppm_of_16_bits_that_are_not_full_is_no_silent_loss(tmp_path):
+    for name, most, step in (("a", 65535, 1), ("b", 4095, 1), ("c", 65535, 16)):
+        values = (np.repeat(RAMP[..., None], 3, axis=2) * step).astype(">u2")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.ppm").write_bytes(b"P6\n64 64\n%d\n" % most + values.tobytes())
+    line, = said_of(ImageFolder(tmp_path / "a", "train"))
+    assert "few greys are left" in line and "save them as .npy arrays of uint16" in line
+    assert said_of(ImageFolder(tmp_path / "b", "train")) == said_of(ImageFolder(tmp_path / "c", "train")) == []
+    with pytest.raises(UserError, match="16-bit colour, .*expected a .npy array of uint16"):
+        said_of(ImageFolder(tmp_path / "a", "train", Reading((0, 4095))))
+
+
+def test_one_image_of_unknown_levels_among_good_ones_ends_no_run(tmp_path):
+    write(tmp_path, "a.png", Image.new("RGB", (9, 9)))
+    write(tmp_path, "b.tif", Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)))
+    assert said_of(ImageFolder(tmp_path, "train")) == []
+    (tmp_path / "train" / "a.png").unlink(missing_ok=True)
+    (tmp_path / "a.png").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="b.tif: "):
+        said_of(ImageFolder(tmp_path, "train"))
+
+
 def test_a_black_below_0_has_its_way_on_the_command_line(capsys):
     assert parse(pack.Config, ["a", "b", "--white=-1000:3000"]).white == "-1000:3000"
     with pytest.raises(SystemExit):
@@ -408,7 +430,7 @@ def test_every_stage_takes_five_channels_and_a_later_stage_takes_white_from_the_
     assert said.count(f"{OTHERS}: 1 .heic") == 5                        # evaluate reads val alone
     assert "warning" not in said                                        # of levels: white is known
     run_stage(evaluate, "--checkpoint", tmp_path / "tuned", *measured, "--white", 65535)
-    assert "few greys are left of them; --white 4095" in capsys.readouterr().out
+    assert "few greys are left of them; give --white 4095" in capsys.readouterr().out
     with pytest.raises(UserError, match="white +4095 +2047"):
         run_stage(train_pretrain, "--data", spectra, "--output-dir", run, "--white", 2047, "--resume", "auto",
                   *FIVE, *SMALL)

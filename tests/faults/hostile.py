@@ -34,7 +34,7 @@ VALUES = [None, True, -1, 10 ** 400, float("nan"), float("-inf"), "", "\x1b[31m"
           torch.zeros(1, dtype=torch.complex64)]
 TENSORS = {
     "one number": lambda x: x.flatten()[:1].clone(),
-    "one number in the place of all": lambda x: x.flatten()[:1].clone().expand(x.shape),
+    "one number in the place of all": lambda x: x.flatten()[0].clone().expand(x.shape),
     "complex": lambda x: x.to(torch.complex64),
     "infinite": lambda x: torch.full_like(x, float("inf")),
     "NaN": lambda x: x * float("nan"),
