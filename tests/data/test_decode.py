@@ -239,7 +239,7 @@ def test_sixteen_bits_that_are_not_full_are_warned_of_once(tmp_path, bits, name)
     line, = said_of(*sources)
     assert line.startswith("warning: 1 images of more than 8 bits in ")
     assert f"of 0 to {pixels.max()}, and 65535 is white" in line
-    assert f"--white {2 ** bits - 1}, or --white=BLACK:WHITE" in line
+    assert f"--white {2 ** bits - 1} or --white=BLACK:WHITE" in line
     assert said_of(ImageFolder(tmp_path, "train", Reading((0, 2 ** bits - 1)))) == []
     line, = said_of(ImageFolder(tmp_path, "train", Reading((0, 255))))
     assert "those outside 0 to 255, which --white says, become black or white" in line
@@ -274,7 +274,8 @@ def test_a_ppm_of_16_bits_that_are_not_full_is_no_silent_loss(tmp_path):
         (tmp_path / name / "a.ppm").write_bytes(b"P6\n64 64\n%d\n" % most + values.tobytes())
     line, = said_of(ImageFolder(tmp_path / "a", "train"))
     assert "few greys are left" in line and "save them as .npy arrays of uint16" in line
-    assert said_of(ImageFolder(tmp_path / "b", "train")) == said_of(ImageFolder(tmp_path / "c", "train")) == []
+    assert said_of(ImageFolder(tmp_path / "b", "train")) == []
+    assert said_of(ImageFolder(tmp_path / "c", "train")) == []
     with pytest.raises(UserError, match="16-bit colour, .*expected a .npy array of uint16"):
         said_of(ImageFolder(tmp_path / "a", "train", Reading((0, 4095))))
 
