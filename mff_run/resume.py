@@ -143,7 +143,7 @@ def load_state(model, state, origin):
     problems += [f"{name} holds other values than finite ones of {own[name].dtype}" for name in own
                  if name in state and not problems and not is_like(state[name], own[name])]
     problems += [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is unknown here" for name in state if name not in own]
+    problems += [f"{printable(str(name))} is unknown here" for name in state if name not in own]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{origin} is of another model: {'; '.join(problems[:3])}{more}")

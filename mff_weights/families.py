@@ -68,12 +68,12 @@ PROJECTIONS = {"patch_embed.proj.weight": "encoder.", "patch_embed.projection.we
 # Of names that mean nothing here: what an encoder's function is made of, by the first part of the name.
 INSIDE = dict.fromkeys(("ours", "mae", "timm", "mmpretrain"), ("blocks", "layers", "patch_embed"))
 INSIDE["hf"] = ("embeddings", "encoder", "layers", "layer")
-BEFORE_BLOCKS = r"(patch|pre_|pos_|rel_|rope|ln_|norm|stem)"            # norm_pre, rel_pos_bias, pos_conv
+BEFORE_BLOCKS = r"(patch|pre_|pos_|rel_|rope|rotary|ln_|norm|stem|prompt|(input|embed)\w*_norm)"
 DECODER_BLOCKS = r"(neck\.)?decoder_blocks\.|decoder\.(decoder_layers|decoder_encoder)\."
 
 # Parameters that stand inside an encoder, and that its features do not depend on.
-BESIDE = ("mask_token", "mask_embedding", "mask_embed", "position_ids", "logit_scale", "logit_bias",
-          "temperature", "queue", "queue_ptr", "center", "n_averaged", "num_batches_tracked")
+BESIDE = ("mask_token", "mask_embedding", "mask_embed", "masked_embed", "position_ids", "logit_scale",
+          "logit_bias", "temperature", "queue", "queue_ptr", "center", "n_averaged", "num_batches_tracked")
 REASONS = ((r"gamma|\.ls\d|lambda|layer_?scale", "LayerScale"), (r"reg\w*tok", "register tokens"),
            (r"dist\w*tok", "a distillation token"), (r"[qk]_?\w*norm|norm_?[qk]\b", "norms of q and k"),
            (r"rel_|relative|rope|freqs|periods", "relative or rotary positions"),

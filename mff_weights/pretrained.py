@@ -1,5 +1,6 @@
 """What a pre-training run has learned: found, read, and built again for a stage that comes after it."""
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,9 @@ from mff_weights.checkpoint import (
     read_weights,
 )
 from mff_weights.families import PATCHES, part_of
+from mff_weights.places import shown
+
+BETWEEN = re.compile(r"attn_pool|pooler|pre_logits|head|bottleneck")  # parts of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +180,15 @@ def load_for_tuning(model, pretrained, say=print):
 
 
 def load_classifier(model, pretrained, say=print):
-    """Load a whole classifier, its head too; positions as in load_for_tuning. Raises UserError."""
+    """Load a whole classifier, its head too; positions as in load_for_tuning. Raises UserError.
+
+    What stands between the encoder and the head, and is not ours, would change every prediction: refused.
+    """
+    between = sorted({part for part in pretrained.weights.behind if BETWEEN.search(part)})
+    if between:
+        raise UserError(f"checkpoint {pretrained.path} has {', '.join(shown(between))} between its encoder "
+                        f"and its head, which this classifier has not: expected a linear head alone; "
+                        f"train_probe.py and tools.features take its encoder")
     load_weights(model, pretrained.weights, say=say)
 
 

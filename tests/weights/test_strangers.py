@@ -27,7 +27,14 @@ from mff_run.files import read_checkpoint
 from mff_weights.adapt import adapt_channels, adapt_patches
 from mff_weights.checkpoint import load_encoder, read_weights, write_weights
 from mff_weights.families import to_family
-from mff_weights.pretrained import CheckpointFlags, build_encoder, open_pretrained, read_pretrained
+from mff_weights.pretrained import (
+    CheckpointFlags,
+    build_encoder,
+    build_like,
+    load_classifier,
+    open_pretrained,
+    read_pretrained,
+)
 from tools import analyze, convert, evaluate, features, probe_layers
 
 SIZE = MODELS["vit_test"]
@@ -521,3 +528,26 @@ def test_the_key_goes_from_the_command_line_to_the_loader(tmp_path, capsys):
     assert torch.equal(pretrained.encoder["cls_token"], content["teacher"]["backbone.cls_token"])
     with pytest.raises(UserError, match="--checkpoint is not given: expected a run folder"):
         open_pretrained(parse(probe_layers.Config, []), silent)
+
+
+@pytest.mark.parametrize("between", ["attn_pool.latent", "head_norm.bias", "bottleneck.bias", "pooler.bias"])
+def test_a_classifier_with_more_than_a_linear_head_measures_nothing(tmp_path, between):
+    state = encoder_state(num_classes=3)
+    for name, more in (("linear", {}), ("more", {between: torch.zeros(4)})):
+        torch.save(state | more, tmp_path / f"{name}.pth")
+    pretrained = {name: read_pretrained(tmp_path / f"{name}.pth") for name in ("linear", "more")}
+    model = build_like(pretrained["linear"], (16, 16), num_classes=3)
+    load_classifier(model, pretrained["linear"], silent)
+    assert torch.equal(model.head.weight, state["head.weight"])
+    with pytest.raises(UserError, match=f"has {between.split('.')[0]} between its encoder and its head"):
+        load_classifier(model, pretrained["more"], silent)
+    build_encoder(pretrained["more"], (16, 16), silent)                 # which needs no head
+
+
+@pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "input_norm.weight", "prompt_embed.weight"])
+def test_what_comes_before_the_blocks_changes_the_function(tmp_path, name):
+    torch.save(encoder_state() | {name: torch.ones(8)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=re.escape(name)):
+        load_encoder(tmp_path / "a.pth", say=silent)
+    torch.save(encoder_state() | {"masked_embed": torch.ones(1, 8)}, tmp_path / "b.pth")
+    load_encoder(tmp_path / "b.pth", say=silent)
