@@ -92,6 +92,8 @@ def read_weights(path, key=None):
     if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
         raise UserError(f"checkpoint {path} has a patch projection of shape {shape}: expected (width, "
                         f"channels, side, side)")
+    if family == "hf":
+        check_transformers(path.parent / "config.json", state)
     unknown = [name for name in beside if families.changes_function(name, own, family)]
     behind = [base + name for name in beside if not families.changes_function(name, own, family)]
     behind += [name for name in tensors if not name.startswith(base)]
@@ -100,14 +102,38 @@ def read_weights(path, key=None):
                    plain_names(dict.get(about, "classes")), place, behind, processor=processor)
 
 
-def read_processor(path):
-    """What a preprocessor_config.json says of img_size (height, width), mean and std; {} where it is none."""
-    if not path.exists():
+def read_small_json(path):
+    """The dict that a JSON file of Transformers holds; {} where there is none."""
+    if not path.is_file():
         return {}
     if path.stat().st_size > 2 ** 20:
-        raise UserError(f"{path} has {path.stat().st_size} bytes: expected the JSON of an image processor")
+        raise UserError(f"{path} has {path.stat().st_size} bytes: expected a small JSON file of Transformers")
     told = parse_json(path.read_text(errors="replace"))
-    told = told if isinstance(told, dict) else {}
+    return told if isinstance(told, dict) else {}
+
+
+def check_transformers(path, state):
+    """Raise UserError where the config.json beside weights of Transformers says that they compute more."""
+    told, width = read_small_json(path), len(state[families.PATCHES])
+    sizes = width, families.count_blocks(state, "encoder.blocks.")
+    heads = [size["num_heads"] for size in MODELS.values() if (size["embed_dim"], size["depth"]) == sizes]
+    fits = {"hidden_act": lambda value: value == "gelu",
+            "layer_norm_eps": lambda value: type(value) is float and 0 <= value <= 1e-5,
+            "num_attention_heads": lambda value: not heads or value in heads}
+    for name, fit_here in fits.items():
+        if name in told and not fit_here(told[name]):
+            raise UserError(f"{path} says {name} {printable(str(told[name])[:40])}, with which the weights "
+                            f"compute something else here: expected hidden_act gelu, layer_norm_eps to 1e-5"
+                            + f" and {heads[0]} heads" * bool(heads))
+
+
+def read_processor(path):
+    """What a preprocessor_config.json says of img_size (height, width), mean and std; {} where it is none."""
+    told = read_small_json(path)
+    if told.get("do_normalize", True) is False:                         # pixels stay between 0 and 1
+        mean = told.get("image_mean")
+        count = len(mean) if isinstance(mean, list) else 3
+        told = told | dict(image_mean=[0.0] * count, image_std=[1.0] * count)
     size = told.get("crop_size" if told.get("do_center_crop") else "size")
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     sides = [size.get(side, size.get("shortest_edge")) for side in ("height", "width")]

@@ -86,6 +86,20 @@ def test_a_folder_for_transformers_is_there_whole_or_not_at_all(folder, monkeypa
     assert sorted(os.listdir()) == ["alone", "encoder.pth", "mae.pt", "mff.pt", "whole"]
 
 
+@pytest.mark.parametrize("name, fits, differs", [
+    ("hidden_act", "gelu", "relu"), ("layer_norm_eps", 1e-12, 1e-2), ("num_attention_heads", 2, 4)])
+def test_a_config_of_transformers_that_computes_something_else_is_refused(folder, name, fits, differs):
+    converted("encoder.pth theirs --to hf")
+    config = json.loads((folder / "theirs" / "config.json").read_text())
+    for value in (fits, differs):
+        (folder / "theirs" / "config.json").write_text(json.dumps(config | {name: value}))
+        if value == fits:
+            read_pretrained("theirs")
+        else:
+            with pytest.raises(UserError, match=f"config.json says {name} {value}, with which"):
+                read_pretrained("theirs")
+
+
 def test_a_folder_has_an_image_processor_that_transformers_reads_and_we_do(folder, capsys):
     transformers = pytest.importorskip("transformers")
     state = VisionTransformer((16, 24), **SIZE).state_dict()
@@ -116,6 +130,8 @@ def test_a_folder_has_an_image_processor_that_transformers_reads_and_we_do(folde
 
 @pytest.mark.parametrize("told, want", [
     (dict(size=24, image_mean=[0.5], image_std=[1]), dict(img_size=(24, 24), mean=(0.5,), std=(1,))),
+    (dict(do_normalize=False, image_mean=[0.5]), dict(mean=(0.0,), std=(1.0,))),
+    (dict(do_normalize=False), dict(mean=(0.0,) * 3, std=(1.0,) * 3)),
     (dict(size={"shortest_edge": 256}, do_center_crop=True, crop_size={"height": 24, "width": 32}),
      dict(img_size=(24, 32))), (dict(), {}), ([], {}), (dict(size={"longest_edge": 9}), {}),
     (dict(size="big"), "img_size ['big', 'big']: expected numbers"), (dict(size=10 ** 9), "expected numbers"),
