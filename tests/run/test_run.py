@@ -220,7 +220,7 @@ def test_the_estimate_comes_before_the_first_step_with_a_command_to_try(row, sta
     said = capsys.readouterr().out
     assert "a micro-batch takes " in said and " or more, and the run " in said
     command = shlex.split(said.splitlines()[-1].partition("; to try it first: ")[2])
-    assert command[:2] == ["python", Path(row.stage.__file__).name]
+    assert command[:2] == ["python", row.stage.__file__]                # as it was typed
     asked, to_try = (parse(row.stage.Config, words) for words in (flags_of(row, tmp_path / "a"), command[2:]))
     assert to_try.small and to_try.steps >= 1 and to_try.data == asked.data
     assert to_try.output_dir == f"{asked.output_dir}-small"
