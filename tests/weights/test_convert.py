@@ -134,6 +134,7 @@ def test_a_folder_has_an_image_processor_that_transformers_reads_and_we_do(folde
     (dict(do_normalize=False), dict(mean=(0.0,) * 3, std=(1.0,) * 3)),
     (dict(size={"shortest_edge": 256}, do_center_crop=True, crop_size={"height": 24, "width": 32}),
      dict(img_size=(24, 32))), (dict(), {}), ([], {}), (dict(size={"longest_edge": 9}), {}),
+    (dict(do_rescale=False), "do_rescale false"),
     (dict(size="big"), "img_size ['big', 'big']: expected numbers"), (dict(size=10 ** 9), "expected numbers"),
     (dict(image_std=[0.5, "x"]), "std [0.5, 'x']: expected numbers; without the file, --img-size, --mean"),
 ])
