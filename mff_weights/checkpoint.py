@@ -131,7 +131,7 @@ def read_processor(path):
     """What a preprocessor_config.json says of img_size (height, width), mean and std; {} where it is none."""
     told = read_small_json(path)
     if told.get("do_rescale", True) is False:
-        raise UserError(f"{path} says do_rescale false, that pixels are from 0 to 255: expected pixels from 0 "
+        raise UserError(f"{path} says do_rescale false, which leaves pixels from 0 to 255: expected from 0 "
                         f"to 1; without the file, --mean and --std say what is subtracted and divided by")
     if told.get("do_normalize", True) is False:                         # pixels stay between 0 and 1
         mean = told.get("image_mean")
