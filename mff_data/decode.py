@@ -28,7 +28,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "J
 OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}     # where Pillow was built with them
 MAX_PIXELS = 89_478_485                                                 # Pillow's limit: it warns above it
 PIXEL_BYTES = 8                                                         # four channels of 16 bits
-MAX_BYTES = PIXEL_BYTES * MAX_PIXELS
 logging.getLogger("PIL").addHandler(logging.NullHandler())              # else its errors reach stderr
 
 # Tags of TIFF 6.0

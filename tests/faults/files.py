@@ -21,7 +21,7 @@ from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
 from PIL import Image
 
 from mff_data import crops, decode, sources, views
-from mff_data.decode import MAX_BYTES, MAX_PIXELS, open_image
+from mff_data.decode import MAX_PIXELS, PIXEL_BYTES, open_image
 from mff_data.sources import ImageFolder
 from mff_data.views import Views, make_loader
 from mff_min.errors import UserError
@@ -160,7 +160,7 @@ def mutated_images(folder, quick, originals=originals):
             rows, slowest, grown = rows + 1, max(slowest, seconds), max(grown, peak)
             replaced[source.kind(i)] += len(reasons)
             short = all(reason.isprintable() and len(reason) < 1_000 for reason in reasons)
-            if shown and short and seconds < SECOND and peak < MAX_BYTES:   # twice 4 bytes a pixel
+            if shown and short and seconds < SECOND and peak < PIXEL_BYTES * MAX_PIXELS:    # 2 x 4 a pixel
                 survived += 1
             else:
                 problems.append(f"mutant {i}: {seconds:.2f} s, {peak // MEGABYTE} MiB, {reasons}")

@@ -69,6 +69,12 @@ def furthest(folder):
     return max((line["step"] for line in log.read_log(folder / "log.jsonl")), default=0)
 
 
+def wait_for_step(step, folder, child):
+    """Wait until a run has logged this step, or the child that it runs in has ended."""
+    while furthest(folder) < step and child.process.is_alive():
+        time.sleep(0.01)
+
+
 def begun_at(ended):
     """The step that a run said it goes on from."""
     found = re.search(r"^steps (\d+) to", ended.said, re.M)

@@ -3,9 +3,8 @@
 import contextlib
 import os
 import signal
-import time
 
-from faults.killed import command, furthest
+from faults.killed import command, furthest, wait_for_step
 from faults.suite import STAGES, Child, Fault, Guard, Tally, share_out
 
 from mff_run import files, process
@@ -39,8 +38,8 @@ def lose_the_output(folder, quick):
         run = folder / f"{name}-{way}-{numbers}-{sent}".replace(" ", "-")
         work = command(name, run, *(("--steps", 2000) if sent else STEPS))
         child = Child(lambda: open_as(numbers, WAYS[way]) or work())
-        while sent and furthest(run) < 2 and child.process.is_alive():
-            time.sleep(0.01)
+        if sent:
+            wait_for_step(2, run, child)
         with contextlib.suppress(ProcessLookupError):                   # it ended before
             os.kill(child.process.pid, sent)
         code, reached = child.end().code, furthest(run)
@@ -65,8 +64,7 @@ def signal_of_a_shell(folder, quick):
                 signal.signal(sent, signal.SIG_IGN)
             work()
         child = Child(begin)
-        while furthest(run) < 2 and child.process.is_alive():
-            time.sleep(0.01)
+        wait_for_step(2, run, child)
         with contextlib.suppress(ProcessLookupError):                   # it ended before
             os.kill(child.process.pid, sent)
         ran, reached = child.end(), furthest(run)

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from faults.killed import begun_at, command, differences, furthest
+from faults.killed import begun_at, command, differences, furthest, wait_for_step
 from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
 from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
 
@@ -136,8 +136,7 @@ def lose_the_launcher(folder, quick):
                 for child in children:
                     child.process.join()
         launcher = Child(launch)
-        while furthest(run) < 3 and launcher.process.is_alive():
-            time.sleep(0.02)
+        wait_for_step(3, run, launcher)
         launcher.process.kill()
         pids = [int((folder / "pids" / str(rank)).read_text()) for rank in range(2)]
         seconds = gone(pids[:1] if stuck else pids, 12)
@@ -150,7 +149,6 @@ def lose_the_launcher(folder, quick):
         slowest = max(slowest, seconds or 12)
         tally.note("they live on after 12 s" if seconds is None else "a step is lost" if lost else "", lost)
     return tally.outcome(seconds_until_all_have_ended=slowest)
-
 
 
 def wait_for_ever(folder, quick):
@@ -171,29 +169,21 @@ def wait_for_ever(folder, quick):
         problem = f"codes {codes}: {said[0].last}" if codes != {128 + signal.SIGTERM} else ""
         return problem or (f"{furthest(run) - saved} lost" if saved < max(furthest(run), least) else "")
     tally = Tally()
-    for name in ("pretrain",) if quick else STAGES:                     # the loader's process reads 40 items
-        run = folder / name
-        work = command(name, run, "--steps", 60, "--workers", 1, "--save-every", 50)
-        child = Child(lambda work=work: hang(40, "") or work())
-        while furthest(run) < 4 and child.process.is_alive():
-            time.sleep(0.01)
+    # (stage, from which item on which crop hangs, --workers, the step that is waited for, that must be saved)
+    cases = [(name, 40, "", 1, 4, 4) for name in STAGES]
+    cases += [(name, 0, "evaluation", 0, 2, 1) for name in ("probe", "finetune")]
+    for name, index, crop, workers, reached, least in cases[:1] if quick else cases:
+        run = folder / f"{name}-{crop}"
+        work = command(name, run, "--steps", 60, "--workers", workers, "--save-every", 2 if crop else 50)
+        child = Child(lambda work=work, index=index, crop=crop: hang(index, crop) or work())
+        wait_for_step(reached, run, child)
         time.sleep(1)
         os.kill(child.process.pid, signal.SIGTERM)
-        tally.note(judged([child.end(20)], run, 4))
-    for name in () if quick else ("probe", "finetune"):
-        run = folder / f"{name}-evaluation"
-        work = command(name, run, "--steps", 60, "--workers", 0)
-        child = Child(lambda work=work: hang(0, "evaluation") or work())
-        while furthest(run) < 2 and child.process.is_alive():
-            time.sleep(0.01)
-        time.sleep(1)
-        os.kill(child.process.pid, signal.SIGTERM)
-        tally.note(judged([child.end(20)], run, 1))
+        tally.note(judged([child.end(20)], run, least))
     run = folder / "ranks"
     with two_ranks("pretrain", run, "--steps", 60, "--workers", 1, "--timeout", 60, "--save-every", 50,
                    act=lambda rank: rank and hang(20, "")) as children:
-        while furthest(run) < 4 and children[0].process.is_alive():
-            time.sleep(0.01)
+        wait_for_step(4, run, children[0])
         time.sleep(1)
         for child in children:
             os.kill(child.process.pid, signal.SIGTERM)
@@ -209,8 +199,7 @@ def stop_torchrun(folder, quick):
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)[:1 if quick else 3]:
         run = folder / f"run{int(number)}"
         launcher = torchrun(run, "", "--steps", steps)
-        while furthest(run) < 3 and launcher.process.is_alive():
-            time.sleep(0.02)
+        wait_for_step(3, run, launcher)
         pids = started_by(launcher.process.pid)
         os.kill(launcher.process.pid, number)
         seconds = gone(pids, 12)
