@@ -9,10 +9,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mff_min.optim import set_lr
+from mff_min.optim import clip_grad_norm, set_lr
 from mff_min.vit import MODELS, VisionTransformer
+from mff_run.sharded import shard, whole
+from mff_run.world import World
 from mff_tasks.attention import add_relative_positions
 from mff_tasks.upernet import (
     FCNHead,
@@ -491,6 +495,36 @@ def counted_flops(model, img_size):
         outputs = model(torch.empty(2, 3, *img_size), torch.empty(2, model.num_noise))
         sum(x.sum() for x in outputs).backward()
     return counter.get_total_flops()
+
+
+@pytest.fixture
+def world():
+    """A process group of this process alone, in which nothing is exchanged."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, 0, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fused", [None, (1, 3)])
+@pytest.mark.parametrize("way", ["ddp", "sharded", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_ddp_and_sharding_change_nothing(world, symbols, way, fused):
+    """Two steps: DDP raises in the second where a parameter was not used in the first."""
+    models = [build(drop_path=0.1, fused=fused) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    wrapped = (DistributedDataParallel(models[1]) if way == "ddp" else
+               shard(models[1], world, accumulates=False, compile=way == "compiled"))
+    images, noise = torch.randn(2, 3, 16, 24), torch.rand(2, models[0].num_noise)
+    labels = torch.randint(5, (2, 16, 24))
+    for _ in range(2):
+        losses = [segmentation_loss(*model(images, noise), labels) for model in (models[0], wrapped)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*(clip_grad_norm(model, 0.0) for model in models), rtol=1e-4, atol=0)
+    again = whole(models[1], lambda: build(drop_path=0.1, fused=fused), world)
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+    assert symbols == []
 
 
 @pytest.mark.parametrize("img_size, options", [((16, 24), {}), ((16, 24), dict(relative=False)),
