@@ -78,15 +78,15 @@ def classes_at(logits, size, most=2 ** 26):
     return torch.cat(found)
 
 
-def predictor(model, cfg, device, ops, dtype):
+def predictor(model, num_classes, img_size, mean, std, batch_size, device, ops, dtype):
     """predict(image (1, C, h, w) uint8, size) -> (H, W) int64: the classes of the image's pixels at a size.
 
-    cfg has img_size (the window), batch_size (windows computed at once), mean and std. Windows overlap by a
+    img_size is the window, and batch_size the most windows that are computed at once. Windows overlap by a
     third. Raises Fault where logits are not finite.
     """
-    mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
-    window = tuple(cfg.img_size)
-    stride = tuple(max(side * 2 // 3, 1) for side in window)            # 341 of 512
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    stride = tuple(max(side * 2 // 3, 1) for side in img_size)          # 341 of 512
+    batch_size = min(batch_size, max(2 ** 27 // (num_classes * math.prod(img_size)), 1))    # logits of 0.5 GB
 
     def logits_of(images):
         with autocast(device, dtype):
@@ -97,7 +97,7 @@ def predictor(model, cfg, device, ops, dtype):
     @torch.no_grad()
     def predict(image, size):
         images = ops.prepare(image.to(device, non_blocking=True), mean, std)
-        return classes_at(slide(logits_of, images, window, stride, cfg.batch_size), size)
+        return classes_at(slide(logits_of, images, img_size, stride, batch_size), size)
     return predict
 
 
@@ -159,7 +159,9 @@ def evaluate(model, source, cfg, world, ops, dtype, bad_samples):
 
     The labelled pixels of an unreadable image are misses; an image whose mask is unreadable is left out.
     """
-    predict, num_classes = predictor(model, cfg, world.device, ops, dtype), len(source.classes)
+    num_classes = len(source.classes)
+    predict = predictor(model, num_classes, cfg.img_size, cfg.mean, cfg.std, cfg.batch_size, world.device,
+                        ops, dtype)
     keys = each_once(len(source), 1, world)                             # images differ in size
     views = WholeMasks(source, cfg.img_size, cfg.in_chans)
     found = {}
@@ -253,6 +255,17 @@ def segmentation_sheet(rows, classes, title):
     return with_legend(tiles, labels, classes, title, ("image", "truth", "prediction"))
 
 
+def overlay(image, labels, classes):
+    """An image (h, w, 3) under the colours of its labels (H, W), 256 to 1,024 pixels large, with a legend."""
+    H, W = labels.shape
+    factor = min(max(256 / max(H, W), 1), 1024 / max(H, W))
+    size = max(round(W * factor), 1), max(round(H * factor), 1)
+    kinds = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
+    image, mask = (np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, kind))
+                   for pixels, kind in zip((image, labels), kinds, strict=True))
+    return with_legend([[blended(image, mask)]], np.unique(mask), classes)
+
+
 def scaled(pixels, is_mask=False):
     """Pixels (H, W, 3) at the height of a tile, or lower where they would be wider than two."""
     H, W = pixels.shape[:2]
@@ -273,8 +286,9 @@ def picture(model, source, cfg, device, ops, dtype, title):
 
     Unreadable ones are left out. None where there is no other.
     """
-    predict, views, rows = predictor(model, cfg, device, ops, dtype), None, []
-    views = WholeMasks(source, cfg.img_size, cfg.in_chans)
+    predict = predictor(model, len(source.classes), cfg.img_size, cfg.mean, cfg.std, cfg.batch_size, device,
+                        ops, dtype)
+    views, rows = WholeMasks(source, cfg.img_size, cfg.in_chans), []
     for index in spread(len(source), cfg.picture_images):
         item = views[0, index]
         if not item["bad"]:

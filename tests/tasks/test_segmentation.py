@@ -260,7 +260,7 @@ def test_logits_that_are_not_finite_are_no_answers():
     class Diverged(torch.nn.Module):
         def forward(self, images):
             return torch.full((len(images), 4, 8, 8), math.nan), None
-    predict = predictor(Diverged(), CFG, CPU, TORCH, torch.float32)
+    predict = predictor(Diverged(), 4, CFG.img_size, CFG.mean, CFG.std, 1, CPU, TORCH, torch.float32)
     with pytest.raises(Fault, match="the scores of 1 in 1 images are not finite"):
         predict(torch.zeros(1, 3, 48, 48, dtype=torch.uint8), (48, 48))
 
