@@ -5,6 +5,8 @@
 RUN is the folder of the run, or its segmenter.pt. IMAGES is a folder, which is searched wholly, or one image.
 In the output folder, masks/ gets an 8-bit PNG of each image's size, whose values are the labels, and
 overlays/ the image under the classes' colours, with a legend. classes.txt names the labels, from 0 on.
+
+Shapes: C h w of what the model sees of an image, H W its own.
 """
 
 import os
