@@ -34,8 +34,9 @@ from mff_run.files import write_atomically, write_tensors
 from mff_run.run import Run, RunFlags
 from mff_run.sharded import check_sharding, shard, whole
 from mff_run.world import autocast, pick_dtype, pick_ops
-from mff_tasks.ade20k import MaskViews, open_masks
+from mff_tasks.ade20k import open_masks
 from mff_tasks.attention import add_relative_positions
+from mff_tasks.mask_views import MaskViews
 from mff_tasks.segmentation import evaluate, picture, shown
 from mff_tasks.upernet import Segmenter, poly_lr, segmentation_loss, segmenter_flops
 from mff_weights.pretrained import (CheckpointFlags, build_fusion, build_like, load_for_tuning,
