@@ -90,10 +90,10 @@ def segmented(*paths):
     error = math.hypot(result["mIoU_error"], random["mIoU_error"])
     here, there = (f"{metrics['mIoU']:.1f} +- {metrics['mIoU_error']:.1f} %" for metrics in (result, random))
     return (f"`make segment` trains the encoder of `make demo` for {result['step']} steps of "
-            f"{result['config']['global_batch']} images, on {result['environment']['threads']} CPU threads in "
-            f"{result['seconds'] / 60:.1f} minutes. Its mIoU on {result['val_images']} validation images is "
-            f"{here}; from random weights the same network reaches {there}, {difference / error:.1f} standard "
-            f"errors less. It is one run of each.")
+            f"{result['config']['global_batch']} images, on {result['environment']['threads']} CPU threads "
+            f"in {result['seconds'] / 60:.1f} minutes. Its mIoU on {result['val_images']} validation images "
+            f"is {here}; from random weights the same network reaches {there}, {difference / error:.1f} "
+            f"standard errors less. It is one run of each.")
 
 
 def segment_shapes_cpu(result):
@@ -185,7 +185,8 @@ def stages():
     demo, probe, finetune, segment = (json.loads((ROOT / "results" / f"{name}.json").read_text())
                                       for name in names)
     return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
-            f"train_finetune.py  done: {shown(finetune)}\ntrain_segment.py   done: {shown_segment(segment)}\n```")
+            f"train_finetune.py  done: {shown(finetune)}\n"
+            f"train_segment.py   done: {shown_segment(segment)}\n```")
 
 
 ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",

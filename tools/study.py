@@ -132,7 +132,7 @@ class Unit(NamedTuple):
 def preset_of(name, data):
     """The flags of a preset's stages on this data: only the embedded images have masks to segment."""
     preset = PRESETS[name]
-    return preset if data == "shapes" else {part: flags for part, flags in preset.items() if part != "segment"}
+    return preset if data == "shapes" else {key: value for key, value in preset.items() if key != "segment"}
 
 
 def plan(preset, methods, seeds):

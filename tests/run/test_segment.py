@@ -1,4 +1,4 @@
-"""Segmentation: that it learns, what it leaves, several ranks, and bad input. See also test_run, tests/tasks."""
+"""Segmentation: that it learns, what it leaves, several ranks, bad input. See also test_run, tests/tasks."""
 
 import json
 
@@ -43,7 +43,8 @@ def measure(tmp_path, cache, *flags):
 # ---------------------------------------------------------------- the run
 
 
-def test_a_run_evaluates_draws_and_leaves_a_segmenter_that_is_measured_alike(segment, tmp_path, cache, capsys):
+def test_a_run_evaluates_draws_and_leaves_a_segmenter_that_is_measured_alike(segment, tmp_path, cache,
+                                                                             capsys):
     metrics = segment("--eval-every", "2")
     log = read_log(tmp_path / "a" / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4] and log[-1]["done"]
@@ -130,7 +131,7 @@ def mae(tmp_path_factory, cache):
     ("--steps 0", "--steps 0: expected more than 0"),
     ("--drop-path 1", "--drop-path 1: expected 0.99 or less"),
     ("--fsdp", "--fsdp spreads the parameters over processes, and this is the only one"),
-    ("--fused --checkpoint MAE", "--fused: checkpoint MAE holds no fusion; expected one that was pre-trained"),
+    ("--fused --checkpoint MAE", "--fused: checkpoint MAE holds no fusion; expected one that was "),
     ("--data imagenet", "--data imagenet"),
     ("--data ade20k:/nowhere", "/nowhere"),
     ("--warmup-steps 4", "--warmup-steps 4: expected fewer than --steps 4"),
