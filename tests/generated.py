@@ -217,7 +217,8 @@ BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each f
           "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
-MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
+SUBJECTS = "step", "segment", "data", "imports"
+MACHINES = {"bench": (bench, SUBJECTS)}                                 # each from <subject>_<device>.json
 
 
 def of_encoders(results):
