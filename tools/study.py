@@ -292,7 +292,7 @@ def check_record(record, path, hint):
     levels = len(comparison.blocks_of(record)) if record["stage"] == "pretrain" else 0
     for key, width in ("loss", 2), ("fusion", 1 + levels):
         rows = record.get(key, [[0] * width])
-        if not rows or any(len(row) != width for row in rows) or key in record and not levels:
+        if not rows or any(len(row) != width for row in rows) or key in record and width == 1:
             problem = problem or f"a {key} that is no list of rows of {width} numbers"
     if problem:
         raise UserError(f"{path} holds of {record['method']}, seed {record['seed']}, {record['stage']} "
@@ -445,7 +445,7 @@ def held(folder, kind, patience=30.0):
         about = folder / "study.json"
         found = read_json(about, hint="name another --study-dir") if about.exists() else kind
         if found != kind:
-            differ = ", ".join(f"{key} {printable(str(found.get(key))[:60])} and not {kind[key]}"
+            differ = ", ".join(f"{key} {printable(str(found.get(key))[:80])} and not {kind[key]}"
                                for key in kind if found.get(key) != kind[key])
             raise UserError(f"{folder} holds another study: its {differ}; name another --study-dir")
         write_json(about, kind)
