@@ -69,7 +69,7 @@ class Config(DataFlags, RunFlags):
     low_pass_radius: float = opt(0.0, "frequency bins kept of the target, at 224 pixels (PixMIM: 40); 0: all",
                                  least=0)
     decoder_embed_dim: int = opt(512, "width of the decoder", above=0)
-    decoder_depth: int = opt(8, "blocks of the decoder", above=0)
+    decoder_depth: int = opt(8, "blocks of the decoder", above=0, most=1000)
     decoder_num_heads: int = opt(16, "attention heads of the decoder", above=0)
     epochs: float | None = opt(None, "epochs of the schedule; not given: 800, or what --steps makes", above=0)
     steps: int | None = opt(None, "end after this many; without --epochs the schedule does too", above=0)

@@ -222,9 +222,8 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, collect, device, say
     is the protocol itself; with fewer it is an approximation, since crops come again. An image that cannot be
     read is left out.
     """
-    keys = [[(view, i) for i in range(len(train_set))] for view in range(cfg.cache)]
-    views = [collect(train_set, "single_draw", keys[view], f"view {view + 1} of {cfg.cache}")
-             for view in range(cfg.cache)]
+    views = [collect(train_set, "single_draw", [(view, i) for i in range(len(train_set))],
+                     f"view {view + 1} of {cfg.cache}") for view in range(cfg.cache)]
     features = torch.stack([features for features, _ in views])         # (VIEWS, n, D)
     labels = torch.stack([labels for _, labels in views])               # (VIEWS, n)
     val, val_labels = collect(val_set, "evaluation", [(0, i) for i in range(len(val_set))], "val")

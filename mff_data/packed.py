@@ -195,23 +195,23 @@ def encode(source, i, settings):
 class Journal:
     """What stands on the disk of a pack that grows: entries, [length, height, width, crc, reason] of images.
 
-    Its first line holds what is packed, and how: plan, a dict with settings and files. Raises UserError where
-    the pack was begun with other settings, or the folder has changed since.
+    Its first line holds what is packed, and how: plan, a dict with settings and files. lines are what it
+    holds, (bytes, value) of each line. Raises UserError where the pack was begun with other settings, or the
+    folder has changed since.
     """
 
-    def __init__(self, pack, plan):
+    def __init__(self, pack, plan, lines=()):
         self.pack, self.plan, self.entries = Path(pack), plan, []
         self.partial, self.path = Path(f"{pack}.partial"), journal_of(pack)
-        lines = read_whole_lines(self.path) if self.partial.exists() else []
-        if len(lines) > 1:
-            check_same(self.pack, lines[0], plan)
-            self.entries = [entry for block in lines[1:] for entry in block]
-            os.truncate(self.path, sum(map(len, map(as_line, lines))))  # without a line that a crash tore
+        if self.partial.exists() and len(lines) > 1:
+            check_same(self.pack, lines[0][1], plan)
+            self.entries = [entry for _, block in lines[1:] for entry in block]
+            os.truncate(self.path, sum(len(text) for text, _ in lines)) # without a line that a crash tore
         else:                                                           # nothing is packed yet
             self.partial.write_bytes(START)
             self.path.write_bytes(b"")
             self.append(plan)
-        if os.path.getsize(self.partial) < self.length:
+        if os.path.getsize(self.partial) < self.length or len(self.entries) > len(plan["files"]):
             raise UserError(f"{self.partial} is shorter than {self.path} says: delete both to pack anew")
         os.truncate(self.partial, self.length)                          # without a block that a crash tore
 
@@ -277,20 +277,14 @@ def flush(file):
     os.fsync(file.fileno())
 
 
-def read_whole_lines(path):
-    """The values in a file of JSON lines, without the last line where it has no end."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def check_same(pack, before, now):
     """Raise UserError unless a pack's settings and files, before, are those that are asked for now."""
     for name, value in (OLDER | before["settings"]).items():
         wanted = (OLDER | now["settings"]).get(name, 0)                 # 0: of a flag that has ended
         if value != wanted:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{pack} is of {flag} {value}, not {wanted}: expected the same flags, or another "
-                            f"folder to write to")
+            was = printable(f"--{name.replace('_', '-')} {value}"[:100])
+            raise UserError(f"{pack} is of {was}, not {wanted}: expected the same flags, or another folder "
+                            f"to write to")
     was, now = dict(before["files"]), dict(now["files"])
     changed = sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path))
     if changed:

@@ -59,7 +59,7 @@ class RunFlags:
     """The flags of every stage that do not change its result; a stage adds its own output_dir."""
     resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
     allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
-    workers: int = knob(0, "loader processes for each training process", least=0)
+    workers: int = knob(0, "loader processes for each training process", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])

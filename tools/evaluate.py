@@ -45,7 +45,7 @@ class Config(CheckpointFlags):
     # these change only how it is reached
     batch_size: int = knob(128, "images that one process computes together", above=0)
     output_dir: str = knob("runs/measured", "the folder for metrics.json")
-    workers: int = knob(0, "loader processes for each process", least=0)
+    workers: int = knob(0, "loader processes for each process", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before it stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])

@@ -33,10 +33,12 @@ from mff_data.views import begin_worker, check_fit, end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError, amount, printable
 from mff_run.files import lock
+from mff_run.jsonfile import misfit, read_lines
 from mff_run.process import leave, run
 from mff_run.progress import Progress
 from mff_run.world import World
 
+MOST_LINE = 2 ** 28                                                     # of a journal: it names every image
 BLOCK = 256                                                             # images that are flushed together
 HERE = World(0, 1, 0, torch.device("cpu"))                              # progress lines ask who prints them
 KEPT = "what is packed is kept, and the same line goes on from there"
@@ -52,7 +54,7 @@ class Config(DataFlags):
     in_chans: int = opt(3, "channels that are stored; but for 1, 3 and 4, of .npy arrays (H, W, C)", above=0)
 
     # these change only how it is reached
-    workers: int = knob(0, "processes that decode and resize", least=0)
+    workers: int = knob(0, "processes that decode and resize", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable in a finished pack", least=0)
     verify: bool = knob(False, "read a finished pack and check every record; write nothing")
 
@@ -84,8 +86,8 @@ def main(cfg):
         return pack(cfg)
     except OSError as error:
         raise Fault(f"{error}; {KEPT}") from None
-    except KeyboardInterrupt:
-        leave("stopped: interrupted; the same line goes on from there", 130)
+    except KeyboardInterrupt as error:
+        leave("stopped: interrupted; the same line goes on from there", 128 + (error.args or (2,))[0])
 
 
 def pack(cfg):
@@ -125,7 +127,7 @@ def pack_splits(cfg, settings, sources, output):
             say(f"{path} is there already")
         else:
             check_fit(sources[split], cfg.in_chans)
-            journals[split] = Journal(path, plan)
+            journals[split] = Journal(path, plan, lines_of(journal_of(path)))
     announce(sources, journals, settings, output)
 
     for split, journal in journals.items():
@@ -139,6 +141,32 @@ def pack_splits(cfg, settings, sources, output):
         say(f"{paths[split]}: {len(source)} images of {len(source.classes)} classes, "
             f"{amount(paths[split].stat().st_size)}; {unread} cannot be read")
     return list(paths.values())
+
+
+def lines_of(journal):
+    """(bytes, value) of the whole lines of a pack's journal. UserError where Journal has not written them."""
+    found = []
+    for number, text, value in read_lines(journal, MOST_LINE, 4 * MOST_LINE) if journal.exists() else ():
+        if text.endswith(b"\n"):                                        # else a crash tore it
+            if problem := misfit(value, [is_entry] if found else PLAN):
+                raise UserError(f"{journal} holds {problem} in line {number}; delete it and its .partial to "
+                                f"pack anew")
+            found.append((text, value))
+    return found
+
+
+def is_file(value):
+    """[path, bytes]"""
+    return isinstance(value, list) and list(map(type, value)) == [str, int]
+
+
+def is_entry(value):
+    """[bytes, height, width, CRC-32, reason]"""
+    return (isinstance(value, list) and list(map(type, value)) == [int, int, int, int, str]
+            and min(value[:4]) >= 0)
+
+
+PLAN = {"settings": dict, "files": [is_file]}                           # the first line of a journal
 
 
 def say(text):
