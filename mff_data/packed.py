@@ -232,16 +232,15 @@ class Journal:
         begun = [path for path in (self.partial, self.path) if os.path.lexists(path)]
         for path in begun:
             check_own(path)
-        if self.partial not in begun:
-            return []
-        with open_own(self.partial, "rb") as file:
-            start = file.read(len(START))
-        lines = read_whole_lines(self.path) if self.path in begun else []
-        sound = START.startswith(start) and all(map(is_block, lines[1:]))
-        if not sound or lines and not is_plan(lines[0]):
-            raise UserError(f"{self.partial} or {self.path.name} is damaged, or not what tools.pack writes: "
-                            f"delete both to pack anew")
-        return lines
+        start, lines = b"", read_whole_lines(self.path) if self.path in begun else []
+        if self.partial in begun:
+            with open_own(self.partial, "rb") as file:
+                start = file.read(len(START))
+        sound = all(map(is_block, lines[1:])) and all(map(is_plan, lines[:1]))
+        if not sound or not START.startswith(start):
+            raise UserError(f"{self.path if not sound else self.partial} is damaged, or not what tools.pack "
+                            f"writes: remove it, and {self.partial.name} too, to pack anew")
+        return lines if start else []
 
     @property
     def length(self):
@@ -319,10 +318,12 @@ def open_own(path, mode):
 
 
 def read_whole_lines(path):
-    """The values in a file of JSON lines, but a last line without an end; [None] where one is no JSON."""
+    """The values in a journal, but a last line without an end; [None] where it is no journal."""
     try:
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except (ValueError, RecursionError):
+        content = path.read_bytes()
+        known = b'{"settings":'.startswith(content[:12])
+        return [json.loads(line) for line in content.split(b"\n")[:-1]] if known else [None]
+    except (ValueError, RecursionError, MemoryError):
         return [None]
 
 

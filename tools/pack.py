@@ -9,6 +9,7 @@ It may be stopped at any time: the same line goes on, to the same bytes. Given o
 folder has changed since. docs/data.md, "Packing", says what is stored.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -34,7 +35,7 @@ from mff_data.views import begin_worker, check_fit, end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError, amount, printable
 from mff_run.files import check_lock, lock
-from mff_run.process import leave, run
+from mff_run.process import Interrupted, StopSignals, leave, run
 from mff_run.progress import Progress
 from mff_run.world import World
 
@@ -171,7 +172,10 @@ def announce(sources, journals, settings, output):
 
 
 def write_records(source, journal, workers, settings, here):
-    """Write the records that are missing, block by block, while the folder is still ours."""
+    """Write the records that are missing, block by block, while the folder is still ours.
+
+    A signal ends the process, once what came before it is written.
+    """
     first, count = len(journal.entries), len(source)
     end_workers_at_exit(os.getpid())
     loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
@@ -179,13 +183,19 @@ def write_records(source, journal, workers, settings, here):
                         worker_init_fn=begin_worker, prefetch_factor=64 if workers else None)
     progress = Progress(count, first, here, every=5.0, text=journal.pack.name)
     block = []
-    for i, record in enumerate(loader, first + 1):
-        block.append(record)
-        if len(block) == BLOCK or i == count:
-            check_lock(journal.pack.parent, here)
-            journal.add(block)
-            block = []
-            progress.tick(i)
+    with StopSignals() as signals:
+        signals.start()
+        records = iter(loader)
+        for i in range(first + 1, count + 1):
+            with contextlib.suppress(Interrupted), signals.interrupting():      # the source may hang
+                block.append(next(records))
+            if block and (len(block) == BLOCK or i == count or signals.number):
+                check_lock(journal.pack.parent, here)
+                journal.add(block)
+                block = []
+                progress.tick(i)
+            if signals.number:
+                leave(f"stopped: signal {signals.number}; {KEPT}", 128 + signals.number)
 
 
 def unchanged(record):
