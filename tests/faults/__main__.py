@@ -2,6 +2,7 @@
 
     python tests/faults                                                 # some five minutes on two cores
     python tests/faults --quick --only "kill -9"                        # fewer trials, of some faults
+    python tests/faults --long --only hostile                           # ten times as many, of some faults
     python tests/faults --without save-to-the-final-name                # one guard removed: this must fail
     python tests/faults --controls                                      # every guard, each on its fault
 
