@@ -105,7 +105,7 @@ def open_image(file, reading=AS_THEY_ARE):
 
 
 def open_file(file, reading):
-    """The image in a file as it is: Pillow's, or of .npy an array (H, W, C) that is mapped.
+    """The image in a file as it is: Pillow's, or of .npy an array (H, W, C).
 
     Raises one of DECODE_ERRORS, ValueError for what is no plain file (opening a pipe would wait for ever) and
     for more than max_pixels, of which a tile of a TIFF may have more than its image. A JPEG of more comes at
@@ -200,8 +200,9 @@ ARRAYS = ("u1", "u2", "i2", "f4")                                       # the la
 
 
 def open_array(path, most):
-    """The array in a .npy file, (H, W, C) or (H, W) as (H, W, 1), mapped: nothing is read or unpickled.
+    """The array in a .npy file, (H, W, C) or (H, W) as (H, W, 1); nothing is unpickled.
 
+    It is read, not mapped: a mapped file that is cut short ends the process without a word.
     Raises ValueError for one of another kind, of more than `most` pixels, or of another size than its file.
     """
     with open(path, "rb") as file:
@@ -231,8 +232,12 @@ def open_array(path, most):
     if size != offset + needed:
         raise ValueError(f"{size - offset} bytes of values, and its header says {needed}: the file was cut "
                          f"short, or is damaged")
-    array = np.memmap(path, kind, "r", offset, shape)
-    return np.asarray(array if array.ndim == 3 else array[..., None])  # (H, W, C)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        values = file.read(needed)
+    if len(values) < needed:
+        raise ValueError(f"{len(values)} of {needed} bytes: the file was cut short while it was read")
+    return np.frombuffer(values, kind).reshape(*shape, *[1] * (3 - len(shape)))         # (H, W, C)
 
 
 # ---------------------------------------------------------------- more than 8 bits

@@ -5,7 +5,8 @@ is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.sh
 where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
 about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
 them, which classes names. `source.spellings(i)` are the names by which a list may call image i, and
-`source.paths` (n,) the bytes of its name below the data's folder. `source.origin` says where it was found,
+`source.paths` (n,) the bytes of its name below the data's folder. `source.content` is the SHA-256 of a pack's
+index, which tells its pixels; else b"". `source.origin` says where it was found,
 `source.is_split` whether that is the split's own place (training images may stand in for val), and
 `source.notes` are warnings.
 
@@ -45,6 +46,7 @@ from mff_data.splits import (
     like_validation,
     refuse_deeper_splits,
 )
+from mff_data.unchanged import Rows
 from mff_min.errors import UserError, listed, printable
 
 # Files that lie beside images, and are not missed among them.
@@ -58,7 +60,7 @@ class ImageFiles:
     left_out names the suffixes of other files that lie there.
     """
 
-    short_side, notes = 0, ()
+    short_side, notes, content = 0, (), b""
 
     def __init__(self, root, paths, labels, classes, is_split=True, origin="", reading=AS_THEY_ARE,
                  left_out=""):
@@ -214,7 +216,7 @@ def spread(count, most=16):
 class ImageArray:
     """Images in one uint8 array (n, H, W, 3), with labels {name: (n,)}; classes names those of the first."""
 
-    short_side, notes = 0, ()
+    short_side, notes, content = 0, (), b""
 
     def __init__(self, images, labels, classes, kind, origin="memory"):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
@@ -243,7 +245,7 @@ class Subset:
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
         self.classes, self.is_split, self.origin = source.classes, source.is_split, source.origin
-        self.short_side, self.paths = source.short_side, source.paths[indices]
+        self.short_side, self.paths, self.content = source.short_side, source.paths[indices], source.content
         self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
 
     def __len__(self):
@@ -330,8 +332,11 @@ def find_source(spec, split, cache_dir, say, reading):
             arrays = load_shapes(cache_dir, split, count if split == "train" else count // 5, progress=say)
         except OSError as error:
             raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
-        labels = {"shape": arrays["shape"], "texture": arrays["texture"]}
-        return ImageArray(arrays["images"], labels, list(SHAPES), f"shapes {split}", spec)
+        except ValueError as error:
+            raise UserError(f"the embedded images in {cache_dir} are damaged ({error}): delete their folder, "
+                            f"shapes-*, and they are drawn again") from None
+        labels = {name: np.array(arrays[name]) for name in ("shape", "texture")}
+        return ImageArray(Rows(arrays["images"]), labels, list(SHAPES), f"shapes {split}", spec)
     if kind in ("cifar10", "cifar100"):
         images, labels, classes = read_cifar(argument, split, kind)
         name = f"CIFAR-{kind.removeprefix('cifar')} {split}"
@@ -339,7 +344,7 @@ def find_source(spec, split, cache_dir, say, reading):
     if kind == "list" or kind == "cars" and has_lists(Path(argument)):
         return ImageFiles(argument, *read_list(Path(argument), split), reading=reading)
     folder = argument if kind == "cars" else os.path.expanduser(spec)
-    packed = open_packed(folder, split)
+    packed = open_packed(folder, split, reading.max_pixels)
     if packed and split == "train" and reading.levels not in (None, levels_of_flag(packed.header["white"])):
         say(f"warning: --white does not change a pack: {packed.path} was made with --white "
             f"{packed.header['white']}")
@@ -347,8 +352,12 @@ def find_source(spec, split, cache_dir, say, reading):
 
 
 def fingerprint(source):
-    """A number for the path of each image, sorted (n,): it tells whether files came, went or were renamed."""
-    digests = [hashlib.blake2b(path, digest_size=8).digest() for path in source.paths.tolist()]
+    """A number for the path of each image, sorted (n,): it tells whether files came, went or were renamed.
+
+    Of a pack it tells the pixels too.
+    """
+    digests = [hashlib.blake2b(path, digest_size=8, key=source.content).digest()
+               for path in source.paths.tolist()]
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).sort().values
 
 

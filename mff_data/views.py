@@ -170,6 +170,9 @@ def begin_worker(worker):
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                      # PR_SET_PDEATHSIG
+    trainer, by_fork = multiprocessing.parent_process(), multiprocessing.get_start_method() == "fork"
+    if os.getppid() != trainer.pid if by_fork else not trainer.is_alive():
+        os._exit(1)                                                     # it ended before
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)

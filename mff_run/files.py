@@ -276,6 +276,9 @@ def lock(folder, say):
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW                      # not the target of a link
     try:
         file = os.fdopen(os.open(path, flags, 0o666), "r+")
+        if os.fstat(file.fileno()).st_nlink > 1:                        # it has another name too
+            file.close()
+            raise OSError(errno.ELOOP, "a hard link")
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
