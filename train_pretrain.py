@@ -16,6 +16,7 @@ Published for vit_b after 800 epochs of ImageNet, linear probe / fine-tuning: MA
 83.5, MFF_MAE 67.0 / 83.6. Any number of processes makes up the batch of 4096 by accumulation.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -167,7 +168,7 @@ def pretrain(cfg, run):
     reading, first = reading_of(cfg), run.world.local_main_first
     train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
     val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
-    describe_files(say, train_set, val_set)
+    describe_files(say, train_set, val_set, output=cfg.output_dir)
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * run.world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
@@ -207,7 +208,8 @@ def pretrain(cfg, run):
         with run.paused():
             drawn = whole(model, lambda: build_model(cfg, device), run.world)
             if run.world.is_main:
-                draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
+                with contextlib.suppress(process.Interrupted), run.signals.interrupting():  # a disk may hang
+                    draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
             run.world.barrier()                                            # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop

@@ -42,6 +42,7 @@ from mff_data.splits import (
     folder_of_split,
     folders_in,
     is_leftover,
+    is_of_runs,
     like_training,
     like_validation,
     refuse_deeper_splits,
@@ -102,7 +103,7 @@ class ImageFolder(ImageFiles):
             raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
                             f"train/ and val/")
         top, is_split = folder_of_split(root, split)
-        found = files_below(top)
+        found, self.folders, runs = files_below(top)
         paths, others = [], []
         for path in found:
             (paths if path.lower().endswith(suffixes()) else others).append(path)
@@ -119,10 +120,13 @@ class ImageFolder(ImageFiles):
         index = {name: i for i, name in enumerate(classes)}
         labels = np.array([index[same_name(top)] for top in tops])
         super().__init__(top, paths, labels, classes, is_split, reading=reading, left_out=left_out)
+        if runs:
+            self.notes = (*self.notes, f"{top} holds folders of runs, whose pictures are no images: "
+                          f"{listed(runs)} left out")
         if len(classes) < len(folders):
             merged = [name for name, count in Counter(map(same_name, folders)).items() if count > 1]
-            self.notes = (f"{top} has folders whose names differ in Unicode form alone: {listed(merged)}; "
-                          f"they are one class: rename one if that is not meant",)
+            self.notes = (*self.notes, f"{top} has folders whose names differ in Unicode form alone: "
+                          f"{listed(merged)}; they are one class: rename one if that is not meant")
         if top == root and split == "train" and (found := like_training(folders_in(root))):
             self.notes = (*self.notes, f"{root} has {listed(found)}, read as a class like the folders "
                           f"beside it; if it holds the training images, rename it train, and the "
@@ -138,14 +142,16 @@ def counted_suffixes(paths):
 
 
 def files_below(top):
-    """The paths of the files below a folder, as seen from it. Hidden files and leftovers are skipped.
+    """(files below a folder, the true folders that were looked into, folders of runs, which were not).
 
-    Links are followed, wherever they lead, but one to a folder that it lies in. Raises UserError where a
-    folder cannot be read: its images would be missing in silence.
+    Files and runs are paths as seen from the folder. Hidden files and leftovers are skipped. Links are
+    followed, wherever they lead, but one to a folder that it lies in. Raises UserError where a folder cannot
+    be read: its images would be missing in silence.
     """
     def refuse(error):
         raise UserError(f"folder {printable(error.filename)} cannot be read: {error.strerror}")
-    found, ways = [], {os.fspath(top): {os.path.realpath(top)}}         # the true folders on the way to each
+    found, runs, places = [], [], {os.path.realpath(top)}
+    ways = {os.fspath(top): {os.path.realpath(top)}}                    # the true folders on the way to each
     for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
         way = ways.pop(folder)
         for name in list(folders):
@@ -153,15 +159,36 @@ def files_below(top):
             real = os.path.realpath(path)
             if is_leftover(name) or real in way:
                 folders.remove(name)
+            elif is_of_runs(path):
+                folders.remove(name)
+                runs.append(os.path.relpath(path, top))
             else:
                 ways[path] = way | {real}
+                places.add(real)
         below = os.path.relpath(folder, top)
         found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
-    return found
+    return found, places, runs
 
 
-def describe_files(say, *sources):
-    """Say what was left out of the folder of each source, and look at some images of the first."""
+def check_output(path, sources):
+    """Raise UserError where what is written to path would be read as images of one of the sources."""
+    place = path = os.path.realpath(path)
+    while place != os.path.dirname(place):
+        if any(place in getattr(source, "folders", ()) for source in sources):
+            raise UserError(f"the output {printable(path)} lies in {printable(place)}, and all below that is "
+                            f"read as images: expected another folder to write to, outside of it")
+        if is_of_runs(place):
+            return
+        place = os.path.dirname(place)
+
+
+def describe_files(say, *sources, output=""):
+    """Say what was left out of the folder of each source, and look at some images of the first.
+
+    Raises UserError where output, the path that is to be written to, lies among the images.
+    """
+    if output:
+        check_output(output, sources)
     folders = {str(source.root): source for source in sources if isinstance(source, ImageFiles)}
     for root, source in folders.items():
         if source.left_out:

@@ -169,6 +169,8 @@ def advice(error, cfg):
         text = reason.rstrip(". ")
         if "Bus error" in text and hasattr(cfg, "batch_size"):          # perhaps of memory that is not there
             return f"{text}; {shared_memory(f'a batch takes {cfg.batch_size} images')}"
+        if "timed out" in text and (data := getattr(cfg, "data", "")):
+            return f"{text}: no images of --data {data} came; does its disk hang?"
         return f"{text}; fewer --workers may help, or --workers 0, which shows a loader's own error"
     on_cpu = "DefaultCPUAllocator" in reason
     if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):

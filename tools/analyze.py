@@ -351,7 +351,7 @@ def measure(cfg, runs, figures, flag, folder, world):
         raise UserError(f"{runs[0].path} does not tell its data: expected --data")
     reading = reading_of(replace(cfg, white=cfg.white or white_of(runs[0].config)))
     source = open_data(data, "val", cfg.cache_dir, print, reading)
-    describe_files(print, source)
+    describe_files(print, source, output=folder)
     make_folder(flag, folder)
     ops = pick_ops(cfg.ops, world.device)
     encoders, grams, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)

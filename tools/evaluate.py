@@ -120,7 +120,7 @@ def measure(cfg, world):
         source = relabel(source, classes, world.say, want=f"checkpoint {pretrained.path}")
     sets = (open_robustness(cfg.robustness, classes, reading) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
-    describe_files(world.say, *(one.source for one in sets))
+    describe_files(world.say, *(one.source for one in sets), output=cfg.output_dir)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
     dtype, ops = pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)

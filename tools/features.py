@@ -103,7 +103,7 @@ def extract(cfg, world, target):
                         f"mean or --no-norm")
     ops = pick_ops(cfg.ops, device)
     source = open_data(cfg.images, cfg.split, cfg.cache_dir, print, reading_of(cfg))
-    describe_files(print, source)
+    describe_files(print, source, output=cfg.target)
     sides = [count * encoder.patch_size for count in encoder.grid]
     views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)
     keys = [(0, i) for i in range(len(source))]

@@ -144,7 +144,7 @@ def probe_layers(cfg, world, baselines):
         encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
     sources = [open_data(cfg.data, split, cfg.cache_dir, world.say, reading_of(cfg))
                for split in ("train", "val")]
-    describe_files(world.say, *sources)
+    describe_files(world.say, *sources, output=cfg.output_dir)
     sources = match_labels(cfg.data, *sources, world.say)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(map(len, sources)), cfg.max_bad)
