@@ -24,10 +24,14 @@ SILENT, EVERY = 1.0, 30.0                                               # s befo
 
 
 class Patience:
-    """What reads images of a source, and waits where the disk does not answer, for at most limit seconds."""
+    """What reads images of a source, and waits where the disk does not answer, for at most limit seconds.
 
-    def __init__(self, source, limit=450.0):
-        self.source, self.limit, self.told = source, limit, -EVERY      # told: when something was said last
+    load(index) reads what a view is made of.
+    """
+
+    def __init__(self, source, load, limit=450.0):
+        self.source, self.load, self.limit = source, load, limit
+        self.told = -EVERY                                              # when something was said last
         self.own = set()                                                # whose errors are known to be theirs
 
     def read(self, index, work):
@@ -57,7 +61,7 @@ class Patience:
     def answers(self, index):
         """Whether the system reads an image, whatever is in it."""
         try:
-            self.source.open(index)
+            self.load(index)
         except DECODE_ERRORS as error:
             return not getattr(error, "errno", None)
         return True

@@ -48,7 +48,7 @@ class Views(Dataset):
         check_fit(source, in_chans)
         self.source, self.crop, self.size, self.seed = source, crop, size, seed
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
-        self.patience = Patience(source)
+        self.patience = Patience(source, self.load)
 
     @property
     def item_bytes(self):
