@@ -199,7 +199,7 @@ def segment(cfg, run):
         with run.paused():
             drawn = measured()
             if world.is_main:
-                sheet = picture(drawn, val_set, cfg, device, ops, dtype, f"step {step}")
+                sheet = picture(drawn, val_set, cfg.picture_images, cfg, device, ops, dtype, f"step {step}")
                 write_atomically(run.folder / "segmentation.png", lambda file: sheet.save(file, "PNG"))
             model.train()
             world.barrier()                                             # a picture may outlast --timeout

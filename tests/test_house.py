@@ -214,11 +214,13 @@ def config_fields(text):
 
 def unread_flags(path, text):
     """Flags that neither the script nor a stage that it imports nor what surrounds every run reads."""
+    if not (fields := config_fields(text)):
+        return []
     around = "\n".join([*(text for path, text in FILES.items() if path.startswith(("mff_run/", *BASES))),
                         *(SCRIPTS[name] for name in imported(text) if name in SCRIPTS)])
     read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg")}
-    return [f"{path}: --{name} is never read" for name in config_fields(text) if name not in read]
+    return [f"{path}: --{name} is never read" for name in fields if name not in read]
 
 
 def test_every_flag_is_read():
