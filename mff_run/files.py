@@ -26,8 +26,8 @@ SEAL = b"sha256:"                                                       # then 6
 LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
 
 # What a run writes, or the temporary file that write_atomically has for it.
-OF_A_RUN = (r"(?:last|encoder|classifier)\.pt|(?:config|env|metrics|nonfinite-step-\d+)\.json|log\.jsonl"
-            r"|reconstruction[-\d]*\.png")
+OF_A_RUN = (r"(?:last|encoder|classifier|classifier_ema|segmenter)\.pt|log\.jsonl"
+            r"|(?:config|env|metrics|nonfinite-step-\d+)\.json|(?:reconstruction|segmentation)[-\d]*\.png")
 
 # ---------------------------------------------------------------- writing
 
