@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune study record-study figures \
+.PHONY: demo record-demo probe record-probe finetune record-finetune segment record-segment study record-study figures \
     gpu gpu-study record-gpu-study test test-rest test-all claims test-oldest \
     faults faults-caused faults-noticed record-faults lint clean
 
@@ -50,6 +50,22 @@ record-finetune: $(VENV)/figures-installed
 	mkdir -p results
 	cp runs/finetune/metrics.json results/finetune_shapes_cpu.json
 	cp runs/finetune-random/metrics.json results/finetune_random_cpu.json
+	$(BIN)/python tests/generated.py
+
+# The demo's encoder trained to segment the embedded images, against the same network from random weights.
+segment: $(VENV)/demo-installed
+	test -f runs/demo/encoder.pt || $(MAKE) demo
+	$(BIN)/python train_segment.py --checkpoint runs/demo --small --random-init --resume auto \
+	    --output-dir runs/segment-random
+	$(BIN)/python train_segment.py --checkpoint runs/demo --small --resume auto --output-dir runs/segment
+	PYTHONPATH=tests $(BIN)/python -c 'from generated import segmented; \
+	    print(segmented("runs/segment/metrics.json", "runs/segment-random/metrics.json"))'
+
+record-segment: $(VENV)/figures-installed
+	mkdir -p results docs/figures
+	cp runs/segment/metrics.json results/segment_shapes_cpu.json
+	cp runs/segment-random/metrics.json results/segment_random_cpu.json
+	cp runs/segment/segmentation.png docs/figures/segmentation.png
 	$(BIN)/python tests/generated.py
 
 # Five methods, three seeds, the number of fused levels: tiny encoders on two cores. The same command goes on with it.

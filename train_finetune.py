@@ -192,7 +192,7 @@ def finetune(cfg, run):
         f"from {'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images of "
         f"{cfg.data}, {len(classes)} classes\n{schedule.plan(run.start)}")
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
-    if run.evaluation_missed(cfg.eval_every):
+    if run.evaluation_missed(schedule.evaluation_due(run.start, cfg.eval_every)):
         run.note_accuracy(run.start, evaluate)
     for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)

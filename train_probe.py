@@ -182,7 +182,7 @@ def probe(cfg, run):
     # ------------------------------------------------------------ loop
     say(schedule.plan(run.start))
     batches = iter(load(train_set, "single_draw", stream))
-    if run.evaluation_missed(cfg.eval_every):
+    if run.evaluation_missed(schedule.evaluation_due(run.start, cfg.eval_every)):
         run.note_accuracy(run.start, evaluate)
     for step in run.steps():
         lr = cosine_lr(schedule.epoch(step), schedule.lr, cfg.min_lr, schedule.warmup_epochs, schedule.epochs)

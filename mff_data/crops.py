@@ -126,8 +126,8 @@ def to_pillow(pixels):
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def resized_part(image, box, size):
-    """The part of an image in box (top, left, height, width), antialiased bicubic: an array (H', W', C).
+def resized_part(image, box, size, mode="bicubic"):
+    """The part of an image in box (top, left, height, width), antialiased: an array (H', W', C).
 
     By PyTorch, whose resize of uint8 rounds more coarsely than Pillow's: docs/parity.md, "Pixels". A file
     that can be decoded at a fraction of its size leaves a box that begins between pixels, and is Pillow's.
@@ -136,10 +136,10 @@ def resized_part(image, box, size):
     if scale > 1:
         top, left, height, width = (value / scale for value in box)
         box = left, top, min(left + width, image.width), min(top + height, image.height)
-        return np.array(to_array(image.resize(size[::-1], BICUBIC, box=box)))
+        return np.array(to_array(image.resize(size[::-1], Image.Resampling[mode.upper()], box=box)))
     part = np.array(cut(image, box))                                    # (height, width, C)
     x = torch.from_numpy(part)[None].permute(0, 3, 1, 2)                # (1, C, height, width)
-    x = F.interpolate(x, size, mode="bicubic", antialias=True)          # (1, C, H', W')
+    x = F.interpolate(x, size, mode=mode, antialias=True)               # (1, C, H', W')
     return x[0].permute(1, 2, 0).contiguous().numpy()
 
 

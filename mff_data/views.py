@@ -72,28 +72,34 @@ class Views(Dataset):
         return item
 
     def read(self, epoch, index):
-        """What view gives of the image at index, or of another one, its label, and what was bad before it."""
+        """What view gives of the image at index, or of another one, and what was bad before it."""
         bad, shown = [], index
         for attempt in range(20):
             try:
-                image = crops.to_mode(self.source.open(shown), self.in_chans)
-                return self.view(image, epoch, index) | dict(label=self.source.label(shown), bad=bad)
+                return self.view(*self.load(shown), epoch, index) | dict(bad=bad)
             except DECODE_ERRORS as error:
-                name = self.source.name(shown)
+                name = getattr(error, "file", None) or self.source.name(shown)
                 bad.append((name, reason_of(error, name)))
                 draws = rng.Rng(self.seed, rng.REPLACE, epoch, index)
                 shown = [draws.integer(0, len(self.source)) for _ in range(attempt + 1)][-1]
         name, reason = bad[-1]
         raise Fault(f"20 images in a row cannot be read; the last is {printable(name)} ({reason})")
 
-    def view(self, image, epoch, index):
-        """image, the crop of this image: Pillow's, which may not be decoded yet, or an array."""
+    def load(self, shown):
+        """(image, label) at an index of the source: Pillow's, which may not be decoded yet, or an array.
+
+        An error that is about another file than the image has its name as `file`.
+        """
+        return crops.to_mode(self.source.open(shown), self.in_chans), self.source.label(shown)
+
+    def view(self, image, label, epoch, index):
+        """What an item holds of a loaded image: image, the crop of it, and label."""
         draws = rng.Rng(self.seed, rng.CROP, epoch, index)
         crop = crops.CROPS[self.crop](image, self.size, draws)          # (H, W, C)
         if self.augment:
             crop = self.augment(crops.to_pillow(crop), rng.Rng(self.seed, rng.AUGMENT, epoch, index))
             crop = np.array(crops.to_array(crop))                       # (H, W, C)
-        return dict(image=torch.from_numpy(crop).permute(2, 0, 1))
+        return dict(image=torch.from_numpy(crop).permute(2, 0, 1), label=label)
 
 
 def check_fit(source, in_chans):
@@ -115,18 +121,22 @@ def collate(items):
     """Stack the items.
 
     `bad` becomes one flat list; `replaced` (B,) marks items whose own file could not be read.
-    image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice.
+    image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice. A
+    label may be a mask of uint8: all are of one size.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
     bad, noise, images = columns.pop("bad"), torch.stack(columns.pop("noise")), columns.pop("image")
+    masks = columns.pop("label") if isinstance(columns["label"][0], torch.Tensor) else []
     C, H, W = images[0].shape
-    with room_for(len(images) * C * H * W + noise.nbytes):
+    with room_for(len(images) * C * H * W + noise.nbytes + sum(mask.nbytes for mask in masks)):
         pixels = blank(len(images), H, W, C)                            # (B, H, W, C)
+        if masks:
+            columns["label"] = torch.stack(masks, out=blank(len(masks), *masks[0].shape))
         if get_worker_info() and noise.nbytes:
             noise.share_memory_()       # else a thread of the worker does, and an error there loses the batch
     for row, image in zip(pixels, images, strict=True):
         row[:] = image.permute(1, 2, 0)
-    batch = {name: torch.tensor(values) for name, values in columns.items()}
+    batch = {name: torch.as_tensor(values) for name, values in columns.items()}
     return batch | dict(image=pixels.permute(0, 3, 1, 2), noise=noise,
                         replaced=torch.tensor([len(found) > 0 for found in bad]),
                         bad=[entry for found in bad for entry in found])
@@ -191,7 +201,7 @@ def advice_if_late(source, workers):
     """What would help a run that waits for its data."""
     if not workers:
         return "--workers, as many as there are cores for this process, would help"
-    if isinstance(source, ImageFiles):
+    if isinstance(source, ImageFiles) and not hasattr(source, "open_mask"):     # packs hold no masks
         return "data packed by tools.pack would help, or more --workers"
     return "more --workers would help"
 

@@ -21,7 +21,7 @@ def param_groups(model, weight_decay, layer_decay=1.0, depth=0, undecayed=()):
         if not param.requires_grad:
             continue
         decays = param.ndim > 1 and not name.endswith(".bias") and name not in undecayed
-        lr_scale = layer_decay ** (depth + 1 - layer_id(name, depth))
+        lr_scale = layer_decay ** (depth + 1 - layer_id(name.removeprefix("encoder."), depth))
         decay = weight_decay if decays else 0.0
         new = {"params": [], "names": [], "lr_scale": lr_scale, "weight_decay": decay}
         group = groups.setdefault((lr_scale, decay), new)

@@ -20,7 +20,7 @@ class Log:
         lines = read_log(self.path) if step > 0 else []
         # "done" marks the last line of a finished run: one that goes on writes it anew.
         kept = [line for line in lines if (step_of(line) or 0) <= step and "done" not in line]
-        self.evaluated = any(step_of(line) == step and "acc1" in line for line in kept)
+        self.evaluated = any(step_of(line) == step and "val_images" in line for line in kept)
         if world.is_main:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             files.write_atomically(self.path, lambda file: file.write(text.encode()))

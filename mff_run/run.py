@@ -250,17 +250,19 @@ class Run:
 
     # ------------------------------------------------------------ evaluations
 
-    def evaluation_missed(self, epochs):
+    def evaluation_missed(self, was_due):
         """Whether the run was stopped after a save, before the evaluation that was due with it."""
-        return (0 < self.start < self.schedule.stop and self.schedule.evaluation_due(self.start, epochs)
-                and not self.log.evaluated)
+        return 0 < self.start < self.schedule.stop and was_due and not self.log.evaluated
 
     def paused(self):
         """A context whose time counts neither as training nor as waiting for data."""
         return self.meter.paused() if self.meter else contextlib.nullcontext()
 
-    def note_accuracy(self, done, evaluate):
-        """Log and print what evaluate() returns after so many steps, which are saved: a signal ends it."""
+    def note_accuracy(self, done, evaluate, shown=shown):
+        """Log and print what evaluate() returns after so many steps, which are saved: a signal ends it.
+
+        shown(metrics) is their text.
+        """
         try:
             with self.paused(), self.signals.interrupting():
                 metrics = evaluate()

@@ -102,15 +102,17 @@ def own_part(state, optimizer):
     return {**state, "state": parts}
 
 
-def whole(model, build, world):
-    """The model itself; where it is sharded, a copy that build() makes with all parameters, on rank 0 alone.
+def whole(model, build, world, everywhere=False):
+    """The model itself; where it is sharded, a copy that build() makes with all parameters.
 
-    All ranks must call this together; the others get None for a sharded model.
+    All ranks must call this together. Of a sharded model rank 0 alone gets one, the others None, or with
+    everywhere each rank.
     """
     if not any(map(is_part, model.parameters())):
         return model
-    weights = gathered(model.state_dict(), world.is_main)
-    if not world.is_main:
+    keep = world.is_main or everywhere
+    weights = gathered(model.state_dict(), keep)
+    if not keep:
         return None
     copy = build()
     copy.load_state_dict(weights)

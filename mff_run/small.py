@@ -22,8 +22,10 @@ PRETRAIN = {
     "vit_l": ((128, 128), 256, 2, 8, 64, 3e-4),
     "vit_h": ((112, 112), 256, 2, 8, 64, 3e-4),
 }
+DATA = ("data", "num_classes", "names", "reduce_zero_label")             # flags that say what to train on
 PROBE = dict(global_batch=64)                                           # lr by its blr
 FINETUNE = dict(global_batch=64, lr=1e-3)
+SEGMENT = dict(img_size=(64, 64), width=64, global_batch=16, lr=1e-3, steps=200)
 
 
 def of_model(name):
@@ -70,11 +72,12 @@ def instead(cfg, seconds):
         flags, names, steps = "--model vit_test", ("data", "in_chans", "mean", "std"), 500      # minutes
     else:
         images = 1800 / seconds                                         # of half an hour
-        flags, names, steps = "--small", ("checkpoint", "data"), images / cfg.small_settings["global_batch"]
+        flags, names, steps = "--small", ("checkpoint", *DATA), images / cfg.small_settings["global_batch"]
     for field in fields(cfg):
         value = getattr(cfg, field.name)
         if field.name in (*names, "device") and value != field.default:
-            flags += f" {flag_of(field.name)} {shlex.quote(str(typed(value)))}"
+            words = () if value is True else (shlex.quote(str(typed(value))),)
+            flags = " ".join((flags, flag_of(field.name), *words))
     return (f"python {this_command()} {flags} --steps {max(int(steps), 1)} "
             f"--output-dir {shlex.quote(cfg.output_dir)}-small")
 

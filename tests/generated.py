@@ -19,6 +19,7 @@ from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
 from mff_min.probe import shown  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
+from mff_tasks.segmentation import shown as shown_segment  # noqa: E402
 from tools import analyze, comparison, study  # noqa: E402
 from tools.figures import save  # noqa: E402
 
@@ -80,6 +81,25 @@ def finetune_shapes_cpu(result):
     paths = [f"results/finetune_{name}_cpu.json" for name in ("shapes", "random")]
     return (f"{finetuned(*(ROOT / path for path in paths))} The flags stand in the Makefile, the figures in "
             f"{' and '.join(paths)}.")
+
+
+def segmented(*paths):
+    """What `make segment` reached, from the metrics.json of its two runs, pre-trained and random."""
+    result, random = (json.loads(Path(path).read_text()) for path in paths)
+    difference = result["mIoU"] - random["mIoU"]
+    error = math.hypot(result["mIoU_error"], random["mIoU_error"])
+    here, there = (f"{metrics['mIoU']:.1f} +- {metrics['mIoU_error']:.1f} %" for metrics in (result, random))
+    return (f"`make segment` trains the encoder of `make demo` for {result['step']} steps of "
+            f"{result['config']['global_batch']} images, on {result['environment']['threads']} CPU threads "
+            f"in {result['seconds'] / 60:.1f} minutes. Its mIoU on {result['val_images']} validation images "
+            f"is {here}; from random weights the same network reaches {there}, {difference / error:.1f} "
+            f"standard errors less. It is one run of each.")
+
+
+def segment_shapes_cpu(result):
+    """What `segmented` says of the recorded runs."""
+    paths = [f"results/segment_{name}_cpu.json" for name in ("shapes", "random")]
+    return f"{segmented(*(ROOT / path for path in paths))} The figures stand in {' and '.join(paths)}."
 
 
 PROMISES = 12                                                           # of docs/reliability.md
@@ -161,10 +181,12 @@ def table(group):
 
 def stages():
     """The last line of each stage, as the runs in results/ ended."""
-    demo, probe, finetune = (json.loads((ROOT / "results" / f"{name}.json").read_text())
-                             for name in ("demo", "probe_protocol_cpu", "finetune_shapes_cpu"))
+    names = "demo", "probe_protocol_cpu", "finetune_shapes_cpu", "segment_shapes_cpu"
+    demo, probe, finetune, segment = (json.loads((ROOT / "results" / f"{name}.json").read_text())
+                                      for name in names)
     return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
-            f"train_finetune.py  done: {shown(finetune)}\n```")
+            f"train_finetune.py  done: {shown(finetune)}\n"
+            f"train_segment.py   done: {shown_segment(segment)}\n```")
 
 
 ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",
@@ -191,7 +213,8 @@ def rooms():
 
 SUMMARIES = {"stages": stages, "rooms": rooms}                          # of several files
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
-          "finetune_shapes_cpu": finetune_shapes_cpu, "faults_cpu": faults_cpu}
+          "finetune_shapes_cpu": finetune_shapes_cpu, "segment_shapes_cpu": segment_shapes_cpu,
+          "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
 SUBJECTS = "step", "segment", "data", "imports"
@@ -245,7 +268,7 @@ def of_study(name):
     if not path.exists():
         return "Not run."
     result = json.loads(path.read_text())
-    planned = study.plan(study.PRESETS[result["preset"]], list(study.METHODS), [0, 1, 2])
+    planned = study.plan(study.preset_of(result["preset"], result["data"]), list(study.METHODS), [0, 1, 2])
     if name.startswith("summary_"):
         return comparison.summary(result, planned)
     figures = [f"![{figure.title}](figures/{name}_{kind}.svg)"

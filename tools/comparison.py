@@ -21,7 +21,8 @@ COLOURS = {"pixels": "ink", "random": "grey", "MAE": "blue", "PixMIM": "green", 
            "MFF_PixMIM": "red", "MFF_detach": "purple",
            "MFF_2": "teal", "MFF_4": "teal", "MFF_12": "teal"}          # the ablation has figures of its own
 ORDER = tuple(COLOURS)
-OTHERS = {"linear": "LARS", "knn": "k-NN", "finetune": "fine-tuning"}   # stages with one accuracy
+OTHERS = {"linear": ("LARS", "acc1"), "knn": ("k-NN", "acc1"), "finetune": ("fine-tuning", "acc1"),
+          "segment": ("segmentation", "mIoU")}                          # stages with one figure, and its name
 LEVELS = {"MAE": 1, "MFF_2": 2, "MFF_4": 4,
           "MFF_MAE": 6, "MFF_12": 12}                                   # fused levels (MFF, table 4)
 WEIGHTS_NOTE = ("A weight is no measure of what a level contributes: levels differ in norm, and all but the "
@@ -81,11 +82,14 @@ def difference(values, others):
 
 @dataclass(frozen=True)
 class Metric:
-    """A measurement in percent: {method: {seed: value}}, on so many validation images, and chance."""
+    """A measurement in percent: {method: {seed: value}}, on so many validation images, and chance.
+
+    chance is None of mIoU, which has none.
+    """
     name: str
     values: dict
     val_images: int
-    chance: float
+    chance: float | None
 
 
 def metrics_of(results):
@@ -105,12 +109,13 @@ def metrics_of(results):
             elif row["kind"] == "pixels" or row["layer"] == last:
                 add(name, record, "pixels" if row["kind"] == "pixels" else record["method"], row["acc1"])
     main = next(iter(chance), "")                                       # the label that the other stages use
-    for stage, text in OTHERS.items():
+    for stage, (text, figure) in OTHERS.items():
         for record in results["records"]:
             if record["stage"] == stage and main:
-                add(f"{main}, {text}", record, record["method"], record["metrics"]["acc1"])
+                add(f"{main}, {text}", record, record["method"], record["metrics"][figure])
     return [Metric(name, {method: found[method] for method in ORDER if method in found}, images[name],
-                   chance[name.rpartition(", ")[0]]) for name, found in values.items()]
+                   None if name.endswith("segmentation") else chance[name.rpartition(", ")[0]])
+            for name, found in values.items()]
 
 
 def last_block(record):
@@ -242,7 +247,7 @@ def report(results, planned):
         parts.append("\n".join(table_of(metric)))
     if metrics:
         errors = [f"{metric.name}: {binomial_error(metric):.2f} points of {metric.val_images} images, chance "
-                  f"{metric.chance:.1f} %" for metric in metrics]
+                  f"{metric.chance:.1f} %" for metric in metrics if metric.chance is not None]
         parts.append("The spread above is over seeds. The validation images are a sample too, the same one "
                      "for every method from a seed: one standard error of an accuracy from it alone is, for "
                      + "; ".join(errors) + ".")

@@ -1,12 +1,14 @@
-"""Measure a classifier as it is: its accuracy on validation images, or on a robustness set of ImageNet.
+"""Measure a classifier as it is, on validation images or on a robustness set of ImageNet; or a segmenter.
 
     python -m tools.evaluate --checkpoint runs/finetune --data IMAGENET --img-size 384 --workers 12
     torchrun --nproc-per-node=8 -m tools.evaluate --checkpoint runs/finetune --robustness imagenet-a:DIR
+    python -m tools.evaluate --checkpoint runs/segment --data ade20k:DIR --batch-size 4 --workers 12
 
-The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head.
+The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head. Of a
+run of train_segment.py, or its segmenter.pt, mIoU is measured; then --batch-size counts windows of an image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,15 +17,20 @@ from mff_data.decode import reading_of
 from mff_data.lists import natural, read_lines
 from mff_data.sources import describe_files, open_data, relabel
 from mff_min.config import check_ranges, knob, opt, parse
-from mff_min.errors import UserError, printable
+from mff_min.errors import UserError, listed, printable
 from mff_min.probe import accuracy, shown
 from mff_run.log import BadSamples
 from mff_run.process import run
 from mff_run.resume import open_measuring_folder, record
 from mff_run.world import pick_dtype, pick_ops, start_world
-from mff_weights.pretrained import CheckpointFlags, build_like, load_classifier, open_pretrained
+from mff_tasks import segmentation
+from mff_tasks.ade20k import open_masks
+from mff_tasks.segmenter import find_segmenter, load_segmenter
+from mff_weights.pretrained import CheckpointFlags, build_like, load_classifier, open_pretrained, white_of
 from tools.robustness import RobustnessSet, open_robustness, summarise, table
 from train_finetune import count_on
+
+OF_CLASSIFIERS = "robustness", "classes", "key", "img_size", "in_chans", "patch_size", "adapt", "mean", "std"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,38 @@ def main(cfg):
     """Measure as cfg says; returns the metrics: acc1, acc5 and so on, or those of `robustness.summarise`."""
     check_ranges(cfg)
     with start_world(cfg.device, timeout=cfg.timeout) as world:
-        return measure(cfg, world)
+        path = find_segmenter(cfg.checkpoint) if cfg.checkpoint else None
+        return measure_segmenter(cfg, world, path) if path else measure(cfg, world)
+
+
+def measure_segmenter(cfg, world, path):
+    """The metrics of segmentation.iou of the segmenter in a file, on --data with masks."""
+    given = [name for name in OF_CLASSIFIERS if getattr(cfg, name)]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')}: {path} is a segmenter, which has the settings "
+                        f"of its run; expected no such flag")
+    ops, dtype = pick_ops(cfg.ops, world.device), pick_dtype(cfg.dtype, world.device)
+    finished = load_segmenter(path, world.device, ops)
+    told, classes = finished.config, finished.classes
+    cfg = replace(cfg, img_size=finished.img_size, in_chans=finished.in_chans, mean=finished.mean,
+                  std=finished.std, white=cfg.white or white_of(told))
+    labels = None, "", False
+    if cfg.data.startswith("masks:"):                                   # which has no names of its own
+        labels = len(classes), "", bool(told.get("reduce_zero_label"))
+    source = world.local_main_first(lambda: open_masks(cfg.data, "val", cfg.cache_dir, world.say, *labels,
+                                                       reading_of(cfg), cfg.max_bad))
+    if not labels[0] and source.classes != classes:
+        raise UserError(f"--data {cfg.data} has {len(source.classes)} classes, {listed(source.classes)}, and "
+                        f"{path} has {listed(classes)}: expected the data it was trained on, or its masks as "
+                        f"masks:DIR")
+    source.classes = classes
+    describe_files(world.say, source)
+    folder = open_measuring_folder(cfg, world)
+    bad_samples = BadSamples(folder, world, len(source), cfg.max_bad)
+    metrics = segmentation.evaluate(finished.model, source, cfg, world, ops, dtype, bad_samples)
+    world.say(segmentation.shown(metrics))
+    record(folder, cfg, world, metrics)
+    return metrics
 
 
 def measure(cfg, world):

@@ -39,6 +39,7 @@ import torch
 import train_finetune
 import train_pretrain
 import train_probe
+import train_segment
 from mff_data.sources import fingerprint, match_labels, open_data
 from mff_min.config import check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError
@@ -82,7 +83,9 @@ PRESETS = {
                  f"--lr 3e-3",
         layers="--layers 0,2,4,6,8,11 --images 5000 --pool avg",
         knn="--knn 20 --pool avg",
-        finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3"),
+        finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3",
+        segment="--img-size 64 --width 64 --global-batch 16 --batch-size 16 --steps 400 --lr 1e-3 "
+                "--picture-images 1"),
     "gpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
         pretrain="--model vit_t --patch-size 8 --decoder-embed-dim 192 --decoder-depth 4 "
@@ -95,7 +98,7 @@ PRESETS = {
 }
 FORK = multiprocessing.get_context("fork")                              # nothing is imported again
 MODULES = {"pretrain": train_pretrain, "layers": probe_layers, "knn": train_probe, "linear": train_probe,
-           "finetune": train_finetune}
+           "finetune": train_finetune, "segment": train_segment}
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,12 @@ class Unit(NamedTuple):
     method: str
     seed: int
     stage: str
+
+
+def preset_of(name, data):
+    """The flags of a preset's stages on this data: only the embedded images have masks to segment."""
+    preset = PRESETS[name]
+    return preset if data == "shapes" else {key: value for key, value in preset.items() if key != "segment"}
 
 
 def plan(preset, methods, seeds):
@@ -156,7 +165,7 @@ def flags_of(preset, unit):
 
 def command_of(cfg, unit, folder):
     """The words that the unit's script would be given."""
-    preset = PRESETS[cfg.preset]
+    preset = preset_of(cfg.preset, cfg.data)
     data = preset["shapes"] if cfg.data == "shapes" else cfg.data
     words = [*flags_of(preset, unit).split(), "--data", data]
     if unit.stage == "pretrain":
@@ -252,7 +261,7 @@ def read_results(path, name, images, cfg):
 
     images tells the data from other data of the same name; None: it is not asked for.
     """
-    empty = dict(preset=cfg.preset, data=name, images=images, settings=PRESETS[cfg.preset], parts=[],
+    empty = dict(preset=cfg.preset, data=name, images=images, settings=preset_of(cfg.preset, name), parts=[],
                  environments=[], records=[])
     try:
         found = json.loads(path.read_text())
@@ -280,7 +289,7 @@ def read_results(path, name, images, cfg):
 
 def check_flags(unit, flags, path, cfg):
     """Raise UserError unless a unit found in path was run with the flags that this study would give it."""
-    preset = PRESETS[cfg.preset]
+    preset = preset_of(cfg.preset, cfg.data)
     if unit.method not in METHODS or unit.stage not in preset:
         raise UserError(f"{path} holds {unit.method}, {unit.stage}, which --preset {cfg.preset} lacks")
     if flags != flags_of(preset, unit):
@@ -321,7 +330,7 @@ def main(cfg):
     folder = Path(cfg.study_dir or f"runs/study/{called}")
     path = Path(cfg.output_dir) / f"study_{called}.json"
     images = None if cfg.report else images_of(cfg)
-    results, units = read_results(path, name, images, cfg), plan(PRESETS[cfg.preset], methods, seeds)
+    results, units = read_results(path, name, images, cfg), plan(preset_of(cfg.preset, name), methods, seeds)
     if cfg.minutes:
         units = in_chains(units)
     if cfg.report and not results["records"]:
@@ -431,7 +440,7 @@ def held(folder, kind, patience=30.0):
 
 def run_units(cfg, units, folder, path, results, device, signals):
     """Run the units that the results lack, some at a time, and write the results after each."""
-    preset, began = PRESETS[cfg.preset], time.monotonic()
+    preset, began = preset_of(cfg.preset, cfg.data), time.monotonic()
     jobs = 1 if device == "gpu" else cfg.jobs
     commit = source_commit()                                            # of this process to its end
     part = dict(units=0, jobs=jobs, seconds=0)                          # this call's
@@ -610,12 +619,14 @@ def measure(cfg, units, results, folder, jobs):
     costs = renewed(found.get(where, {}), results, units)
     if cfg.minutes or seconds_of(units, costs) is not None:
         return costs
-    print(f"measuring {TRIAL_STEPS} steps of pre-training and of fine-tuning", flush=True)
+    print(f"measuring {TRIAL_STEPS} steps of what trains an encoder", flush=True)
+    preset = preset_of(cfg.preset, cfg.data)
     trial, rates, images = folder / "trial", {}, {}
     shutil.rmtree(trial, ignore_errors=True)
     for seed in range(jobs):
         start(cfg, Unit("random", seed, "pretrain"), trial).join()
-    for method, stage in (("MFF_12", "pretrain"), ("random", "finetune")):
+    trained = ("MFF_12", "pretrain"), ("random", "finetune"), ("random", "segment")
+    for method, stage in [(method, stage) for method, stage in trained if stage in preset]:
         began = time.monotonic()
         line, given = try_out(cfg, [Unit(method, seed, stage) for seed in range(jobs)], trial)
         before = time.monotonic() - began                               # of every unit, about
@@ -626,7 +637,7 @@ def measure(cfg, units, results, folder, jobs):
         if stage in rates:
             costs[stage] = before + images[stage] / rates[stage]
             continue
-        given = parse(MODULES[stage].Config, PRESETS[cfg.preset][stage].split())
+        given = parse(MODULES[stage].Config, preset[stage].split())
         seen = 2 * min(given.images, num_samples) if stage == "layers" else 1.2 * num_samples
         costs[stage] = before + 2 * seen / (3 * rates["finetune"])
     shutil.rmtree(trial)

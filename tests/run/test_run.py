@@ -19,6 +19,7 @@ from waits import waits_in_steps
 import train_finetune
 import train_pretrain
 import train_probe
+import train_segment
 from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_min.probe import LinearProbe
@@ -28,6 +29,8 @@ from mff_run import run as run_module
 from mff_run.flops import classifier_flops, step_flops
 from mff_run.log import read_log
 from mff_run.process import Stopped, run
+from mff_tasks.attention import add_relative_positions
+from mff_tasks.upernet import Segmenter, segmenter_flops
 
 # 105 images are 6.6 steps. The 21 images for validation divide neither by two ranks nor by batches of eight.
 SMALL = ("--data shapes:105 --global-batch 16 --batch-size 8 --log-every 1 --save-every 3 "
@@ -45,6 +48,7 @@ class Row(NamedTuple):
     flops: object                                                       # cfg -> of one image
     too_high: str = "1e30"                                              # learning rate: the loss ends as NaN
     sums: bool = True                                                   # whether ranks only add up gradients
+    at_once: str = "--warmup-epochs 0"                                  # flags of no warm-up
 
 
 def flops_of_pretraining(cfg):
@@ -60,6 +64,12 @@ def flops_of_a_classifier(cfg):
     return classifier_flops(model, model.head, False)
 
 
+def flops_of_a_segmenter(cfg):
+    model = VisionTransformer((16, 16), **MODELS["vit_test"])
+    add_relative_positions(model)
+    return segmenter_flops(Segmenter(model, 11, width=8))
+
+
 FROM = ["--checkpoint", "PRETRAINED"]
 STAGES = {
     "pretrain": Row(train_pretrain, [*MODEL, "--picture-every", "99"], "--lr 1e-3 --clip-grad 0.5",
@@ -69,6 +79,10 @@ STAGES = {
                  too_high="1e38", sums=False),
     "finetune": Row(train_finetune, FROM, "--lr 1e-3 --reprob 0.5 --ema 0.9 --drop-path 0.3 --clip-grad 1 "
                     "--repeats 2", ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_classifier),
+    # A rank's BatchNorm has running statistics of its own on a CPU.
+    "segment": Row(train_segment, [*FROM, *"--img-size 16 --width 8 --picture-images 1".split()],
+                   "--lr 1e-3 --drop-path 0.3 --clip-grad 1 --eval-every 8 --picture-every 16",
+                   ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_segmenter, at_once="--warmup-steps 0"),
 }
 STEPS = ["--steps", "16"]                                               # 2.4 epochs
 
@@ -76,6 +90,9 @@ STEPS = ["--steps", "16"]                                               # 2.4 ep
 @pytest.fixture(params=STAGES)
 def row(request):
     return STAGES[request.param]
+
+
+HAVE_EPOCHS = [name for name in STAGES if name != "segment"]            # its schedule ends with its steps
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +182,7 @@ def test_a_signal_inside_an_accumulation_drops_the_step_and_the_run_goes_on_as_i
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_3_and_is_not_saved(row, flags_of, tmp_path,
                                                                                   capsys):
-    high = ["--steps", "30", "--lr", row.too_high, "--warmup-epochs", "0", "--save-every", "1"]
+    high = ["--steps", "30", "--lr", row.too_high, *row.at_once.split(), "--save-every", "1"]
     with pytest.raises(SystemExit) as stop:
         run(row.stage.main, parse(row.stage.Config, flags_of(row, tmp_path / "a", *high)))
     error, = capsys.readouterr().err.strip().splitlines()
@@ -182,6 +199,9 @@ def test_two_ranks_equal_one_with_accumulation(row, flags_of, whole, tmp_path):
     said = torchrun(2, script, *flags_of(row, tmp_path / "two", *STEPS, *row.busy.split()))
     assert "in 1 micro-batches" in said
     one, two = state_of(whole), state_of(tmp_path / "two")
+    for state in one, two:                                              # but for what BatchNorm has seen
+        state["model"] = {name: x for name, x in state["model"].items() if "running_" not in name
+                          and (not row.sums or "num_batches" not in name)}
     if row.sums:
         assert all(same_bits(two[key], one[key]) for key in one.keys() & {"model", "optimizer", "average"})
     else:
@@ -297,7 +317,7 @@ def test_compiled_steps_have_the_losses_of_eager_ones_and_no_size_is_symbolic(ro
 # ---------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("flags, message", [
+BAD = [
     ("--wrokers 1", "unknown flag --wrokers; did you mean --workers?"),
     ("--batch-size many", "invalid int value: 'many'"),
     ("--batch-size 0", "--batch-size 0: expected "),
@@ -324,7 +344,13 @@ def test_compiled_steps_have_the_losses_of_eager_ones_and_no_size_is_symbolic(ro
     ("--timeout 0", "--timeout 0.0: expected more than 0"),
     ("--log-every 0", "--log-every 0: expected more than 0"),
     ("--save-every 0", "--save-every 0: expected more than 0"),
-])
+]
+LACKING = {"segment": ("--epochs", "--data cifar", "--data /")}         # its flags and its data differ
+
+
+@pytest.mark.parametrize("row, flags, message", indirect=["row"], argvalues=[
+    (name, flags, message) for name in STAGES for flags, message in BAD
+    if not flags.startswith(LACKING.get(name, "none"))])
 def test_bad_input_gets_one_line_and_exit_code_2(row, flags_of, tmp_path, capfd, monkeypatch, flags, message):
     monkeypatch.chdir(ROOT)
     flags = flags_of(row, tmp_path / "a", "--steps", "2", *flags.split())
@@ -356,6 +382,7 @@ def test_a_run_goes_on_with_the_settings_it_began_with(start):
     assert start("--steps", "2", "--workers", "1", "--resume", "auto")["step"] == 2
 
 
+@pytest.mark.parametrize("row", HAVE_EPOCHS, indirect=True)
 def test_a_run_that_has_gone_further_is_not_called_done(start, tmp_path):
     start("--steps", "3", "--epochs", "5")
     before = state_of(tmp_path / "a"), (tmp_path / "a" / "log.jsonl").read_text()

@@ -14,6 +14,7 @@ from sources import ROOT
 import train_finetune
 import train_pretrain
 import train_probe
+import train_segment
 from mff_min.config import check_batches, check_ranges, parse
 from mff_min.errors import UserError
 from mff_min.optim import make_schedule
@@ -22,7 +23,7 @@ from mff_run import small
 from mff_run.resume import already_a_run, check_same_settings
 from tools import study
 
-STAGES = [train_pretrain, train_probe, train_finetune]
+STAGES = [train_pretrain, train_probe, train_finetune, train_segment]
 LARGE = ["vit_s", "vit_b", "vit_l", "vit_h"]
 
 
@@ -36,11 +37,11 @@ def test_larger_models_keep_the_settings_of_the_paper(model):
     assert config("--model", model, "--no-small") == train_pretrain.Config(model=model)
 
 
-@pytest.mark.parametrize("stage", [train_probe, train_finetune])
-def test_probing_and_fine_tuning_keep_the_settings_of_the_paper_until_they_are_asked(stage):
+@pytest.mark.parametrize("stage, batch", [(train_probe, 64), (train_finetune, 64), (train_segment, 16)])
+def test_the_other_stages_keep_the_settings_of_the_paper_until_they_are_asked(stage, batch):
     assert config(stage=stage) == stage.Config()
     asked = config("--small", stage=stage)
-    assert asked.small and asked.global_batch == asked.batch_size == 64
+    assert asked.small and asked.global_batch == asked.batch_size == batch
 
 
 def test_small_models_are_small_by_default():
@@ -133,9 +134,11 @@ def test_what_was_chosen_is_said_as_flags_and_kept_with_the_run(tmp_path, cache,
 def test_the_command_to_try_is_the_one_that_was_typed_on_the_same_device(monkeypatch):
     monkeypatch.setattr("sys.argv", ["../my repo/train_pretrain.py"])
     monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": types.SimpleNamespace(__spec__=None)})
-    for stage, flags in (train_pretrain, "--model vit_l"), (train_finetune, ""):
+    for stage, flags in ((train_pretrain, "--model vit_l"), (train_finetune, ""),
+                         (train_segment, "--reduce-zero-label --num-classes 3")):
         command = small.instead(config(flags, "--device cpu", stage=stage), 1.0)
         assert command.startswith("python '../my repo/train_pretrain.py' --") and " --device cpu " in command
+    assert " --num-classes 3 --reduce-zero-label --steps " in command
 
 
 def test_a_warning_of_few_images_names_small_where_it_lowers_the_batch():

@@ -295,7 +295,7 @@ def test_the_committed_results_go_on_with_todays_flags(path):
     found = json.loads(path.read_text())
     cfg = parse(study.Config, ["--preset", found["preset"], "--data", found["data"]])
     assert study.read_results(path, found["data"], found["images"], cfg) == found
-    assert found["settings"] == json.loads(json.dumps(study.PRESETS[found["preset"]]))
+    assert found["settings"] == json.loads(json.dumps(study.preset_of(found["preset"], found["data"])))
 
 
 def test_a_study_folder_of_another_preset_is_refused(tmp_path):
