@@ -366,17 +366,19 @@ def test_the_schedule_ends_at_zero_and_may_have_no_warm_up():
 def test_layer_decay_has_the_published_14_groups(published):
     groups = param_groups(published, 0.05, 0.65, 12)
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
-    assert sorted(set(scales.values())) == pytest.approx([0.65 ** n for n in range(13, -1, -1)], rel=1e-12)
-    assert len(scales) == len(list(published.parameters()))
-    for name, layers in [("pos_embed", 13), ("cls_token", 13), ("patch_embed.proj.weight", 13),
-                         ("blocks.0.attn.qkv.weight", 12), ("blocks.3.mlp.fc1.bias", 9),
-                         ("blocks.11.attn.relative_position_bias_table", 1), ("neck.upsample_2x.weight", 0),
-                         ("decode_head.conv_seg.weight", 0), ("auxiliary_head.convs.0.bn.bias", 0)]:
-        assert scales[name] == pytest.approx(0.65 ** layers, rel=1e-12)
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
-    assert decay["pos_embed"] == decay["blocks.0.attn.relative_position_bias_table"] == 0.05    # as published
-    assert decay["blocks.0.norm1.weight"] == decay["decode_head.bottleneck.bn.weight"] == 0
-    assert decay["decode_head.conv_seg.weight"] == 0.05 and decay["decode_head.conv_seg.bias"] == 0
+    assert sorted(set(scales.values())) == pytest.approx([0.65 ** n for n in range(13, -1, -1)], rel=1e-12)
+    assert scales.keys() == {name for name, _ in published.named_parameters()}
+    table = "encoder.blocks.11.attn.relative_position_bias_table"
+    for name, layers, decays in [                           # positions and class token decay, as published
+            ("encoder.pos_embed", 13, True), ("encoder.cls_token", 13, True),
+            ("encoder.patch_embed.proj.weight", 13, True), ("encoder.blocks.0.attn.qkv.weight", 12, True),
+            ("encoder.blocks.0.norm1.weight", 12, False), ("encoder.blocks.3.mlp.fc1.bias", 9, False),
+            (table, 1, True), ("neck.upsample_2x.weight", 0, True),
+            ("decode_head.bottleneck.bn.weight", 0, False), ("decode_head.conv_seg.weight", 0, True),
+            ("auxiliary_head.conv_seg.bias", 0, False)]:
+        assert scales[name] == pytest.approx(0.65 ** layers, rel=1e-12), name
+        assert decay[name] == (0.05 if decays else 0), name
 
 
 @pytest.mark.parametrize("options", [
