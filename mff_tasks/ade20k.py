@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mff_data import crops
-from mff_data.decode import AS_THEY_ARE, DECODE_ERRORS, open_file, suffixes
+from mff_data.decode import AS_THEY_ARE, DECODE_ERRORS, open_file, reason_of, suffixes
 from mff_data.lists import read_lines
 from mff_data.shapes import SHAPES, load_shapes
 from mff_data.sources import ImageArray, ImageFiles, counted_suffixes, files_below, find_source, spread
@@ -163,7 +163,7 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
         source = MaskArray(arrays, array.kind, array.origin)
     else:
         source = open_tree(kind, Path(os.path.expanduser(argument)), split, say, num_classes, names,
-                           reduce_zero_label or kind == "ade20k", reading)
+                           reduce_zero_label or kind == "ade20k", reading, max_bad)
     if num_classes and num_classes != len(source.classes):
         whose = f"--names {names}" if names else f"--data {spec}"
         raise UserError(f"--num-classes {num_classes}: {whose} has {len(source.classes)} classes; expected "
@@ -175,7 +175,7 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
     return source
 
 
-def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, reading):
+def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, reading, max_bad):
     """The MaskFiles of a split of ade20k:DIR or masks:DIR. Raises UserError."""
     unpacked = root / "ADEChallengeData2016"
     root = unpacked if not (root / "images").is_dir() and unpacked.is_dir() else root
@@ -194,6 +194,7 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
                          left_out)
     if not classes:
         every = files([str(i) for i in range(IGNORED)])
+        look_at_masks(every, max_bad)
         classes = [str(i) for i in range(count_classes(every, say))]
     return files(classes)
 
@@ -287,16 +288,25 @@ def count_classes(source, say, every=10.0):
 
 
 def look_at_masks(source, max_bad):
-    """Raise UserError where more than a share max_bad of some pairs are wrong, of what kind the first is."""
-    looked, wrong = spread(len(source), LOOKED_AT), []
+    """Raise UserError where more than a share max_bad of some pairs are wrong, or where none is of use."""
+    looked, wrong, damaged, labelled = spread(len(source), LOOKED_AT), [], [], False
     for i in looked:
         try:
-            open_pair(source, i)
+            _, mask = open_pair(source, i)
+            labelled = labelled or bool((mask != IGNORED).any())
         except WrongMask as error:
             wrong.append(f"{printable(error.file)}: {error}")
-        except DECODE_ERRORS:                                           # the run counts and names it
-            pass
+        except DECODE_ERRORS as error:                                  # the run counts and names it
+            name = getattr(error, "file", None) or source.name(i)
+            damaged.append(f"{printable(name)} cannot be read ({reason_of(error, name)})")
     chance = len(looked) < len(source)                                  # one may be the only one of them all
     if len(wrong) > max(max_bad * len(looked), chance):
         raise UserError(f"{wrong[0]} ({len(wrong)} such among {len(looked)} masks looked at, more than "
                         f"--max-bad {max_bad:g} allows)")
+    if len(wrong) + len(damaged) == len(looked):
+        raise UserError(f"{(damaged + wrong)[0]}, nor can any other of {len(looked)} images with masks "
+                        f"looked at: expected {LAYOUT}, PNGs of 8-bit labels")
+    if not labelled:
+        raise UserError(f"none of {len(looked)} masks looked at in {printable(source.origin)} has a pixel "
+                        f"of a class, all are {IGNORED}{' or 0' * source.first}: expected labels of classes"
+                        f"{'; 0 is one without --reduce-zero-label' * source.first}")
