@@ -144,8 +144,7 @@ def shift_colours(x, saturation, hue):
 
 
 def whole_image(image, side):
-    """The pixels (C, h, w) of an image whose shorter side is brought to `side`, its longer one to 4 * side at
-    most."""
+    """The pixels (C, h, w) of an image scaled until its shorter side is `side`, its longer 4 * side at most."""
     H, W = crops.sides(image)
     factor = min(side / min(H, W), 4 * side / max(H, W))
     size = tuple(max(int(length * factor + 0.5), 1) for length in (H, W))
@@ -164,18 +163,20 @@ class WholeMasks(Dataset):
 
     def __getitem__(self, key):
         _, index = key
-        bad, nothing = [], torch.zeros(self.in_chans, 1, 1, dtype=torch.uint8)
-        image, label = nothing, torch.full((1, 1), IGNORED, dtype=torch.uint8)
+        bad, image = [], torch.zeros(self.in_chans, 1, 1, dtype=torch.uint8)
+        label = nothing = torch.full((1, 1), IGNORED, dtype=torch.uint8)
         try:
-            mask = np.array(self.source.open_mask(index))               # (H, W)
-            label = torch.from_numpy(mask)
-            opened = self.source.open(index)
-            check_sizes(self.source, index, opened, mask)
-            image = whole_image(crops.to_mode(opened, self.in_chans), self.side)
+            label = torch.from_numpy(np.array(self.source.open_mask(index)))            # (H, W)
+            image = self.load(index, label)
         except DECODE_ERRORS as error:
-            name = getattr(error, "file", None)
-            if name:                                                    # the mask, or its size
-                label = torch.full((1, 1), IGNORED, dtype=torch.uint8)
+            name = getattr(error, "file", None)                         # the mask's, also if it does not fit
+            label = nothing if name else label
             name = name or self.source.name(index)
             bad.append((name, reason_of(error, name)))
         return dict(image=image, label=label, noise=torch.zeros(0), bad=bad)
+
+    def load(self, index, label):
+        """The image at an index, whose mask is label."""
+        image = self.source.open(index)
+        check_sizes(self.source, index, image, label)
+        return whole_image(crops.to_mode(image, self.in_chans), self.side)
