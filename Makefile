@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo record-demo probe record-probe finetune record-finetune segment record-segment study record-study figures \
     gpu gpu-study record-gpu-study test test-rest test-all claims test-oldest \
-    faults faults-caused faults-noticed record-faults lint clean
+    faults faults-caused faults-noticed faults-long record-faults lint clean
 
 SMALL = --model vit_test
 
@@ -128,6 +128,10 @@ faults-caused: $(VENV)/test-installed
 
 faults-noticed: $(VENV)/test-installed
 	$(BIN)/python tests/faults --controls --output-dir runs/faults
+
+# Ten times as many of the cases that are drawn from a seed, which changes with the date, and of the points of a save.
+faults-long: $(VENV)/test-installed
+	$(BIN)/python tests/faults --long --output-dir runs/faults-long
 
 record-faults: $(VENV)/figures-installed
 	mkdir -p results

@@ -122,7 +122,7 @@ def finetune(cfg, run):
     reading, first = reading_of(cfg), world.local_main_first
     train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
     val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
-    describe_files(say, train_set, val_set)
+    describe_files(say, train_set, val_set, output=cfg.output_dir)
     if run.state and "classes" in run.state:
         train_set = relabel(train_set, run.state["classes"], say, "train", f"the run in {cfg.output_dir}")
     train_set, val_set = match_labels(cfg.data, train_set, val_set, say)

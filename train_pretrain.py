@@ -16,6 +16,7 @@ Published for vit_b after 800 epochs of ImageNet, linear probe / fine-tuning: MA
 83.5, MFF_MAE 67.0 / 83.6. Any number of processes makes up the batch of 4096 by accumulation.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -69,7 +70,7 @@ class Config(DataFlags, RunFlags):
     low_pass_radius: float = opt(0.0, "frequency bins kept of the target, at 224 pixels (PixMIM: 40); 0: all",
                                  least=0)
     decoder_embed_dim: int = opt(512, "width of the decoder", above=0)
-    decoder_depth: int = opt(8, "blocks of the decoder", above=0)
+    decoder_depth: int = opt(8, "blocks of the decoder", above=0, most=1000)
     decoder_num_heads: int = opt(16, "attention heads of the decoder", above=0)
     epochs: float | None = opt(None, "epochs of the schedule; not given: 800, or what --steps makes", above=0)
     steps: int | None = opt(None, "end after this many; without --epochs the schedule does too", above=0)
@@ -167,7 +168,7 @@ def pretrain(cfg, run):
     reading, first = reading_of(cfg), run.world.local_main_first
     train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
     val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
-    describe_files(say, train_set, val_set)
+    describe_files(say, train_set, val_set, output=cfg.output_dir)
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * run.world.size, cfg.epochs,
                              cfg.steps, cfg.warmup_epochs, cfg.blr, cfg.lr, published=(800, 40))
@@ -207,7 +208,8 @@ def pretrain(cfg, run):
         with run.paused():
             drawn = whole(model, lambda: build_model(cfg, device), run.world)
             if run.world.is_main:
-                draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
+                with contextlib.suppress(process.Interrupted), run.signals.interrupting():  # a disk may hang
+                    draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
             run.world.barrier()                                            # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop

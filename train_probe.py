@@ -107,7 +107,7 @@ def probe(cfg, run):
     reading, first = reading_of(cfg), world.local_main_first
     train_set = first(lambda: open_data(cfg.data, "train", cfg.cache_dir, say, reading))
     val_set = first(lambda: open_data(cfg.data, "val", cfg.cache_dir, say, reading))
-    describe_files(say, train_set, val_set)
+    describe_files(say, train_set, val_set, output=cfg.output_dir)
     if run.state and "classes" in run.state:                            # once a checkpoint had none
         train_set = relabel(train_set, run.state["classes"], say, "train", f"the run in {cfg.output_dir}")
     train_set, val_set = match_labels(cfg.data, train_set, val_set, say)
@@ -222,9 +222,8 @@ def probe_cached(cfg, schedule, stream, train_set, val_set, collect, device, say
     is the protocol itself; with fewer it is an approximation, since crops come again. An image that cannot be
     read is left out.
     """
-    keys = [[(view, i) for i in range(len(train_set))] for view in range(cfg.cache)]
-    views = [collect(train_set, "single_draw", keys[view], f"view {view + 1} of {cfg.cache}")
-             for view in range(cfg.cache)]
+    views = [collect(train_set, "single_draw", [(view, i) for i in range(len(train_set))],
+                     f"view {view + 1} of {cfg.cache}") for view in range(cfg.cache)]
     features = torch.stack([features for features, _ in views])         # (VIEWS, n, D)
     labels = torch.stack([labels for _, labels in views])               # (VIEWS, n)
     val, val_labels = collect(val_set, "evaluation", [(0, i) for i in range(len(val_set))], "val")

@@ -182,10 +182,11 @@ def segment(cfg, run):
 
     def measured():
         """The model that evaluations use: this one, or where it is sharded a whole copy on every rank."""
-        copy = whole(model, lambda: build_model(cfg, pretrained, len(classes), lambda text: None).to(device),
-                     world, everywhere=True)
-        world.broadcast(copy.buffers())                                 # BatchNorm's: on a CPU each rank's own
-        return copy.eval()
+        def build():
+            return build_model(cfg, pretrained, len(classes), lambda text: None).to(device)
+        found = whole(model, build, world, everywhere=True)
+        world.broadcast(found.buffers())                                # BatchNorm's: a CPU rank's own
+        return found.eval()
 
     def measure():
         """mIoU and so on, on all validation images at their own sizes."""
@@ -198,15 +199,15 @@ def segment(cfg, run):
         with run.paused():
             drawn = measured()
             if world.is_main:
-                sheet = picture(drawn, val_set, cfg, device, ops, dtype, f"step {step}")
+                sheet = picture(drawn, val_set, cfg.picture_images, cfg, device, ops, dtype, f"step {step}")
                 write_atomically(run.folder / "segmentation.png", lambda file: sheet.save(file, "PNG"))
             model.train()
             world.barrier()                                             # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop
-    say(f"{pretrained.config['model']} with UPerNet: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
-        f"parameters from {'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} images "
-        f"of {cfg.data}, {len(classes)} classes\n{schedule.plan(run.start)}")
+    say(f"{pretrained.config['model']} with UPerNet: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} "
+        f"M parameters from {'random weights' if cfg.random_init else pretrained.path}; {len(train_set)} "
+        f"images of {cfg.data}, {len(classes)} classes\n{schedule.plan(run.start)}")
     batches = iter(make_loader(views, stream, cfg.workers, device.type == "cuda", cfg.timeout))
     if run.start == 0:
         draw(0)
@@ -246,8 +247,9 @@ def segment(cfg, run):
     final = measured()
     if world.is_main:
         weights = {name: value.cpu() for name, value in final.state_dict().items()}
+        config = asdict(cfg) | dict(model=pretrained.config["model"])
         write_tensors(run.folder / "segmenter.pt",
-                      {"model": weights, "classes": classes, "config": asdict(cfg) | dict(model=pretrained.config["model"])})
+                      {"model": weights, "config": config, "classes": classes})
     run.finish(metrics, shown(metrics))
     return metrics
 

@@ -9,6 +9,7 @@ Shapes: H W C.
 
 import ast
 import contextlib
+import io
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from mff_min.config import opt
 from mff_min.errors import UserError, printable
@@ -28,6 +29,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "J
 OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}     # where Pillow was built with them
 MAX_PIXELS = 89_478_485                                                 # Pillow's limit: it warns above it
 PIXEL_BYTES = 8                                                         # four channels of 16 bits
+# What bounds the time that a file takes: docs/data.md, "Large images"
+PARTS = 6_000                                                           # reads until the pixels are found
+PART_BYTES = 64                                                         # of the file, for each later read
+STRIPS = 100_000                                                        # of a TIFF, or tiles
+SLOW_BYTES = 5_000_000                                                  # of what Pillow decodes in Python
+SLOW = ("ppm_plain", "bmp_rle")                                         # its decoders that are such
 logging.getLogger("PIL").addHandler(logging.NullHandler())              # else its errors reach stderr
 
 # Tags of TIFF 6.0
@@ -105,13 +112,13 @@ def open_image(file, reading=AS_THEY_ARE):
 
 
 def open_file(file, reading):
-    """The image in a file as it is: Pillow's, or of .npy an array (H, W, C) that is mapped.
+    """The image in a file as it is: Pillow's, or of .npy an array (H, W, C).
 
     Raises one of DECODE_ERRORS, ValueError for what is no plain file (opening a pipe would wait for ever) and
     for more than max_pixels, of which a tile of a TIFF may have more than its image. A JPEG of more comes at
     1/2, 1/4 or 1/8 of its size, where its decoder does not hold all of it at once.
     """
-    most = reading.max_pixels
+    most, size = reading.max_pixels, 0
     if isinstance(file, str):
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -121,6 +128,7 @@ def open_file(file, reading):
                              f"expected fewer, or a larger --max-pixels")
         if file.lower().endswith(".npy"):
             return open_array(file, most)
+        file, size = Counted(file), status.st_size
     with warnings.catch_warnings(action="ignore"):                      # of files that are replaced or read
         image = open_pillow(file, most)
         if reading.levels and is_deep_colour(image):
@@ -135,6 +143,7 @@ def open_file(file, reading):
         if math.prod(image.size) > most and is_decoded_by_rows(image):
             scale = next((scale for scale in (2, 4, 8) if math.prod(image.size) <= most * scale ** 2), 1)
             image.draft(None, (max(image.width // scale, 1), max(image.height // scale, 1)))
+        check_time(image, size)
         for width, height in (image.size, tile):                        # from the header: not decoded yet
             check_pixels(width, height, most)
         if is_tiff:
@@ -148,6 +157,71 @@ def check_pixels(width, height, most):
     if width * height > most:
         raise ValueError(f"{width} x {height} pixels are more than {most}: expected fewer, or a larger "
                          f"--max-pixels")
+
+
+class Counted(io.BufferedReader):
+    """A file of which so many parts are read, one a call, and no more: then read raises ValueError.
+
+    Pillow's parsers ask for a few bytes at a time, in Python: a file of millions of segments, chunks, blocks
+    or boxes would take minutes. scans are a JPEG's that may be decoded, each over the whole image.
+    """
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(path))
+        self.parts, self.scans = PARTS, math.inf
+
+    def __del__(self):
+        self.close()
+
+    def read(self, size=-1):
+        content = super().read(size)
+        self.parts -= 1
+        if self.scans < math.inf:
+            self.scans -= content.count(b"\xff\xda")                    # start of scan; no bytes of one
+        if self.parts < 0 or self.scans < 0:
+            raise ValueError("it has far more parts than images have: expected one that is saved anew, "
+                             "without metadata")
+        return content
+
+
+def check_time(image, size):
+    """Raise ValueError where decoding would take minutes; bound what it may read of a file of this size."""
+    codec = image.tile[0][0] if image.tile else ""
+    if codec in SLOW and size > SLOW_BYTES:
+        raise ValueError(f"{size} bytes of text or runs, which are decoded one by one: expected at most "
+                         f"{SLOW_BYTES}, or a PNG")
+    if len(image.tile) > STRIPS:
+        raise ValueError(f"{len(image.tile)} strips or tiles: expected at most {STRIPS}")
+    if not isinstance(image.fp, Counted):
+        return
+    if codec == "ppm_plain":                                            # each comment copies what follows it
+        image.fp.seek(0)
+        if image.fp.read().count(b"#") > PARTS:
+            raise ValueError("it has far more comments than images have: expected one without")
+    elif codec == "jpeg" and not is_decoded_by_rows(image):
+        image.fp.scans = 50 + 4_000_000_000 // max(math.prod(image.size), 1)        # a few seconds' worth
+    image.fp.parts = math.inf if codec in SLOW else PARTS + size // PART_BYTES
+
+
+class Levels(ImageFile.PyDecoder):
+    """Pillow's decoder of a PPM whose white is not 255 or 65535, to the bit, without a loop over values."""
+
+    _pulls_fd = True
+
+    def decode(self, buffer):
+        white = self.args[-1]
+        kind, most = (">u2" if white > 255 else "u1"), 65535 if self.mode == "I" else 255
+        levels = np.arange(65536 if white > 255 else 256)
+        scaled = np.minimum(np.rint(levels / white * most), most).astype("<i4" if self.mode == "I" else "u1")
+        count = self.state.xsize * self.state.ysize * Image.getmodebands(self.mode) * np.dtype(kind).itemsize
+        values = self.fd.read(count)
+        values = np.frombuffer(values[:len(values) // 2 * 2] if white > 255 else values, kind)
+        self.set_as_raw(scaled[values].tobytes(), "I;32" if self.mode == "I" else self.mode)
+        return -1, 0
+
+
+Image.preinit()                                                         # else it would register its own later
+Image.register_decoder("ppm", Levels)
 
 
 def open_pillow(file, most):
@@ -200,8 +274,9 @@ ARRAYS = ("u1", "u2", "i2", "f4")                                       # the la
 
 
 def open_array(path, most):
-    """The array in a .npy file, (H, W, C) or (H, W) as (H, W, 1), mapped: nothing is read or unpickled.
+    """The array in a .npy file, (H, W, C) or (H, W) as (H, W, 1); nothing is unpickled.
 
+    It is read, not mapped: a mapped file that is cut short ends the process without a word.
     Raises ValueError for one of another kind, of more than `most` pixels, or of another size than its file.
     """
     with open(path, "rb") as file:
@@ -231,8 +306,12 @@ def open_array(path, most):
     if size != offset + needed:
         raise ValueError(f"{size - offset} bytes of values, and its header says {needed}: the file was cut "
                          f"short, or is damaged")
-    array = np.memmap(path, kind, "r", offset, shape)
-    return np.asarray(array if array.ndim == 3 else array[..., None])  # (H, W, C)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        values = file.read(needed)
+    if len(values) < needed:
+        raise ValueError(f"{len(values)} of {needed} bytes: the file was cut short while it was read")
+    return np.frombuffer(values, kind).reshape(*shape, *[1] * (3 - len(shape)))         # (H, W, C)
 
 
 # ---------------------------------------------------------------- more than 8 bits

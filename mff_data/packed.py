@@ -1,4 +1,4 @@
-"""Packed images: a split of an image folder as one file that is memory-mapped, written by tools.pack.
+"""Packed images: a split of an image folder as one file, written by tools.pack.
 
     16 bytes    mff_min pack 001: what this is, and its version
     records     one behind the other: the pixels (H, W, C) of an image
@@ -8,7 +8,8 @@
 
 When it is opened, the first and last bytes, the length of the file and the SHA-256 of the index are checked:
 a pack that was cut short is refused there. A record's CRC-32 is checked when a process first reads it, and
-one that was altered counts as an image that cannot be read; `tools.pack --verify` checks them all.
+one that was altered counts as an image that cannot be read; `tools.pack --verify` checks them all. Records
+are read, not mapped: unchanged.py.
 
 A pack grows in NAME.partial, beside a NAME.journal that says of each block of images, once it is on the disk,
 what its records are. So packing goes on after a crash, and the file takes its name when it is whole.
@@ -19,17 +20,18 @@ Shapes: n images, C H W.
 import hashlib
 import io
 import json
-import mmap
 import os
+import stat
 import zipfile
 import zlib
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mff_data.crops import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
+from mff_data.decode import MAX_PIXELS
+from mff_data.unchanged import UnchangedFile
 from mff_min.config import check_reachable
 from mff_min.errors import UserError, printable
 
@@ -44,17 +46,22 @@ OLDER = {"in_chans": 3, "white": None, "max_pixels": None}
 class Packed:
     """A source of packed images; is_split says whether the pack is of the split that was asked for.
 
-    Raises UserError where the file is no pack, or another version's, or is truncated or altered.
+    Raises UserError where the file is no pack, or another version's, or is truncated or altered, and where an
+    image has more than `most` pixels.
     """
 
     notes = ()
 
-    def __init__(self, path, split):
-        self.path = Path(path)
-        self.header, self.index = read_index(self.path)
+    def __init__(self, path, split, most=MAX_PIXELS):
+        self.path, self.file = Path(path), UnchangedFile(path)
+        self.header, self.index, self.content = read_index(self.file)
         self.classes, self.short_side = self.header["classes"], self.header["short_side"]
         self.labels, self.paths = {"class": self.index["label"]}, self.index["path"]
         self.is_split, self.origin = self.header["split"] == split, os.fspath(path)
+        pixels = int(np.diff(self.index["offsets"]).max()) // self.header["in_chans"]
+        if pixels > most:
+            raise UserError(f"{self.file.path} has an image of {pixels} pixels: expected {most} at "
+                            f"most, or --max-pixels {pixels}")
         # Which records were read before: by this process, or by the workers that it forks, who share this.
         self.checked = torch.zeros(len(self), dtype=torch.bool).share_memory_().numpy()
 
@@ -66,25 +73,16 @@ class Packed:
         return np.frombuffer(self.record(i), np.uint8).reshape(shape)
 
     def record(self, i):
-        """The bytes of image i, where they lie. ValueError where there are none, or they were altered."""
+        """The bytes of image i. ValueError where there are none, or they were altered; else as file.read."""
         start, stop = self.index["offsets"][i:i + 2].tolist()
         if start == stop:
             raise ValueError(f"could not be read when it was packed: {self.header['bad'][str(i)]}")
-        record = memoryview(self.bytes)[start:stop]
+        record = self.file.read(start, stop - start)
         if not self.checked[i]:
             if zlib.crc32(record) != self.index["crc"][i]:
                 raise ValueError("its bytes in the pack have been altered: their checksum differs")
             self.checked[i] = True
         return record
-
-    @cached_property
-    def bytes(self):
-        """The file, mapped on first use: workers, however they are started, map it and share its memory."""
-        with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "bytes"}
 
     def label(self, i):
         return int(self.labels["class"][i])
@@ -97,9 +95,10 @@ class Packed:
         return {path, os.path.basename(path)}
 
 
-def open_packed(spec, split):
+def open_packed(spec, split, most=MAX_PIXELS):
     """The pack that --data names, for a split: a file, or a folder of tools.pack; None where it is none.
 
+    An image may have `most` pixels.
     As with folders of images, where there is no val.pack there is train.pack.
     """
     path = Path(spec)
@@ -109,28 +108,31 @@ def open_packed(spec, split):
         begun = found or any(path.glob("*.pack.partial"))
         if begun and "train" not in found:                              # it is written last
             raise UserError(f"{path} holds a pack that was not finished: give tools.pack the same line again")
-        return Packed(path / f"{split if split in found else 'train'}.pack", split) if found else None
-    return Packed(path, split) if path.is_file() and path.suffix == ".pack" else None
+        name = f"{split if split in found else 'train'}.pack"
+        return Packed(path / name, split, most) if found else None
+    return Packed(path, split, most) if path.is_file() and path.suffix == ".pack" else None
 
 
-def read_index(path):
-    """(header, index) of a pack, both dicts; what can be checked without reading its records is checked."""
+def read_index(file):
+    """(header, index, SHA-256 of both) of a pack, open; all that needs no record is checked."""
+    path, size = file.path, file.size
     damaged = UserError(f"{path} is damaged or was cut short: delete it, and pack the images again")
-    with open(path, "rb") as file:
-        start = file.read(len(START))
+    try:
+        start = file.read(0, min(len(START), size))
         if not start.startswith(NAME):
             raise UserError(f"{path} is no pack: expected a file that tools.pack wrote")
         if start != START:
             raise UserError(f"{path} is a pack of version {printable(start[len(NAME):].decode('latin-1'))}: "
                             f"expected {VERSION:03d}; delete it, and pack the images again")
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(size - END, 0))
-        end = file.read()
+        end = file.read(max(size - END, 0), min(size, END))
         length = int.from_bytes(end[:8], "little")
         if len(end) != END or end[40:] != START[:8] or length > size - END - len(START):
             raise damaged
-        file.seek(size - END - length)
-        content = file.read(length)
+        content = file.read(size - END - length, length)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): expected a pack") from None
+    except MemoryError:
+        raise damaged from None
     if hashlib.sha256(content).digest() != end[8:40]:
         raise damaged
     try:
@@ -147,7 +149,7 @@ def read_index(path):
     if header.get("jpeg"):                                              # tools.pack --jpeg wrote them once
         raise UserError(f"{path} holds JPEG files, which are not read from packs any more: expected pixels; "
                         f"pack the images again, or give --data their folder")
-    return header, index
+    return header, index, end[8:40]
 
 
 def is_sound(header, index, stop):
@@ -160,7 +162,7 @@ def is_sound(header, index, stop):
     is_dict = isinstance(header, dict)
     if not is_dict or any(type(header.get(name)) is not kind for name, kind in kinds.items()):
         return False
-    if header["in_chans"] < 1 or not isinstance(header["white"], str | None):
+    if not 0 < header["in_chans"] < 2 ** 31 or not isinstance(header["white"], str | None):
         return False
     if index.keys() != lengths.keys() or not all(isinstance(name, str) for name in header["classes"]):
         return False
@@ -169,8 +171,13 @@ def is_sound(header, index, stop):
             return False
         if len(array) != len(index["label"]) + lengths[name]:
             return False
-    offsets = index["offsets"]
-    return bool(offsets[0] == len(START) and offsets[-1] == stop and (offsets[1:] >= offsets[:-1]).all())
+    offsets, label = index["offsets"], index["label"]
+    if not len(label) or (label < 0).any() or (label >= len(header["classes"])).any():
+        return False
+    sizes = np.diff(offsets.astype(float))                              # exact, and products do not wrap
+    height, width = (index[name].astype(float) for name in ("height", "width"))
+    fits = (sizes == height * width * header["in_chans"]) & (height > 0) & (width > 0) | (sizes == 0)
+    return bool(offsets[0] == len(START) and offsets[-1] == stop and (header.get("jpeg") or fits.all()))
 
 
 # ---------------------------------------------------------------- writing
@@ -195,38 +202,56 @@ def encode(source, i, settings):
 class Journal:
     """What stands on the disk of a pack that grows: entries, [length, height, width, crc, reason] of images.
 
-    Its first line holds what is packed, and how: plan, a dict with settings and files. Raises UserError where
-    the pack was begun with other settings, or the folder has changed since.
+    Its first line holds what is packed, and how: plan, a dict with settings and files. lines are what it
+    holds, (bytes, value) of each line. Raises UserError where the pack was begun with other settings, or the
+    folder has changed since, and where either file is a link or not of tools.pack: nothing of others is
+    written over.
     """
 
-    def __init__(self, pack, plan):
+    def __init__(self, pack, plan, lines=()):
         self.pack, self.plan, self.entries = Path(pack), plan, []
         self.partial, self.path = Path(f"{pack}.partial"), journal_of(pack)
-        lines = read_whole_lines(self.path) if self.partial.exists() else []
-        if len(lines) > 1:
-            check_same(self.pack, lines[0], plan)
-            self.entries = [entry for block in lines[1:] for entry in block]
-            os.truncate(self.path, sum(map(len, map(as_line, lines))))  # without a line that a crash tore
+        if self.begun() and len(lines) > 1:
+            check_same(self.pack, lines[0][1], plan)
+            self.entries = [entry for _, block in lines[1:] for entry in block]
+            with open_own(self.path, "r+b") as file:
+                file.truncate(sum(len(text) for text, _ in lines))      # without a line that a crash tore
         else:                                                           # nothing is packed yet
-            self.partial.write_bytes(START)
-            self.path.write_bytes(b"")
+            with open_own(self.partial, "wb") as file:
+                file.write(START)
+            with open_own(self.path, "wb"):
+                pass
             self.append(plan)
-        if os.path.getsize(self.partial) < self.length:
+        if os.path.getsize(self.partial) < self.length or len(self.entries) > len(plan["files"]):
             raise UserError(f"{self.partial} is shorter than {self.path} says: delete both to pack anew")
-        os.truncate(self.partial, self.length)                          # without a block that a crash tore
+        with open_own(self.partial, "r+b") as file:
+            file.truncate(self.length)                                  # without a block that a crash tore
+
+    def begun(self):
+        """Whether there is a partial pack that tools.pack began. UserError for files that are not its own."""
+        for path in (self.partial, self.path):
+            if os.path.lexists(path):
+                check_own(path)
+        if not self.partial.exists():
+            return False
+        with open_own(self.partial, "rb") as file:
+            start = file.read(len(START))
+        if not START.startswith(start):
+            raise UserError(f"{self.partial} is not what tools.pack writes: remove it to pack anew")
+        return bool(start)
 
     @property
     def length(self):
         return len(START) + sum(entry[0] for entry in self.entries)
 
     def append(self, value):
-        with open(self.path, "ab") as file:
+        with open_own(self.path, "ab") as file:
             file.write(as_line(value))
             flush(file)
 
     def add(self, block):
         """Write a block of (record, height, width, reason), and then that it is written."""
-        with open(self.partial, "ab") as file:
+        with open_own(self.partial, "ab") as file:
             file.writelines(record for record, *_ in block)
             flush(file)
         entries = [[len(record), height, width, zlib.crc32(record), reason]
@@ -253,7 +278,7 @@ class Journal:
         file = io.BytesIO()
         np.savez(file, **index)
         content = file.getvalue()
-        with open(self.partial, "ab") as file:
+        with open_own(self.partial, "ab") as file:
             file.write(content)
             file.write(len(content).to_bytes(8, "little") + hashlib.sha256(content).digest() + START[:8])
             flush(file)
@@ -277,10 +302,17 @@ def flush(file):
     os.fsync(file.fileno())
 
 
-def read_whole_lines(path):
-    """The values in a file of JSON lines, without the last line where it has no end."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def check_own(path):
+    """Raise UserError where a file that tools.pack would write is a link to another, a device or a pipe."""
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise UserError(f"{path} is a link, or no plain file: expected one that tools.pack wrote, or none: "
+                        f"remove it to pack anew")
+
+
+def open_own(path, mode):
+    """Open a file that tools.pack writes, and not what a link of its name leads to."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def check_same(pack, before, now):
@@ -288,9 +320,9 @@ def check_same(pack, before, now):
     for name, value in (OLDER | before["settings"]).items():
         wanted = (OLDER | now["settings"]).get(name, 0)                 # 0: of a flag that has ended
         if value != wanted:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{pack} is of {flag} {value}, not {wanted}: expected the same flags, or another "
-                            f"folder to write to")
+            was = printable(f"--{name.replace('_', '-')} {value}"[:100])
+            raise UserError(f"{pack} is of {was}, not {wanted}: expected the same flags, or another folder "
+                            f"to write to")
     was, now = dict(before["files"]), dict(now["files"])
     changed = sorted(path for path in was.keys() | now.keys() if was.get(path) != now.get(path))
     if changed:
@@ -303,7 +335,7 @@ def check_same(pack, before, now):
 
 def plan_of(pack):
     """What Journal's first line held: a finished pack's settings and files."""
-    header, index = read_index(pack)
+    header, index, _ = read_index(UnchangedFile(pack))
     settings = {name: header[name] for name in ("short_side", "resample", *OLDER)}
     files = zip(map(os.fsdecode, index["path"]), index["bytes"].tolist(), strict=True)
     return dict(settings=settings, files=list(files))

@@ -10,8 +10,8 @@ Shapes: n images, S image side in pixels.
 
 import os
 import shutil
+import socket
 import time
-import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -179,9 +179,13 @@ def write_shapes(folder, empty, split, count, size, progress):
     """None. The folder gets its name in one step, when all files are on the disk: if it exists it is whole.
 
     Of two processes that race, the loser discards its own files, which hold the same. One that is killed
-    leaves a hidden folder, which nothing reads.
+    leaves a hidden folder, which nothing reads, and which the next one here removes.
     """
-    unfinished = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    ours = f".{folder.name}-{socket.gethostname()}-"                    # and the number of the process
+    unfinished = folder.with_name(f"{ours}{os.getpid()}")
+    for path in folder.parent.glob(f"{ours}*"):
+        if path == unfinished or not os.path.exists(f"/proc/{path.name.removeprefix(ours)}"):
+            shutil.rmtree(path, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         with ExitStack() as stack:

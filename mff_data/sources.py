@@ -5,7 +5,8 @@ is only read), `source.label(i)`, `source.name(i)`, `source.classes`, `source.sh
 where they were resized and packed; else 0), and `source.labels`, the labels of all images by what they are
 about: {"class": (n,)}, or {"shape": (n,), "texture": (n,)} of the embedded images. `label(i)` is the first of
 them, which classes names. `source.spellings(i)` are the names by which a list may call image i, and
-`source.paths` (n,) the bytes of its name below the data's folder. `source.origin` says where it was found,
+`source.paths` (n,) the bytes of its name below the data's folder. `source.content` is the SHA-256 of a pack's
+index, which tells its pixels; else b"". `source.origin` says where it was found,
 `source.is_split` whether that is the split's own place (training images may stand in for val), and
 `source.notes` are warnings.
 
@@ -41,10 +42,12 @@ from mff_data.splits import (
     folder_of_split,
     folders_in,
     is_leftover,
+    is_of_runs,
     like_training,
     like_validation,
     refuse_deeper_splits,
 )
+from mff_data.unchanged import Rows
 from mff_min.errors import UserError, listed, printable
 
 # Files that lie beside images, and are not missed among them.
@@ -58,7 +61,7 @@ class ImageFiles:
     left_out names the suffixes of other files that lie there.
     """
 
-    short_side, notes = 0, ()
+    short_side, notes, content = 0, (), b""
 
     def __init__(self, root, paths, labels, classes, is_split=True, origin="", reading=AS_THEY_ARE,
                  left_out=""):
@@ -100,7 +103,7 @@ class ImageFolder(ImageFiles):
             raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
                             f"train/ and val/")
         top, is_split = folder_of_split(root, split)
-        found = files_below(top)
+        found, self.folders, runs = files_below(top)
         paths, others = [], []
         for path in found:
             (paths if path.lower().endswith(suffixes()) else others).append(path)
@@ -117,10 +120,13 @@ class ImageFolder(ImageFiles):
         index = {name: i for i, name in enumerate(classes)}
         labels = np.array([index[same_name(top)] for top in tops])
         super().__init__(top, paths, labels, classes, is_split, reading=reading, left_out=left_out)
+        if runs:
+            self.notes = (*self.notes, f"{top} holds folders of runs, whose pictures are no images: "
+                          f"{listed(runs)} left out")
         if len(classes) < len(folders):
             merged = [name for name, count in Counter(map(same_name, folders)).items() if count > 1]
-            self.notes = (f"{top} has folders whose names differ in Unicode form alone: {listed(merged)}; "
-                          f"they are one class: rename one if that is not meant",)
+            self.notes = (*self.notes, f"{top} has folders whose names differ in Unicode form alone: "
+                          f"{listed(merged)}; they are one class: rename one if that is not meant")
         if top == root and split == "train" and (found := like_training(folders_in(root))):
             self.notes = (*self.notes, f"{root} has {listed(found)}, read as a class like the folders "
                           f"beside it; if it holds the training images, rename it train, and the "
@@ -136,14 +142,16 @@ def counted_suffixes(paths):
 
 
 def files_below(top):
-    """The paths of the files below a folder, as seen from it. Hidden files and leftovers are skipped.
+    """(files below a folder, the true folders that were looked into, folders of runs, which were not).
 
-    Links are followed, wherever they lead, but one to a folder that it lies in. Raises UserError where a
-    folder cannot be read: its images would be missing in silence.
+    Files and runs are paths as seen from the folder. Hidden files and leftovers are skipped. Links are
+    followed, wherever they lead, but one to a folder that it lies in. Raises UserError where a folder cannot
+    be read: its images would be missing in silence.
     """
     def refuse(error):
         raise UserError(f"folder {printable(error.filename)} cannot be read: {error.strerror}")
-    found, ways = [], {os.fspath(top): {os.path.realpath(top)}}         # the true folders on the way to each
+    found, runs, places = [], [], {os.path.realpath(top)}
+    ways = {os.fspath(top): {os.path.realpath(top)}}                    # the true folders on the way to each
     for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
         way = ways.pop(folder)
         for name in list(folders):
@@ -151,15 +159,36 @@ def files_below(top):
             real = os.path.realpath(path)
             if is_leftover(name) or real in way:
                 folders.remove(name)
+            elif is_of_runs(path):
+                folders.remove(name)
+                runs.append(os.path.relpath(path, top))
             else:
                 ways[path] = way | {real}
+                places.add(real)
         below = os.path.relpath(folder, top)
         found += [os.path.normpath(os.path.join(below, name)) for name in files if name[0] != "."]
-    return found
+    return found, places, runs
 
 
-def describe_files(say, *sources):
-    """Say what was left out of the folder of each source, and look at some images of the first."""
+def check_output(path, sources):
+    """Raise UserError where what is written to path would be read as images of one of the sources."""
+    place = path = os.path.realpath(path)
+    while place != os.path.dirname(place):
+        if any(place in getattr(source, "folders", ()) for source in sources):
+            raise UserError(f"the output {printable(path)} lies in {printable(place)}, and all below that is "
+                            f"read as images: expected another folder to write to, outside of it")
+        if is_of_runs(place):
+            return
+        place = os.path.dirname(place)
+
+
+def describe_files(say, *sources, output=""):
+    """Say what was left out of the folder of each source, and look at some images of the first.
+
+    Raises UserError where output, the path that is to be written to, lies among the images.
+    """
+    if output:
+        check_output(output, sources)
     folders = {str(source.root): source for source in sources if isinstance(source, ImageFiles)}
     for root, source in folders.items():
         if source.left_out:
@@ -214,7 +243,7 @@ def spread(count, most=16):
 class ImageArray:
     """Images in one uint8 array (n, H, W, 3), with labels {name: (n,)}; classes names those of the first."""
 
-    short_side, notes = 0, ()
+    short_side, notes, content = 0, (), b""
 
     def __init__(self, images, labels, classes, kind, origin="memory"):
         self.images, self.labels, self.classes, self.kind, self.is_split = images, labels, classes, kind, True
@@ -243,7 +272,7 @@ class Subset:
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
         self.classes, self.is_split, self.origin = source.classes, source.is_split, source.origin
-        self.short_side, self.paths = source.short_side, source.paths[indices]
+        self.short_side, self.paths, self.content = source.short_side, source.paths[indices], source.content
         self.labels = {name: np.asarray(values)[indices] for name, values in source.labels.items()}
 
     def __len__(self):
@@ -330,8 +359,11 @@ def find_source(spec, split, cache_dir, say, reading):
             arrays = load_shapes(cache_dir, split, count if split == "train" else count // 5, progress=say)
         except OSError as error:
             raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
-        labels = {"shape": arrays["shape"], "texture": arrays["texture"]}
-        return ImageArray(arrays["images"], labels, list(SHAPES), f"shapes {split}", spec)
+        except ValueError as error:
+            raise UserError(f"the embedded images in {cache_dir} are damaged ({error}): delete their folder, "
+                            f"shapes-*, and they are drawn again") from None
+        labels = {name: np.array(arrays[name]) for name in ("shape", "texture")}
+        return ImageArray(Rows(arrays["images"]), labels, list(SHAPES), f"shapes {split}", spec)
     if kind in ("cifar10", "cifar100"):
         images, labels, classes = read_cifar(argument, split, kind)
         name = f"CIFAR-{kind.removeprefix('cifar')} {split}"
@@ -339,7 +371,7 @@ def find_source(spec, split, cache_dir, say, reading):
     if kind == "list" or kind == "cars" and has_lists(Path(argument)):
         return ImageFiles(argument, *read_list(Path(argument), split), reading=reading)
     folder = argument if kind == "cars" else os.path.expanduser(spec)
-    packed = open_packed(folder, split)
+    packed = open_packed(folder, split, reading.max_pixels)
     if packed and split == "train" and reading.levels not in (None, levels_of_flag(packed.header["white"])):
         say(f"warning: --white does not change a pack: {packed.path} was made with --white "
             f"{packed.header['white']}")
@@ -347,8 +379,12 @@ def find_source(spec, split, cache_dir, say, reading):
 
 
 def fingerprint(source):
-    """A number for the path of each image, sorted (n,): it tells whether files came, went or were renamed."""
-    digests = [hashlib.blake2b(path, digest_size=8).digest() for path in source.paths.tolist()]
+    """A number for the path of each image, sorted (n,): it tells whether files came, went or were renamed.
+
+    Of a pack it tells the pixels too.
+    """
+    digests = [hashlib.blake2b(path, digest_size=8, key=source.content).digest()
+               for path in source.paths.tolist()]
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64).sort().values
 
 

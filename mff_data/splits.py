@@ -23,11 +23,27 @@ def is_leftover(name):
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
+def is_of_runs(path):
+    """Whether a folder is a run's, or that of the embedded images, or holds nothing but such folders."""
+    if all(os.path.isfile(os.path.join(path, name)) for name in ("config.json", "env.json")):
+        return True
+    if re.fullmatch(r"shapes-v\d+-\d+px", os.path.basename(path)):
+        return True
+    try:
+        with os.scandir(path) as entries:
+            inside = [entry for entry in entries if not is_leftover(entry.name)]
+    except OSError:                                                     # whoever lists it says so
+        return False
+    return bool(inside) and all(entry.is_dir(follow_symlinks=False) for entry in inside) and all(
+        is_of_runs(entry.path) for entry in inside)
+
+
 def folders_in(root):
-    """The names of the folders in a folder, sorted, without leftovers. UserError where it cannot be read."""
+    """The names of the folders in a folder, sorted, without leftovers and runs. UserError: cannot be read."""
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_leftover(entry.name))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not is_leftover(entry.name)
+                          and not is_of_runs(entry.path))
     except OSError as error:
         raise UserError(f"folder {root} cannot be read: {error.strerror}") from None
 
@@ -71,7 +87,7 @@ def folder_of_split(root, split):
     Where there is no val, the test images are it; without these the training images serve. Raises UserError
     where it is not clear which folder is meant, and where there are splits but no training images.
     """
-    if (root / split).is_dir():
+    if (root / split).is_dir() and not is_of_runs(root / split):
         return root / split, True
     groups = split_groups(folders_in(root))
     if not groups:

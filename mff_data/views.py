@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mff_data import crops
 from mff_data.decode import DECODE_ERRORS, reason_of
+from mff_data.outages import Patience
 from mff_data.sources import ImageFiles, spread
 from mff_min import augment, rng
 from mff_min.errors import STOP_SIGNALS, Fault, UserError, amount, printable, shared_memory
@@ -47,6 +48,7 @@ class Views(Dataset):
         check_fit(source, in_chans)
         self.source, self.crop, self.size, self.seed = source, crop, size, seed
         self.in_chans, self.num_noise, self.augment, self.reprob = in_chans, num_noise, augment, reprob
+        self.patience = Patience(source, self.load)
 
     @property
     def item_bytes(self):
@@ -72,11 +74,17 @@ class Views(Dataset):
         return item
 
     def read(self, epoch, index):
-        """What view gives of the image at index, or of another one, and what was bad before it."""
+        """What view gives of the image at index, or of another one, and what was bad before it.
+
+        A disk that does not answer is waited for: outages.py.
+        """
         bad, shown = [], index
+
+        def show():
+            return self.view(*self.load(shown), epoch, index) | dict(bad=bad)
         for attempt in range(20):
             try:
-                return self.view(*self.load(shown), epoch, index) | dict(bad=bad)
+                return self.patience.read(shown, show)
             except DECODE_ERRORS as error:
                 name = getattr(error, "file", None) or self.source.name(shown)
                 bad.append((name, reason_of(error, name)))
@@ -170,6 +178,9 @@ def begin_worker(worker):
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                      # PR_SET_PDEATHSIG
+    trainer, by_fork = multiprocessing.parent_process(), multiprocessing.get_start_method() == "fork"
+    if os.getppid() != trainer.pid if by_fork else not trainer.is_alive():
+        os._exit(1)                                                     # it ended before
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
@@ -239,8 +250,11 @@ def warn_once(text):
 def make_loader(views, stream, workers, pin_memory, timeout=0.0):
     """A DataLoader over the stream, one thread per worker; timeout: seconds to wait for them, or 0.
 
-    Raises UserError where shared memory is certain to be too small for them.
+    So a disk that does not answer is waited for less long, and named, before the trainer or another rank
+    gives up. Raises UserError where shared memory is certain to be too small for the workers.
     """
+    if timeout:
+        views.patience.limit = 0.75 * timeout
     if workers:
         check_shared_memory(views, stream, workers)
         end_workers_at_exit(os.getpid())

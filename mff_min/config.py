@@ -36,14 +36,14 @@ def check_reachable(name, path):
         raise UserError(f"{name} {path} cannot be read: {error.strerror}") from None
 
 
-def opt(default, help, choices=None, type=None, least=None, above=None, changes_result=True):
+def opt(default, help, choices=None, type=None, least=None, above=None, most=None, changes_result=True):
     """A dataclass field with its help text, for a flag.
 
     type turns the flag's text into the value where the annotation cannot; the value must be in choices, at
-    least `least` and more than `above`, where these are given.
+    least `least`, more than `above` and at most `most`, where these are given.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, type=type, least=least, above=above, changes_result=changes_result))
+        help=help, choices=choices, type=type, bounds=(least, above, most), changes_result=changes_result))
 
 
 def knob(default, help, **bounds):
@@ -54,14 +54,16 @@ def knob(default, help, **bounds):
 def check_ranges(cfg):
     """Raise UserError for the first value of a configuration that is outside its field's bounds."""
     for field in dataclasses.fields(cfg):
-        value, least, above = getattr(cfg, field.name), field.metadata["least"], field.metadata["above"]
+        value, (least, above, most) = getattr(cfg, field.name), field.metadata["bounds"]
         flag = f"--{field.name.replace('_', '-')} {value}"
-        if isinstance(value, int) and value >= 2 ** 63 or value in (math.inf, -math.inf) or value != value:
-            raise UserError(f"{flag}: expected a finite number")
+        if isinstance(value, int | float) and not abs(value) < 2 ** 63:
+            raise UserError(f"{flag}: expected a finite number, below 2 ** 63")
         if value is not None and least is not None and not value >= least:
             raise UserError(f"{flag}: expected {least} or more")
         if value is not None and above is not None and not value > above:
             raise UserError(f"{flag}: expected more than {above}")
+        if value is not None and most is not None and not value <= most:
+            raise UserError(f"{flag}: expected {most} or less")
 
 
 def check_channels(in_chans, mean, std):
@@ -114,7 +116,7 @@ def parse(config_class, argv=None):
 def side_or_sides(text):
     """An image size: "224" is square, "224x160" is height x width. Returns (height, width)."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) < 100_000 for side in sides):
         message = f"{text!r} is not an image size: expected a side in pixels, or HEIGHTxWIDTH"
         raise argparse.ArgumentTypeError(message)
     return int(sides[0]), int(sides[-1])

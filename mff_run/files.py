@@ -25,8 +25,9 @@ from mff_run.torchfile import WAY_ON, StandIn, look_through, refuse, shown, stan
 SEAL = b"sha256:"                                                       # then 64 digits: the zip's comment
 LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
 
-TEMPORARY = re.compile(r"(?:(?:last|encoder|classifier)\.pt|(?:config|env|metrics|nonfinite-step-\d+)\.json"
-                       r"|log\.jsonl|reconstruction[-\d]*\.png)\.tmp\.(\d+)")
+# What a run writes, or the temporary file that write_atomically has for it.
+OF_A_RUN = (r"(?:last|encoder|classifier|classifier_ema|segmenter)\.pt|log\.jsonl"
+            r"|(?:config|env|metrics|nonfinite-step-\d+)\.json|(?:reconstruction|segmentation)[-\d]*\.png")
 
 # ---------------------------------------------------------------- writing
 
@@ -38,8 +39,10 @@ def write_atomically(path, write, previous=None):
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    remove_leftovers(path.parent, re.escape(path.name))
     try:
         with open(temporary, "wb") as file:
+            take(file)
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -224,20 +227,36 @@ def check_regular(path):
 LOCK = "run.lock"
 
 
-def remove_leftovers(folder):
+def remove_leftovers(folder, names=OF_A_RUN):
     """Remove the temporary files of processes that were killed while they wrote to a folder.
 
-    Only names that write_atomically makes for a file of a run, and no links; the folder is locked.
+    Only those that write_atomically makes for files of these names, a regular expression, and no links. A
+    process that lives, perhaps on another machine, holds the lock of its file.
     """
     for path in Path(folder).glob("*.tmp.*"):
-        found = TEMPORARY.fullmatch(path.name)
-        if found and not path.is_symlink() and not is_alive(int(found[1])):
-            path.unlink()
+        found = re.fullmatch(rf"(?:{names})\.tmp\.(\d+)", path.name)
+        if found and path.is_file() and not path.is_symlink() and not is_alive(int(found[1])):
+            with contextlib.suppress(OSError), open(path, "rb+") as file:       # it was removed just now
+                if take(file):
+                    path.unlink()
+
+
+def take(file):
+    """Lock a temporary file for its writer. False where another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):                          # POSIX allows either
+        return False
+    except OSError:                                                     # a file system without such locks
+        pass
+    return True
 
 
 def is_alive(pid):
-    """Whether a process of this number lives on this machine."""
+    """Whether another process of this number lives on this machine."""
     try:
+        if pid == os.getpid():                                          # in a container all have the number 1
+            return False
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
@@ -257,6 +276,9 @@ def lock(folder, say):
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW                      # not the target of a link
     try:
         file = os.fdopen(os.open(path, flags, 0o666), "r+")
+        if os.fstat(file.fileno()).st_nlink > 1:                        # it has another name too
+            file.close()
+            raise OSError(errno.ELOOP, "a hard link")
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

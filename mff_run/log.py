@@ -1,29 +1,32 @@
 """What a run writes down: log.jsonl, and bad_samples.jsonl."""
 
-import contextlib
 import json
+import os
 from pathlib import Path
 
 from mff_min.errors import Fault
 from mff_run import files
+from mff_run.jsonfile import read_lines
 
 
 class Log:
     """log.jsonl, one JSON object per line, written by rank 0. A resumed run drops the lines after its step.
 
-    A line without a step, which is not the run's, is kept. evaluated says whether the evaluation at that step
-    is among the others.
+    A line that is not the run's is kept as it is, but for a last one without an end, which a crash tore.
+    evaluated says whether the evaluation at that step is among the others.
     """
 
     def __init__(self, folder, world, step):
-        self.path, self.world = Path(folder) / "log.jsonl", world
-        lines = read_log(self.path) if step > 0 else []
-        # "done" marks the last line of a finished run: one that goes on writes it anew.
-        kept = [line for line in lines if (step_of(line) or 0) <= step and "done" not in line]
-        self.evaluated = any(step_of(line) == step and "val_images" in line for line in kept)
+        self.path, self.world, self.evaluated, kept = Path(folder) / "log.jsonl", world, False, []
+        for _, text, line in lines_in(self.path) if step > 0 else ():
+            if line is None:
+                kept += [text] * text.endswith(b"\n")
+            # "done" marks the last line of a finished run: one that goes on writes it anew.
+            elif (step_of(line) or 0) <= step and "done" not in line:
+                kept.append(text.rstrip(b"\n") + b"\n")
+                self.evaluated = self.evaluated or step_of(line) == step and "val_images" in line
         if world.is_main:
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            files.write_atomically(self.path, lambda file: file.write(text.encode()))
+            files.write_atomically(self.path, lambda file: file.write(b"".join(kept)))
 
     def write(self, **values):
         """Append one line; values are plain numbers, lists or text and hold at least step."""
@@ -37,19 +40,19 @@ def read_log(path, say=lambda text: None):
 
     say(text) is told the number of a line that is skipped. Raises UserError where path is no plain file.
     """
-    files.check_regular(path)
-    if not Path(path).exists():
-        return []
     lines = []
-    for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
-        line = None
-        with contextlib.suppress(ValueError, RecursionError):           # no JSON; a number of 5,000 digits
-            line = json.loads(text)
-        if isinstance(line, dict):
+    for number, _, line in lines_in(path):
+        if line is not None:
             lines.append(line)
         else:
             say(f"warning: line {number} of {path} is torn and is left out")
     return lines
+
+
+def lines_in(path):
+    """read_lines of a file that may be missing, with None for a line that is no object."""
+    for number, text, line in read_lines(path) if os.path.exists(path) else ():
+        yield number, text, line if isinstance(line, dict) else None
 
 
 def step_of(line):

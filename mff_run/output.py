@@ -5,16 +5,28 @@ import os
 import select
 import sys
 
+ERASE = "\r\033[K"                                                      # what is on a terminal's line
+
+
+def escaped(text):
+    """The text without what would steer a terminal, but for lines, tabs and an ERASE at its start."""
+    start = ERASE if text.startswith(ERASE) else ""
+    return start + "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+                           for letter in text.removeprefix(start))
+
 
 class Steady:
-    """A text stream that drops what cannot be written: its reader has left, its disk is full."""
+    """A text stream that drops what cannot be written: its reader has left, its disk is full.
+
+    Names and values of others reach the terminal through it alone: control characters are escaped.
+    """
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            self.stream.write(text if text.isprintable() else escaped(text))
         return len(text)
 
     def flush(self):

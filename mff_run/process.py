@@ -85,6 +85,12 @@ def run(main, cfg):
     """
     resumable = hasattr(cfg, "resume")
     steady_output()
+    with contextlib.nullcontext() if resumable or "TORCHELASTIC_RUN_ID" in os.environ else ended_by_signals():
+        end_well(main, cfg, resumable)
+
+
+def end_well(main, cfg, resumable):
+    """main(cfg), and the end of the process where it raises."""
     try:
         check_launcher()
         main(cfg)
@@ -106,10 +112,35 @@ def run(main, cfg):
         leave_interrupted(resumable, error)
 
 
+@contextlib.contextmanager
+def ended_by_signals():
+    """In this context the first of STOP_SIGNALS is a KeyboardInterrupt with its number: no half file stays.
+
+    A second one ends the process at once. Those that were ignored stay so.
+    """
+    heard = {number: signal.getsignal(number) for number in STOP_SIGNALS
+             if signal.getsignal(number) != signal.SIG_IGN}
+    process = os.getpid()
+
+    def end(number, frame):
+        for each in heard:
+            signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != process:                                      # a child that was just forked
+            os.kill(os.getpid(), number)
+        raise KeyboardInterrupt(number)
+    for number in heard:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in heard.items():
+            signal.signal(number, before)
+
+
 def leave_interrupted(resumable, error):
-    """End the process as a second Ctrl-C does."""
+    """End the process as a second Ctrl-C does, or a signal that ends a tool."""
     hint = "; --resume auto goes on from the last checkpoint, if there is one" * resumable
-    leave(f"stopped: interrupted{hint}", 130, error)
+    leave(f"stopped: interrupted{hint}", 128 + (error.args or (signal.SIGINT,))[0], error)
 
 
 def own_words(error):
@@ -138,6 +169,8 @@ def advice(error, cfg):
         text = reason.rstrip(". ")
         if "Bus error" in text and hasattr(cfg, "batch_size"):          # perhaps of memory that is not there
             return f"{text}; {shared_memory(f'a batch takes {cfg.batch_size} images')}"
+        if "timed out" in text and (data := getattr(cfg, "data", "")):
+            return f"{text}: no images of --data {data} came; does its disk hang?"
         return f"{text}; fewer --workers may help, or --workers 0, which shows a loader's own error"
     on_cpu = "DefaultCPUAllocator" in reason
     if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):

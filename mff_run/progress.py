@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from mff_run.output import ERASE
+
 
 class Progress:
     """One line about long work, with the time that is left. On a terminal it is rewritten in place."""
@@ -24,7 +26,7 @@ class Progress:
         elapsed = self.printed - self.started
         left = elapsed / max(done - self.first, 1) * (self.total - done)
         line = f"{100 * done / self.total:5.1f} %  {text}  {duration(elapsed)} gone, {duration(left)} left"
-        print("\r\033[K" + line if self.rewrites else line, end="" if self.rewrites else "\n", flush=True)
+        print(ERASE + line if self.rewrites else line, end="" if self.rewrites else "\n", flush=True)
         self.open = self.rewrites
 
     def tick(self, done):

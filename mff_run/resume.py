@@ -18,6 +18,7 @@ from mff_min.config import check_reachable
 from mff_min.errors import Fault, UserError, printable
 from mff_run import files
 from mff_run.files import check_lock, seal_of, write_tensors
+from mff_run.jsonfile import read_json
 from mff_run.log import read_log, step_of
 from mff_run.sharded import gathered, local
 from mff_run.state import is_like, read_state
@@ -82,10 +83,8 @@ def settings_of_result(cfg):
 def already_a_run(cfg):
     """What to say of a folder that holds a run already, with what differs from its settings."""
     changes, began = [], ""
-    path = Path(cfg.output_dir) / "config.json"
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        saved = json.loads(path.read_text() if path.is_file() else "{}")
-        saved = saved if isinstance(saved, dict) else {}
+    with contextlib.suppress(UserError):
+        saved = read_json(Path(cfg.output_dir) / "config.json")
         changes = changed_settings(saved, dataclasses.asdict(cfg), settings_of_result(cfg))
         began = began_with(cfg, saved) if changes else ""
     table = f", of other settings:\n{table_of(changes)}\n" if changes else ": "

@@ -23,6 +23,7 @@ A Run is no trainer. It never calls the model, the loss, backward() or optimizer
 
 import contextlib
 import functools
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 
@@ -59,7 +60,7 @@ class RunFlags:
     """The flags of every stage that do not change its result; a stage adds its own output_dir."""
     resume: str = knob("", "auto: go on where output_dir stopped, if it did; or a checkpoint file")
     allow_change: str = knob("", "comma-separated settings that may differ from the resumed run's")
-    workers: int = knob(0, "loader processes for each training process", least=0)
+    workers: int = knob(0, "loader processes for each training process", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before the run stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
@@ -116,7 +117,14 @@ class Run:
             self.start, self.loss = self.state["step"], self.state["loss"]
 
     def check_data(self, fingerprint):
-        """Raise UserError where a resumed run would go on with images of another fingerprint."""
+        """Raise UserError where a resumed run would go on with images of another fingerprint.
+
+        Also where another rank sees other images, as where a disk is not mounted on its host.
+        """
+        seen = self.world.all_gather((len(fingerprint), hashlib.sha256(fingerprint.numpy()).hexdigest()))
+        if len(set(seen)) > 1:
+            raise UserError(f"the processes see different images, in numbers {[count for count, _ in seen]}: "
+                            f"--data must hold the same on all hosts; is a disk not mounted on one?")
         self.data = fingerprint
         check_same_data(self.cfg, self.state, fingerprint)
 

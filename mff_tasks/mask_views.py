@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from mff_data import crops
 from mff_data.decode import DECODE_ERRORS, reason_of
+from mff_data.outages import Patience
 from mff_data.views import Views
 from mff_min import rng
 from mff_min.augment import fill_color
@@ -159,24 +160,28 @@ class WholeMasks(Dataset):
 
     def __init__(self, source, size, in_chans):
         self.source, self.side, self.in_chans = source, min(size), in_chans
+        self.patience = Patience(source, lambda index: open_pair(source, index))
         self.item_bytes = (in_chans + 1) * 4 * self.side ** 2           # of the longest image
 
     def __getitem__(self, key):
         _, index = key
-        bad, image = [], torch.zeros(self.in_chans, 1, 1, dtype=torch.uint8)
-        label = nothing = torch.full((1, 1), IGNORED, dtype=torch.uint8)
+        image = torch.zeros(self.in_chans, 1, 1, dtype=torch.uint8)
+        bad, nothing = [], torch.full((1, 1), IGNORED, dtype=torch.uint8)
+        label = nothing
         try:
-            label = torch.from_numpy(np.array(self.source.open_mask(index)))            # (H, W)
-            image = self.load(index, label)
+            mask = self.patience.read(index, lambda: self.source.open_mask(index))      # (H, W)
+            label = torch.from_numpy(np.array(mask))
+            image = self.patience.read(index, lambda: self.whole(index, mask))          # (C, h, w)
         except DECODE_ERRORS as error:
-            name = getattr(error, "file", None)                         # the mask's, also if it does not fit
-            label = nothing if name else label
+            name = getattr(error, "file", None)
+            if name:                                                    # the mask, or its size
+                label = nothing
             name = name or self.source.name(index)
             bad.append((name, reason_of(error, name)))
         return dict(image=image, label=label, noise=torch.zeros(0), bad=bad)
 
-    def load(self, index, label):
-        """The image at an index, whose mask is label."""
+    def whole(self, index, mask):
+        """The pixels (C, h, w) of an image, which has the mask's size (H, W)."""
         image = self.source.open(index)
-        check_sizes(self.source, index, image, label)
+        check_sizes(self.source, index, image, mask)
         return whole_image(crops.to_mode(image, self.in_chans), self.side)

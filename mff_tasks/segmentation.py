@@ -281,15 +281,15 @@ def as_rgb(image):
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
-def picture(model, source, cfg, device, ops, dtype, title):
-    """A sheet of cfg.picture_images images, spread over a source: image, truth, prediction, and a legend.
+def picture(model, source, count, cfg, device, ops, dtype, title):
+    """A sheet of count images, spread over a source: image, truth, prediction, and a legend.
 
     Unreadable ones are left out. None where there is no other.
     """
     predict = predictor(model, len(source.classes), cfg.img_size, cfg.mean, cfg.std, cfg.batch_size, device,
                         ops, dtype)
     views, rows = WholeMasks(source, cfg.img_size, cfg.in_chans), []
-    for index in spread(len(source), cfg.picture_images):
+    for index in spread(len(source), count):
         item = views[0, index]
         if not item["bad"]:
             size = item["image"].shape[-2:]

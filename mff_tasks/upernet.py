@@ -11,15 +11,12 @@ Shapes: B images, C H W, P patch side, L patches, T = 1 + L tokens (class token 
 and of the neck, E width of a head, G classes, M fused levels, r rows and c columns of patches.
 """
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from mff_min.kernels.ops import TORCH
 from mff_min.mim import fuse
-from mff_min.optim import param_groups
 from mff_run.flops import block_flops
 
 DROPOUT = 0.1                                                           # of channels before each classifier
@@ -196,16 +193,6 @@ def segmentation_loss(logits, aux, labels, aux_weight=0.4):
         logits = resize(logits.float(), labels.shape[-2:])              # (B, G, H, W)
         return F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
     return cross_entropy(logits) + aux_weight * cross_entropy(aux)
-
-
-def segmenter_groups(model, weight_decay, layer_decay):
-    """AdamW's groups of a Segmenter, with a learning rate for each layer of its encoder: see param_groups.
-
-    Positions and the class token get weight decay, as they did in the published runs.
-    """
-    named = [(name.removeprefix("encoder."), param) for name, param in model.named_parameters()]
-    parameters = SimpleNamespace(named_parameters=lambda: named)        # by their names in the encoder alone
-    return param_groups(parameters, weight_decay, layer_decay, len(model.encoder.blocks))
 
 
 def poly_lr(step, lr, steps, warmup_steps):

@@ -4,6 +4,7 @@ A file is a stranger's: nothing in it is run, no class in it is made, and its te
 size of the file and with the model that they should fit before memory is taken for them.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from mff_min.config import check_reachable
 from mff_min.errors import UserError, printable
 from mff_min.mim import MaskedAutoencoder
 from mff_min.vit import MODELS, VisionTransformer, resize_pos_embed
-from mff_run.files import read_checkpoint, write_atomically, write_tensors
+from mff_run.files import check_regular, read_checkpoint, write_atomically, write_tensors
+from mff_run.jsonfile import parse_json, read_json
 from mff_weights import families
 from mff_weights.adapt import adapt_projection
 from mff_weights.places import choose_place, flatten, part_in_file, shown
@@ -74,7 +76,10 @@ def read_weights(path, key=None):
         path = found[0]
     if path.suffix == ".safetensors":
         content, metadata = read_safetensors(path)
-        about = {key: parse_json(metadata[key]) for key in ("config", "classes") if key in metadata}
+        about = {}
+        for name in {"config", "classes"} & metadata.keys():
+            with contextlib.suppress(ValueError):                       # of another program
+                about[name] = parse_json(metadata[name].encode())
     else:
         content = about = read_checkpoint(path, foreign=True)
     tensors = flatten(path, content)
@@ -104,12 +109,8 @@ def read_weights(path, key=None):
 
 def read_small_json(path):
     """The dict that a JSON file of Transformers holds; {} where there is none."""
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > 2 ** 20:
-        raise UserError(f"{path} has {path.stat().st_size} bytes: expected a small JSON file of Transformers")
-    told = parse_json(path.read_text(errors="replace"))
-    return told if isinstance(told, dict) else {}
+    hint = f"expected a small JSON file of Transformers, or no {path.name}"
+    return read_json(path, hint=hint, most=2 ** 20) if os.path.lexists(path) else {}
 
 
 def check_transformers(path, state):
@@ -176,6 +177,7 @@ def read_safetensors(path):
     Raises UserError where the file is not whole or its header claims what cannot be.
     """
     library = import_safetensors()
+    check_regular(path)
     try:
         with library.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -206,20 +208,13 @@ def write_safetensors(path, tensors, metadata):
     write_atomically(path, write)
 
 
-def parse_json(text):
-    """The value that JSON text holds, or None where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def plain_values(config):
     """The plain values and lists of numbers in a config, by name; none where it is no dict."""
     def plain(value):
         if isinstance(value, list | tuple):
-            return all(type(number) in (int, float) for number in value)
-        return value is None or type(value) in (str, int, float, bool)
+            return all(type(number) in (int, float) and plain(number) for number in value)
+        return value is None or type(value) in (str, bool) or (
+            type(value) in (int, float) and abs(value) < 2 ** 63)      # as check_ranges has it
     return {name: value for name, value in (config.items() if isinstance(config, dict) else ())
             if isinstance(name, str) and plain(value)}
 

@@ -90,10 +90,10 @@ def segmented(*paths):
     error = math.hypot(result["mIoU_error"], random["mIoU_error"])
     here, there = (f"{metrics['mIoU']:.1f} +- {metrics['mIoU_error']:.1f} %" for metrics in (result, random))
     return (f"`make segment` trains the encoder of `make demo` for {result['step']} steps of "
-            f"{result['config']['global_batch']} images, on {result['environment']['threads']} CPU threads in "
-            f"{result['seconds'] / 60:.1f} minutes. Its mIoU on {result['val_images']} validation images is "
-            f"{here}; from random weights the same network reaches {there}, {difference / error:.1f} standard "
-            f"errors less. It is one run of each.")
+            f"{result['config']['global_batch']} images, on {result['environment']['threads']} CPU threads "
+            f"in {result['seconds'] / 60:.1f} minutes. Its mIoU on {result['val_images']} validation images "
+            f"is {here}; from random weights the same network reaches {there}, {difference / error:.1f} "
+            f"standard errors less. It is one run of each.")
 
 
 def segment_shapes_cpu(result):
@@ -185,7 +185,8 @@ def stages():
     demo, probe, finetune, segment = (json.loads((ROOT / "results" / f"{name}.json").read_text())
                                       for name in names)
     return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
-            f"train_finetune.py  done: {shown(finetune)}\ntrain_segment.py   done: {shown_segment(segment)}\n```")
+            f"train_finetune.py  done: {shown(finetune)}\n"
+            f"train_segment.py   done: {shown_segment(segment)}\n```")
 
 
 ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",
@@ -216,7 +217,8 @@ BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each f
           "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
-MACHINES = {"bench": (bench, ("step", "data", "imports"))}              # each from <subject>_<device>.json
+SUBJECTS = "step", "segment", "data", "imports"
+MACHINES = {"bench": (bench, SUBJECTS)}                                 # each from <subject>_<device>.json
 
 
 def of_encoders(results):

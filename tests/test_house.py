@@ -214,11 +214,13 @@ def config_fields(text):
 
 def unread_flags(path, text):
     """Flags that neither the script nor a stage that it imports nor what surrounds every run reads."""
+    if not (fields := config_fields(text)):
+        return []
     around = "\n".join([*(text for path, text in FILES.items() if path.startswith(("mff_run/", *BASES))),
                         *(SCRIPTS[name] for name in imported(text) if name in SCRIPTS)])
     read = {node.attr for node in ast.walk(ast.parse(f"{text}\n{around}"))
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg")}
-    return [f"{path}: --{name} is never read" for name in config_fields(text) if name not in read]
+    return [f"{path}: --{name} is never read" for name in fields if name not in read]
 
 
 def test_every_flag_is_read():
@@ -307,7 +309,8 @@ def test_a_recipe_gives_its_stages_what_they_accept(name, tmp_path):
     """Its commands for eight processes, with a torchrun that only writes down what it is given."""
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" END >> "$SAID"\n')
     (tmp_path / "torchrun").chmod(0o755)
-    given = dict(IMAGENET="/data", ADE20K="/data", DATA="/data", CHECKPOINT="runs/mff_mae", LIST="1percent.txt")
+    given = dict(IMAGENET="/data", ADE20K="/data", DATA="/data", CHECKPOINT="runs/mff_mae",
+                 LIST="1percent.txt")
     said, path = tmp_path / "said", f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(["bash", f"recipes/{name}"], cwd=ROOT, check=True,
                    env=os.environ | given | dict(PATH=path, SAID=str(said)))

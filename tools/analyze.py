@@ -22,7 +22,6 @@ names. A block's features are its own output, before any norm. Where --figures n
 and the encoders are of one size. Such a record is drawn alone, under the names that its runs had.
 """
 
-import math
 import os
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -33,6 +32,7 @@ from mff_data.sources import describe_files, open_data
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_run.files import make_folder
+from mff_run.jsonfile import is_number
 from mff_run.process import run
 from mff_run.world import describe_environment, pick_ops, start_world
 from mff_weights.pretrained import white_of
@@ -60,7 +60,7 @@ class Config(DataFlags):
     prefix: str = knob("", "what the names of the files begin with")
     record: str = knob("", "instead of figures, write what they are drawn from to this .json: one run's log "
                            "and metrics, or with --figures of encoders what these show, of any runs")
-    workers: int = knob(0, "loader processes", least=0)
+    workers: int = knob(0, "loader processes", least=0, most=1024)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     cache_dir: str = knob("runs/cache", "where the embedded images are kept")
@@ -96,7 +96,7 @@ def draw_curves(cfg, runs):
         series = []
         for each, colour in zip(runs, colours(runs), strict=True):
             points = each.curve(key)
-            finite = [point for point in points if math.isfinite(point[1])]
+            finite = [point for point in points if is_number(point[1])]
             if len(finite) < len(points):
                 print(f"curves: {len(points) - len(finite)} values of {key} in {each.path} are not finite "
                       f"and are left out")
@@ -133,7 +133,8 @@ def figure_of_layers(runs):
         lines = [(name, "trained", name, LINES[i % len(LINES)]) for i, name in enumerate(runs)]
         lines.append((owner, "random", "random weights", "grey" if len(runs) > 1 else "orange"))
         for source, kind, name, colour in lines:
-            found = [row for row in runs[source] if (row["label"], row["kind"]) == (label, kind)]
+            found = [row for row in runs[source] if (row["label"], row["kind"]) == (label, kind)
+                     and row["layer"] in layers]
             blocks = [row for row in found if row["layer"] != "fused"]
             for part in filter(None, (blocks, found[len(blocks):])):    # no line leads to the fused feature
                 points = [(layers.index(row["layer"]), row["acc1"]) for row in part]
@@ -143,7 +144,7 @@ def figure_of_layers(runs):
                 ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
                 series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
         panels.append(Panel(f"label: {label}", "block", "accuracy, %", ticks, series))
-    images = sorted({row["val_images"] for row in rows if row["kind"] == "trained"})
+    images = sorted({row["val_images"] for row in rows if row["kind"] == "trained" and "val_images" in row})
     return Figure(f"Linear probes of frozen features: accuracy on {' or '.join(map(str, images))} validation "
                   f"images, bars of one standard error", panels, share_y=True,
                   note=whose_is_grey(owners) if len(runs) > 1 else "")
@@ -236,7 +237,8 @@ def missing(figure, each):
     for key in {"weights": ("global_batch", "model"), "curves": ("global_batch",)}.get(figure, ()):
         if key not in each.config:
             return f"{key} in its config"
-    if figure == "layers" and "margins" not in each.metrics:
+    if figure == "layers" and not ("margins" in each.metrics and any(
+            row["kind"] == "trained" for row in each.metrics["rows"])):
         return "metrics.json of tools.probe_layers"
     if figure == "cka" and each.findings and not each.findings.cka:
         return "cka: it was recorded without"
@@ -344,10 +346,12 @@ def measure(cfg, runs, figures, flag, folder, world):
         raise UserError(f"--figures cka needs {difference}")
     if difference:
         print(f"cka: left out, it needs {difference}")
-    data = cfg.data or runs[0].config["data"]
+    data = cfg.data or runs[0].config.get("data", "")
+    if not data:
+        raise UserError(f"{runs[0].path} does not tell its data: expected --data")
     reading = reading_of(replace(cfg, white=cfg.white or white_of(runs[0].config)))
     source = open_data(data, "val", cfg.cache_dir, print, reading)
-    describe_files(print, source)
+    describe_files(print, source, output=folder)
     make_folder(flag, folder)
     ops = pick_ops(cfg.ops, world.device)
     encoders, grams, seen = examine(subjects, source, cfg.images, cfg.batch_size, cfg.workers, ops, world)

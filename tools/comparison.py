@@ -115,7 +115,8 @@ def metrics_of(results):
                 add(f"{main}, {text}", record, record["method"], record["metrics"][figure])
     return [Metric(name, {method: found[method] for method in ORDER if method in found}, images[name],
                    None if name.endswith("segmentation") else chance[name.rpartition(", ")[0]])
-            for name, found in values.items()]
+            for name, found in values.items()
+            if name.rpartition(", ")[0] in chance]
 
 
 def last_block(record):
@@ -353,13 +354,13 @@ def layers(results, about):
     for label in labels_of(results):
         found, series = layers_of(results, label), []
         names = [layer for layer in dict.fromkeys(layer for row in found.values() for layer in row)
-                 if layer != "fused"]
+                 if layer != "fused" and all(layer in row for row in found.values())]
         for aside, method in ((-0.06, "random"), (0.0, BASE), (0.06, "MFF_MAE")):       # else bars hide bars
-            if method in found:
+            if names and method in found:
                 points, errors = means_and_deviations((found[method][name] for name in names), aside)
                 series.append(Series(method, points, errors, COLOURS[method]))
-        panels.append(Panel(label, "block", "accuracy, %", [name.removeprefix("block ") for name in names],
-                            series, zero=False))
+        ticks = [name.removeprefix("block ") for name in names]
+        panels += [Panel(label, "block", "accuracy, %", ticks, series, zero=False)] if series else []
     return Figure(f"Linear probe of each layer, mean over the seeds: {about}", panels,
                   note="Bars: one standard deviation over the seeds. The y axis does not begin at 0.")
 
@@ -373,9 +374,9 @@ def mean_curves(results, key):
         if records:
             curves = [{row[0]: row for row in record[key]} for record in records]
             steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-            found[method] = records[0], [
-                [statistics.mean(column) for column in zip(*(curve[step] for curve in curves), strict=True)]
-                for step in steps]
+            rows = [zip(*(curve[step] for curve in curves), strict=True) for step in steps]
+            if rows:
+                found[method] = records[0], [[statistics.mean(column) for column in row] for row in rows]
     return found
 
 
@@ -383,7 +384,8 @@ def losses(results, about):
     """The pre-training loss of each method over the steps, but for the first, which all share."""
     series = [Series(method, [(float(step), value) for step, value in curve[1:]], (), COLOURS[method],
                      dots=False)
-              for method, (_, curve) in mean_curves(results, "loss").items() if COLOURS[method] != "teal"]
+              for method, (_, curve) in mean_curves(results, "loss").items()
+              if COLOURS[method] != "teal" and curve[1:]]
     panels = [Panel("", "step", "loss on masked patches", None, series, zero=False)] if series else []
     filtered = any("PixMIM" in line.name for line in series)
     return Figure(f"Pre-training loss, mean over the seeds: {about}", panels, width=800,

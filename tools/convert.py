@@ -25,7 +25,7 @@ from mff_min.errors import UserError
 from mff_min.mim import MaskedAutoencoder
 from mff_min.targets import PixelTarget
 from mff_min.vit import VisionTransformer
-from mff_run.files import write_json
+from mff_run.files import is_alive, write_json
 from mff_run.process import run
 from mff_weights import checkpoint
 from mff_weights.checkpoint import (
@@ -186,10 +186,21 @@ def image_processor(config, channels):
                 do_normalize=True, image_mean=list(mean), image_std=list(std))      # resample 3 is bicubic
 
 
+def is_ours(folder):
+    """Whether a folder, and no link to one, holds only what write_folder puts into one."""
+    names = ("config.json", checkpoint.PROCESSOR, "model.safetensors")
+    return folder.is_dir() and not folder.is_symlink() and all(
+        path.name.partition(".tmp.")[0] in names for path in folder.iterdir())
+
+
 def write_folder(cfg, state, config, transformers):
     """Write a folder for from_pretrained, which is there when it is whole."""
     target = Path(cfg.target)
     temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
+    for path in target.parent.iterdir():                                # of a process that was killed
+        pid = path.name.removeprefix(f"{target.name}.tmp.")
+        if pid.isdecimal() and path.name != pid and not is_alive(int(pid)) and is_ours(path):
+            shutil.rmtree(path)
     try:
         temporary.mkdir()
         write_weights(temporary / "model.safetensors", state, "hf", config)

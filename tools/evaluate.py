@@ -45,7 +45,7 @@ class Config(CheckpointFlags):
     # these change only how it is reached
     batch_size: int = knob(128, "images that one process computes together", above=0)
     output_dir: str = knob("runs/measured", "the folder for metrics.json")
-    workers: int = knob(0, "loader processes for each process", least=0)
+    workers: int = knob(0, "loader processes for each process", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before it stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
@@ -120,7 +120,7 @@ def measure(cfg, world):
         source = relabel(source, classes, world.say, want=f"checkpoint {pretrained.path}")
     sets = (open_robustness(cfg.robustness, classes, reading) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
-    describe_files(world.say, *(one.source for one in sets))
+    describe_files(world.say, *(one.source for one in sets), output=cfg.output_dir)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(len(one.source) for one in sets), cfg.max_bad)
     dtype, ops = pick_dtype(cfg.dtype, world.device), pick_ops(cfg.ops, world.device)

@@ -14,6 +14,7 @@ import torch
 from mff_data.views import Views, make_loader
 from mff_min.errors import UserError
 from mff_min.mim import fuse
+from mff_min.probe import check_measured
 from mff_min.vit import VisionTransformer
 from mff_run.progress import Progress
 from mff_weights.pretrained import Fusion, build_encoder, build_fusion, read_pretrained, settings_of
@@ -123,6 +124,8 @@ def examine(subjects, source, most, batch_size, workers, ops, world):
                 continue
             images = ops.prepare(pixels, subject.mean, subject.std)
             taps, of_heads = look_at(encoder, subject.fusion, images, ops)
+            for x in taps.values():
+                check_measured(x, "the features")
             seen += len(pixels)
             distances = distances + of_heads * len(pixels)
             for tap, x in taps.items():

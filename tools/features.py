@@ -22,6 +22,7 @@ from mff_data.sources import describe_files, open_data
 from mff_data.views import Views, make_loader
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
+from mff_min.probe import check_measured
 from mff_run.files import write_atomically, write_json
 from mff_run.process import run
 from mff_run.progress import Progress
@@ -47,7 +48,7 @@ class Config(CheckpointFlags):
 
     # these change only how it is reached
     batch_size: int = knob(64, "images that are computed together", above=0)
-    workers: int = knob(0, "loader processes", least=0)
+    workers: int = knob(0, "loader processes", least=0, most=1024)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
     cache_dir: str = knob("runs/cache", "where the embedded images are kept")
@@ -102,7 +103,7 @@ def extract(cfg, world, target):
                         f"mean or --no-norm")
     ops = pick_ops(cfg.ops, device)
     source = open_data(cfg.images, cfg.split, cfg.cache_dir, print, reading_of(cfg))
-    describe_files(print, source)
+    describe_files(print, source, output=cfg.target)
     sides = [count * encoder.patch_size for count in encoder.grid]
     views = Views(source, "evaluation", sides, encoder.in_chans, 0, seed=0)
     keys = [(0, i) for i in range(len(source))]
@@ -120,6 +121,7 @@ def extract(cfg, world, target):
             images = ops.prepare(batch["image"].to(device, non_blocking=True), mean, std)
             with autocast(device, dtype):
                 found = layer_features(encoder, images, layers, cfg.pool, cfg.norm).cpu()
+            check_measured(found.flatten(1), "the features")
             found[batch["replaced"]] = torch.nan
             bad.update(batch["bad"])
             file.write(found.numpy().astype("<f4").tobytes())

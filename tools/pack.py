@@ -9,6 +9,8 @@ It may be stopped at any time: the same line goes on, to the same bytes. Given o
 folder has changed since. docs/data.md, "Packing", says what is stored.
 """
 
+import contextlib
+import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from mff_data.decode import DECODE_ERRORS, DataFlags, reading_of, reason_of
 from mff_data.packed import (
     Journal,
     Packed,
+    check_own,
     check_same,
     encode,
     files_of,
@@ -32,11 +35,13 @@ from mff_data.sources import ImageFiles, describe_files, open_data
 from mff_data.views import begin_worker, check_fit, end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import Fault, UserError, amount, printable
-from mff_run.files import lock
-from mff_run.process import leave, run
+from mff_run.files import check_lock, lock
+from mff_run.jsonfile import misfit, read_lines
+from mff_run.process import Interrupted, StopSignals, leave, run
 from mff_run.progress import Progress
 from mff_run.world import World
 
+MOST_LINE = 2 ** 28                                                     # of a journal: it names every image
 BLOCK = 256                                                             # images that are flushed together
 HERE = World(0, 1, 0, torch.device("cpu"))                              # progress lines ask who prints them
 KEPT = "what is packed is kept, and the same line goes on from there"
@@ -52,7 +57,7 @@ class Config(DataFlags):
     in_chans: int = opt(3, "channels that are stored; but for 1, 3 and 4, of .npy arrays (H, W, C)", above=0)
 
     # these change only how it is reached
-    workers: int = knob(0, "processes that decode and resize", least=0)
+    workers: int = knob(0, "processes that decode and resize", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable in a finished pack", least=0)
     verify: bool = knob(False, "read a finished pack and check every record; write nothing")
 
@@ -79,13 +84,14 @@ def main(cfg):
     """Pack both splits, or verify them; returns the paths of their files."""
     check_ranges(cfg)
     if cfg.verify:
-        return verify(cfg.output)
+        return verify(cfg.output, reading_of(cfg).max_pixels)
     try:
         return pack(cfg)
     except OSError as error:
-        raise Fault(f"{error}; {KEPT}") from None
-    except KeyboardInterrupt:
-        leave("stopped: interrupted; the same line goes on from there", 130)
+        what = f"{printable(str(error.filename or cfg.output))}: {error.strerror or error}"
+        raise Fault(f"{what}; {KEPT}") from None
+    except KeyboardInterrupt as error:
+        leave("stopped: interrupted; the same line goes on from there", 128 + (error.args or (2,))[0])
 
 
 def pack(cfg):
@@ -111,34 +117,66 @@ def pack(cfg):
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
     with held:
-        return pack_splits(cfg, settings, sources, output)
+        return pack_splits(cfg, settings, sources, output, dataclasses.replace(HERE, held=[held]))
 
 
-def pack_splits(cfg, settings, sources, output):
+def pack_splits(cfg, settings, sources, output, here):
     """Write the pack of each source, where it is not there; the folder is ours alone."""
     paths, journals = {split: output / f"{split}.pack" for split in sources}, {}     # train.pack is last
     for split, path in paths.items():
         plan = dict(settings=settings, files=files_of(sources[split]))
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to what is not there (is a disk not mounted?): expected a "
+                            f"pack, or none: remove it to pack anew")
         if path.exists():
             check_same(path, plan_of(path), plan)
             journal_of(path).unlink(missing_ok=True)                    # killed when it was done
             say(f"{path} is there already")
         else:
             check_fit(sources[split], cfg.in_chans)
-            journals[split] = Journal(path, plan)
+            journals[split] = Journal(path, plan, lines_of(journal_of(path)))
     announce(sources, journals, settings, output)
 
     for split, journal in journals.items():
         source = sources[split]
-        write_records(source, journal, cfg.workers, settings)
+        write_records(source, journal, cfg.workers, settings, here)
         unread = sum(bool(reason) for *_, reason in journal.entries)
         if unread > cfg.max_bad * len(source):
             raise Fault(f"{unread} of {len(source)} images cannot be read, more than --max-bad {cfg.max_bad} "
                         f"allows; {journal.path} names the reason of each, and a larger --max-bad goes on")
+        check_lock(output, here)
         journal.finish(source.labels["class"], source.classes, split if source.is_split else "")
         say(f"{paths[split]}: {len(source)} images of {len(source.classes)} classes, "
             f"{amount(paths[split].stat().st_size)}; {unread} cannot be read")
     return list(paths.values())
+
+
+def lines_of(journal):
+    """(bytes, value) of the whole lines of a pack's journal. UserError where Journal has not written them."""
+    found = []
+    if os.path.lexists(journal):
+        check_own(journal)
+    for number, text, value in read_lines(journal, MOST_LINE, 4 * MOST_LINE) if journal.exists() else ():
+        if text.endswith(b"\n"):                                        # else a crash tore it
+            if problem := misfit(value, [is_entry] if found else PLAN):
+                raise UserError(f"{journal} holds {problem} in line {number}; delete it and its .partial to "
+                                f"pack anew")
+            found.append((text, value))
+    return found
+
+
+def is_file(value):
+    """[path, bytes]"""
+    return isinstance(value, list) and list(map(type, value)) == [str, int]
+
+
+def is_entry(value):
+    """[bytes, height, width, CRC-32, reason]"""
+    return (isinstance(value, list) and list(map(type, value)) == [int, int, int, int, str]
+            and min(value[:4]) >= 0)
+
+
+PLAN = {"settings": dict, "files": [is_file]}                           # the first line of a journal
 
 
 def say(text):
@@ -164,21 +202,31 @@ def announce(sources, journals, settings, output):
                         f"a smaller --short-side, or another disk")
 
 
-def write_records(source, journal, workers, settings):
-    """Write the records that are missing, block by block."""
+def write_records(source, journal, workers, settings, here):
+    """Write the records that are missing, block by block, while the folder is still ours.
+
+    A signal ends the process, once what came before it is written.
+    """
     first, count = len(journal.entries), len(source)
     end_workers_at_exit(os.getpid())
     loader = DataLoader(Records(source, settings), batch_size=None, sampler=range(first, count),
                         num_workers=workers, collate_fn=unchanged, generator=torch.Generator(),
                         worker_init_fn=begin_worker, prefetch_factor=64 if workers else None)
-    progress = Progress(count, first, HERE, every=5.0, text=journal.pack.name)
+    progress = Progress(count, first, here, every=5.0, text=journal.pack.name)
     block = []
-    for i, record in enumerate(loader, first + 1):
-        block.append(record)
-        if len(block) == BLOCK or i == count:
-            journal.add(block)
-            block = []
-            progress.tick(i)
+    with StopSignals() as signals:
+        signals.start()
+        records = iter(loader)
+        for i in range(first + 1, count + 1):
+            with contextlib.suppress(Interrupted), signals.interrupting():      # the source may hang
+                block.append(next(records))
+            if block and (len(block) == BLOCK or i == count or signals.number):
+                check_lock(journal.pack.parent, here)
+                journal.add(block)
+                block = []
+                progress.tick(i)
+            if signals.number:
+                leave(f"stopped: signal {signals.number}; {KEPT}", 128 + signals.number)
 
 
 def unchanged(record):
@@ -186,14 +234,14 @@ def unchanged(record):
     return record
 
 
-def verify(spec):
+def verify(spec, most):
     """Read every record of a folder's packs. UserError with how many are altered, and the first of them."""
-    train = open_packed(spec, "train")
+    train = open_packed(spec, "train", most)
     if not train:
         raise UserError(f"{spec} holds no pack: expected a folder that tools.pack wrote")
     paths = sorted(train.path.parent.glob("*.pack"))
     for path in paths:
-        source, altered = Packed(path, ""), []
+        source, altered = Packed(path, "", most), []
         progress = Progress(len(source), 0, HERE, every=5.0, text=path.name)
         for i in range(len(source)):
             try:

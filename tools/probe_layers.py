@@ -54,7 +54,7 @@ class Config(CheckpointFlags):
     # these change only how it is reached
     batch_size: int = knob(512, "images that are computed together", above=0)
     output_dir: str = knob("runs/layers", "the folder for metrics.json")
-    workers: int = knob(0, "loader processes", least=0)
+    workers: int = knob(0, "loader processes", least=0, most=1024)
     max_bad: float = knob(0.01, "share of the images that may be unreadable before it stops", least=0)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     ops: str = knob("auto", "implementation of the kernels", choices=["auto", "torch", "triton"])
@@ -144,7 +144,7 @@ def probe_layers(cfg, world, baselines):
         encoders["random"] = build_untrained(encoder, fusion, cfg.seed)
     sources = [open_data(cfg.data, split, cfg.cache_dir, world.say, reading_of(cfg))
                for split in ("train", "val")]
-    describe_files(world.say, *sources)
+    describe_files(world.say, *sources, output=cfg.output_dir)
     sources = match_labels(cfg.data, *sources, world.say)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, sum(map(len, sources)), cfg.max_bad)

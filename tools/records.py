@@ -4,7 +4,7 @@ A record is the same of a run whose folder is gone, in one small file: metrics.j
 record of encoders is what examine.py found in those of several runs.
 """
 
-import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,9 +15,48 @@ from mff_min.errors import UserError
 from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS
 from mff_run.files import write_json
+from mff_run.jsonfile import is_path, misfit, read_json
 from mff_run.log import read_log
 from tools.examine import Features, Findings
 from tools.measures import frequencies
+
+
+def is_percent(value):
+    """a number from 0 to 100"""
+    return type(value) in (int, float) and 0 <= value <= 100
+
+
+def is_count(value):
+    """a whole number above 0"""
+    return type(value) is int and value > 0
+
+
+def is_trained(value):
+    """trained or random"""
+    return value in ("trained", "random")
+
+
+def is_constant(value):
+    """pixels or chance"""
+    return value in ("pixels", "chance")
+
+
+def is_layer(value):
+    """fused, or block and its number"""
+    return value == "fused" or isinstance(value, str) and bool(re.fullmatch(r"block [0-9]{1,4}", value))
+
+
+# What is read of a run, as kinds of jsonfile.py; a line of the log that is no LINE is somebody else's.
+CONFIG = {"model?": (type(None), str), "data?": is_path, "global_batch?": int, "out_indices?": str}
+LINE = {"step": int, "lr": float, "fusion_weights?": [float]}
+ACCURACY = {"label": str, "acc1": is_percent}
+ROWS = [(ACCURACY | {"kind": is_constant, "layer": is_constant},
+         ACCURACY | {"kind": is_trained, "layer": is_layer})]
+ENCODERS = {"data": str, "images": int, "batch_size": int,
+            "encoders": [{"name": str, "model": str, "grid": [int], "patch_size": int, "amplitudes": dict,
+                          "distances": [[float]]}],
+            "cka": [{"across": str, "up": str, "values": [[float]]}]}
+LARGEST = 128                                                           # patches along a side of an image
 
 
 @dataclass(frozen=True)
@@ -36,7 +75,7 @@ class Run:
 
     def curve(self, key):
         """(images seen, value) of the log's lines that hold numbers by this name."""
-        return [(self.seen(line), line[key]) for line in self.log if isinstance(line.get(key), int | float)]
+        return [(self.seen(line), line[key]) for line in self.log if type(line.get(key)) in (int, float)]
 
     def fusion_weights(self):
         """(depth of the model, fused blocks, [(images seen, their weights)]). Raises UserError."""
@@ -67,33 +106,44 @@ def open_run(path, name, say):
     """
     path = Path(path)
     check_reachable("run", path)
-    if path.is_file():
+    told = path
+    if path.exists() and not path.is_dir():
         metrics = read_json(path)
         if "encoders" in metrics:
             return Run(name, path, {}, [], {}, findings_in(metrics, path))
         log, config = metrics.get("log", []), metrics.get("config")
-    elif (path / "config.json").is_file():
-        metrics = read_json(path / "metrics.json") if (path / "metrics.json").exists() else {}
-        log, config = read_log(path / "log.jsonl", say), read_json(path / "config.json")
+    elif (path / "config.json").exists():
+        metrics, told = {}, path / "config.json"
+        if (path / "metrics.json").exists():
+            metrics = read_json(path / "metrics.json", hint="move it away, and curves are drawn without it")
+        log, config = read_log(path / "log.jsonl", say), read_json(told)
     else:
         raise UserError(f"{path} is no folder of a run: it holds no config.json")
     if not isinstance(log, list) or not all(isinstance(line, dict) for line in log):
         raise UserError(f"{path} is of no run: its log is no list of objects")
     if not isinstance(config, dict):
         raise UserError(f"{path} is of no run: its config is no object")
-    lines = [line for line in log if "step" in line and "lr" in line]
-    return Run(name, path, config, lines, metrics)
+    if problem := misfit(config, CONFIG):
+        raise UserError(f"{told} holds {problem}, as a run writes it")
+    rows = [tuple(kind | {"acc1_error": float, "val_images?": is_count} for kind in ROWS[0])]
+    if problem := "margins" in metrics and misfit(metrics, {"rows": rows}):
+        raise UserError(f"{path} holds {problem}, as tools.probe_layers writes it")
+    return Run(name, path, config, [line for line in log if not misfit(line, LINE)], metrics)
 
 
 def findings_in(record, path):
     """The Findings that a record of encoders holds. Raises UserError where they are not whole."""
     try:
+        if problem := misfit(record, ENCODERS):
+            raise ValueError(problem)
         encoders = [Features(**each) for each in record["encoders"]]
-        if not encoders:
-            raise ValueError("no encoder")
         depths = {each.name: len(each.distances) for each in encoders}
+        if len(depths) < max(len(encoders), 1) or min(depths.values()) < 2:
+            raise ValueError("expected encoders of two blocks or more, under names that differ")
         for each in encoders:
             check_numbers([each.patch_size, *each.grid], (3,))
+            if not 0 < min(each.grid) <= max(each.grid) <= LARGEST:
+                raise ValueError(f"a grid of {each.grid}")
             check_numbers(each.distances, (depths[each.name], len(each.distances[0])))
             blocks = [f"block {i}" for i in range(depths[each.name])]
             for tap in {"normed", *blocks, *each.amplitudes}:
@@ -130,13 +180,3 @@ def write_record(path, record):
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
-
-def read_json(path):
-    """The object in a JSON file. Raises UserError where it holds none."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}: expected an object")
-    return found

@@ -42,14 +42,16 @@ import train_probe
 import train_segment
 from mff_data.sources import fingerprint, match_labels, open_data
 from mff_min.config import check_ranges, knob, opt, parse
-from mff_min.errors import Fault, UserError
-from mff_run.files import make_folder, write_atomically, write_json, write_tensors
+from mff_min.errors import Fault, UserError, printable
+from mff_run.files import check_regular, make_folder, write_atomically, write_json, write_tensors
+from mff_run.jsonfile import misfit, opened, read_json
 from mff_run.log import read_log
 from mff_run.process import StopSignals, leave, run
 from mff_run.progress import duration
 from mff_run.world import describe_environment, source_commit, start_world
 from tools import comparison, probe_layers
 from tools.figures import check_matplotlib, save
+from tools.records import LINE, ROWS, is_count, is_percent
 
 # ---------------------------------------------------------------- what is compared
 
@@ -116,10 +118,21 @@ class Config:
     report: bool = knob(False, "run nothing: the tables and figures of what is finished")
     minutes: float = knob(0.0, "stop after so long, with everything saved; whole chains first, and no steps "
                                "are spent on an estimate; 0: stop when all is done", least=0)
-    jobs: int = knob(2, "units at a time, each of one thread; 1 on a GPU", above=0)
-    workers: int = knob(0, "loader processes for each unit", least=0)
+    jobs: int = knob(2, "units at a time, each of one thread; 1 on a GPU", above=0, most=1024)
+    workers: int = knob(0, "loader processes for each unit", least=0, most=1024)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N")
     cache_dir: str = knob("runs/cache", "where the embedded images are kept")
+
+
+# What is read of a unit's metrics.json and of the results, as kinds of jsonfile.py.
+ENVIRONMENT = {"device": str, "cpus": int, "torch": str}
+MEASURED = {"val_images?": is_count, "acc1?": is_percent, "rows?": ROWS}
+METRICS = MEASURED | {"environment": ENVIRONMENT}
+RECORD = {"method": str, "seed": int, "stage": str, "flags": str, "seconds": (float, type(None)),
+          "metrics": MEASURED, "loss?": [[float]], "fusion?": [[float]]}
+RESULTS = {"preset": str, "data": str, "settings": {"shapes": str}, "environments": [ENVIRONMENT],
+           "images": (str, type(None)), "parts": [{"units": int, "jobs": int, "seconds": float}],
+           "records": [RECORD]}
 
 
 class Unit(NamedTuple):
@@ -132,7 +145,7 @@ class Unit(NamedTuple):
 def preset_of(name, data):
     """The flags of a preset's stages on this data: only the embedded images have masks to segment."""
     preset = PRESETS[name]
-    return preset if data == "shapes" else {part: flags for part, flags in preset.items() if part != "segment"}
+    return preset if data == "shapes" else {key: value for key, value in preset.items() if key != "segment"}
 
 
 def plan(preset, methods, seeds):
@@ -234,23 +247,23 @@ def read_record(unit, flags, folder, seconds):
 
     seconds is how long it took, or None of a unit that was cut: then its stage knows only the last part.
     """
-    try:
-        found = json.loads((folder / "metrics.json").read_text())
-    except FileNotFoundError:
+    if not (folder / "metrics.json").exists():
         return None
+    found = read_json(folder / "metrics.json", METRICS, f"remove {folder} to run the unit again")
     environment = found.pop("environment")
-    del environment["argv"], environment["time"]
+    for key in ("argv", "time"):
+        environment.pop(key, None)
     for key in ("config", "margins", "seconds"):
         found.pop(key, None)
     if "rows" in found:                                                 # what the tables read, no more
         kept = [row for row in found["rows"] if row["kind"] in ("trained", "pixels", "chance")]
-        found["val_images"] = max(row.get("val_images", 0) for row in kept)
+        found["val_images"] = max((row.get("val_images", 0) for row in kept), default=0)
         found["rows"] = [{key: row[key] for key in ("label", "kind", "layer", "acc1")} for row in kept]
     record = dict(unit._asdict(), flags=flags, seconds=seconds, metrics=found)
-    lines = [line for line in read_log(folder / "log.jsonl") if "lr" in line]
+    lines = [line for line in read_log(folder / "log.jsonl") if not misfit(line, LINE | {"loss": float})]
     if lines:
         record["loss"] = thinned([[line["step"], round(line["loss"], 5)] for line in lines])
-    if lines and len(lines[0].get("fusion_weights", ())) > 1:
+    if lines and all(len(line.get("fusion_weights", ())) > 1 for line in lines):
         record["fusion"] = thinned([[line["step"], *(round(weight, 5) for weight in line["fusion_weights"])]
                                     for line in lines])
     return record, environment
@@ -263,38 +276,48 @@ def read_results(path, name, images, cfg):
     """
     empty = dict(preset=cfg.preset, data=name, images=images, settings=preset_of(cfg.preset, name), parts=[],
                  environments=[], records=[])
-    try:
-        found = json.loads(path.read_text())
-        kinds = [f"--preset {each['preset']} on "
-                 f"{each['settings']['shapes'] if each['data'] == 'shapes' else each['data']}"
-                 for each in (found, empty)]
-        units = [(Unit(record["method"], record["seed"], record["stage"]), record["flags"])
-                 for record in found["records"]]
-        same_images = images in (None, found["images"])
-    except FileNotFoundError:
+    if not path.exists():
         return empty
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the results of a study: move it away, or name another "
-                        f"--output-dir") from None
+    hint = "it is not the results of a study: move it away, or name another --output-dir"
+    found = read_json(path, RESULTS, hint)
+    kinds = [f"--preset {each['preset']} on "
+             f"{each['settings']['shapes'] if each['data'] == 'shapes' else each['data']}"
+             for each in (found, empty)]
     if kinds[0] != kinds[1]:
-        raise UserError(f"{path} holds {kinds[0]}: expected {kinds[1]}; name another --output-dir")
-    if not same_images:
+        raise UserError(f"{path} holds {printable(kinds[0])}: expected {kinds[1]}; name another --output-dir")
+    if images not in (None, found["images"]):
         raise UserError(f"{path} is of other images that are called {name} too; name another --output-dir")
-    for unit, flags in units:
-        check_flags(unit, flags, path, cfg)
+    for record in found["records"]:
+        check_flags(unit_of(record), record["flags"], path, cfg)
+        check_record(record, path, hint)
     return found
+
+
+def check_record(record, path, hint):
+    """Raise UserError unless a record has what its stage measures, and rows as its flags make them."""
+    needs = {"pretrain": {}, "layers": {"rows": ROWS, "val_images": is_count},
+             "segment": {"mIoU": is_percent, "val_images": is_count}}
+    other = {"acc1": is_percent, "val_images": is_count}
+    problem = misfit(record["metrics"], needs.get(record["stage"], other))
+    levels = len(comparison.blocks_of(record)) if record["stage"] == "pretrain" else 0
+    for key, width in ("loss", 2), ("fusion", 1 + levels):
+        rows = record.get(key, [[0] * width])
+        if not rows or any(len(row) != width for row in rows) or key in record and width == 1:
+            problem = problem or f"a {key} that is no list of rows of {width} numbers"
+    if problem:
+        raise UserError(f"{path} holds of {record['method']}, seed {record['seed']}, {record['stage']} "
+                        f"{problem}; {hint}")
 
 
 def check_flags(unit, flags, path, cfg):
     """Raise UserError unless a unit found in path was run with the flags that this study would give it."""
     preset = preset_of(cfg.preset, cfg.data)
-    if unit.method not in METHODS or unit.stage not in preset:
-        raise UserError(f"{path} holds {unit.method}, {unit.stage}, which --preset {cfg.preset} lacks")
+    if unit.method not in METHODS or unit.stage not in MODULES or unit.stage not in preset:
+        raise UserError(f"{path} holds {printable(f'{unit.method}, {unit.stage}')}, which --preset "
+                        f"{cfg.preset} lacks")
     if flags != flags_of(preset, unit):
         raise UserError(f"{path} holds {unit.method}, seed {unit.seed}, {unit.stage} with other settings "
-                        f"({flags}): expected {flags_of(preset, unit)}; name another folder")
+                        f"({printable(flags[:200])}): expected {flags_of(preset, unit)}; name another folder")
 
 
 def as_text(results):
@@ -415,7 +438,8 @@ def held(folder, kind, patience=30.0):
     import fcntl  # absent from Windows, which is refused where it is known
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")                               # units inherit it, and so hold it too
+        check_regular(folder / "lock")
+        lock = open(folder / "lock", "a")                               # units inherit it, and so hold it too
     except OSError as error:
         raise UserError(f"--study-dir {folder} cannot be written: {error.strerror}") from None
     with lock:
@@ -429,10 +453,10 @@ def held(folder, kind, patience=30.0):
                     raise UserError(f"another process works in {folder}: wait for it or end it") from None
                 time.sleep(0.2)
         about = folder / "study.json"
-        found = json.loads(about.read_text()) if about.exists() else kind
+        found = read_json(about, hint="name another --study-dir") if about.exists() else kind
         if found != kind:
-            differ = ", ".join(f"{key} {found.get(key)} and not {kind[key]}" for key in kind
-                               if found.get(key) != kind[key])
+            differ = ", ".join(f"{key} {printable(str(found.get(key))[:80])} and not {kind[key]}"
+                               for key in kind if found.get(key) != kind[key])
             raise UserError(f"{folder} holds another study: its {differ}; name another --study-dir")
         write_json(about, kind)
         yield
@@ -539,7 +563,8 @@ def what_is_left(cfg, units, folder, done, note):
     for unit in units:
         about = folder_of(folder, unit) / "flags.txt"
         if about.exists():
-            check_flags(unit, about.read_text(), about, cfg)
+            with opened(about, 2 ** 16) as file:
+                check_flags(unit, file.read().decode(errors="replace"), about, cfg)
         if unit not in done and note(unit, None):
             done.add(unit)
     # An encoder that is not here is pre-trained again; on a GPU it is another one, so all of it is measured.
@@ -553,6 +578,7 @@ def start(cfg, unit, folder, *more):
     place, words = folder_of(folder, unit), command_of(cfg, unit, folder)
     flags = flags_of(PRESETS[cfg.preset], unit).encode()
     place.mkdir(parents=True, exist_ok=True)
+    check_regular(place / "output.txt")                                 # to which the process appends
     write_atomically(place / "flags.txt", lambda file: file.write(flags))
     process = FORK.Process(target=carry_out, args=(unit, [*words, *more], place / "output.txt"))
     process.start()
@@ -562,7 +588,8 @@ def start(cfg, unit, folder, *more):
 def failure(unit, code, folder):
     """What to raise where a unit ended with this code: UserError for 2, with its last error in one line."""
     output = folder_of(folder, unit) / "output.txt"
-    lines = [" ".join(line.split()) for line in output.read_text().splitlines() if line.strip()]
+    said = output.read_text(errors="replace")
+    lines = [" ".join(line.split()) for line in said.splitlines() if line.strip()]
     script = f"{MODULES[unit.stage].__name__} "
     begun = max((i for i, line in enumerate(lines) if line.startswith(script)), default=-1)
     lines = lines[begun + 1:] or ["it said nothing"]                    # what is before is of another attempt
@@ -615,7 +642,8 @@ def measure(cfg, units, results, folder, jobs):
     fine-tuning each, and as much again for what follows them.
     """
     path, where = folder / "costs.json", f"{jobs} jobs on {os.cpu_count()} cores"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    kind = {f"{where}?": {f"{stage}?": float for stage in MODULES}}
+    found = read_json(path, kind, "remove it") if path.exists() else {}
     costs = renewed(found.get(where, {}), results, units)
     if cfg.minutes or seconds_of(units, costs) is not None:
         return costs
@@ -657,7 +685,7 @@ def try_out(cfg, units, folder):
         process.join()
     if not lines:
         raise failure(units[-1], processes[-1].exitcode, folder)
-    return lines[-1], json.loads((place / "config.json").read_text())
+    return lines[-1], read_json(place / "config.json")
 
 
 if __name__ == "__main__":

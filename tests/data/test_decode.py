@@ -323,7 +323,7 @@ def test_each_channel_of_an_array_is_what_an_image_of_it_alone_would_be(tmp_path
         assert np.array_equal(got[..., channels - 1:], alone)
 
 
-def test_an_array_is_mapped_and_two_dimensions_are_one_channel(tmp_path):
+def test_an_array_is_not_copied_and_two_dimensions_are_one_channel(tmp_path):
     array = open_image(write(tmp_path, "a.npy", np.asarray(noise_image(9, 8))))
     assert not array.flags.owndata and not array.flags.writeable and type(array) is np.ndarray
     assert open_image(write(tmp_path, "b.npy", np.zeros((9, 8), np.uint8))).shape == (9, 8, 1)

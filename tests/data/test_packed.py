@@ -511,7 +511,7 @@ def test_a_pack_of_jpeg_files_of_an_older_version_is_refused(tmp_path):
     journal = packed.Journal(path, plans[0])
     journal.add([(b"x", 1, 1, "")])
     with pytest.raises(UserError, match="train.pack is of --jpeg 95, not 0: expected the same flags"):
-        packed.Journal(path, plans[1])
+        packed.Journal(path, plans[1], pack.lines_of(journal.path))
     journal.finish([0], [""], "train")
     with pytest.raises(UserError, match="holds JPEG files, which are not read from packs any more: expected"):
         open_data(str(tmp_path), "train", "", print)

@@ -2,6 +2,7 @@
 
     python tests/faults                                                 # some five minutes on two cores
     python tests/faults --quick --only "kill -9"                        # fewer trials, of some faults
+    python tests/faults --long --only hostile                           # ten times as many, of some faults
     python tests/faults --without save-to-the-final-name                # one guard removed: this must fail
     python tests/faults --controls                                      # every guard, each on its fault
 
@@ -26,6 +27,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from faults import suite
 from faults.suite import FORK, Outcome, hear_signals, prepared, shared_memory
 
 from mff_min.config import opt, parse
@@ -38,6 +40,7 @@ from mff_run.progress import duration
 class Config:
     only: str = opt("", "the faults whose names contain this")
     quick: bool = opt(False, "fewer trials of each")
+    long: bool = opt(False, "ten times as many of the cases that are drawn, and of the points of a save")
     without: str = opt("", "a guard that is removed first: the suite must then fail")
     controls: bool = opt(False, "remove every guard in turn, each for the fault that must notice")
     output_dir: str = opt("", "where to write faults_cpu.json, or with --controls controls_cpu.json")
@@ -152,6 +155,7 @@ def main(cfg):
                        {"quick": cfg.quick, "seconds": time.monotonic() - began, "environment": environment,
                         name: rows})
 
+    suite.TIMES = 10 if cfg.long else 1
     prepared()                                                          # once, for all that is forked
     if cfg.controls:
         guards = [guard for guard in guards if cfg.only in guard.fault]

@@ -6,7 +6,7 @@ import shutil
 import signal
 
 from faults.killed import SAVE_EVERY, command, differences, gone_on, uninterrupted, watched
-from faults.suite import Fault, Guard, Tally, fork, share_out
+from faults.suite import Fault, Guard, Tally, fork, many, share_out
 from run_folders import same_bits
 
 from mff_min.errors import UserError
@@ -59,7 +59,7 @@ def mutations(folder, quick):
     others = {name: (whole / name).read_bytes() for name in ("config.json", "log.jsonl", "previous.pt")}
     others["other.py"] = open(__file__, "rb").read()
     silent = 0
-    for i in range(200 if quick else 2000):
+    for i in range(many(200, 2000, quick)):
         what, mutated = mutate(content["last.pt"], others, draw)
         (place / "last.pt").write_bytes(mutated)
         (place / "previous.pt").write_bytes(content["previous.pt"])

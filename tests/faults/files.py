@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from faults.evaluation import on_two_ranks, ready
-from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, stage
+from faults.suite import Child, Fault, Guard, Outcome, Tally, fork, many, stage
 from PIL import Image
 
 from mff_data import crops, decode, sources, views
@@ -134,7 +134,7 @@ class Mutants:
 
 def mutated_images(folder, quick, originals=originals):
     """Each mutant becomes a view or is replaced, within a second, and the process lives and says nothing."""
-    count, step = (2_100, 350) if quick else (21_000, 1_500)
+    count, step = many(2_100, 21_000, quick), 350 if quick else 1_500
     source = Mutants(count, folder, originals())
     views = Views(source, "random_resized", (16, 16), 3, 0, 0), Views(source, "evaluation", (16, 16), 3, 0, 0)
     tried, survived, problems, replaced, slowest, grown = 0, 0, [], Counter(), 0.0, 0

@@ -4,18 +4,15 @@ The authors of a check cannot tune it to cases that they do not know. A failing 
 that makes it again: HOSTILE_SEED=... python tests/faults --only hostile
 """
 
-import os
 import random
 import shutil
-import time
 
 import torch
 from faults.killed import command, differences, uninterrupted
-from faults.suite import STAGES, Fault, Guard, Tally, fork, share_out
+from faults.suite import SEED, STAGES, Fault, Guard, Tally, fork, many, share_out
 
 from mff_run import files, resume, run
 
-SEED = int(os.environ.get("HOSTILE_SEED", time.strftime("%Y%m%d")))
 MORE = {"pretrain": (), "probe": (), "finetune": ("--ema", "0.9")}
 
 # ---------------------------------------------------------------- what is put in the place of a value
@@ -117,7 +114,7 @@ def hostile_states(folder, quick):
         shutil.rmtree(run)
         yield f"HOSTILE_SEED={SEED}, {number}, {name}, {what}: {problem}" if problem else "", 0
     tally = Tally()
-    share_out([lambda number=number: trial(number) for number in range(15 if quick else 120)], tally)
+    share_out([lambda number=number: trial(number) for number in range(many(15, 120, quick))], tally)
     return tally.outcome()
 
 

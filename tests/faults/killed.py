@@ -10,7 +10,7 @@ import signal
 import time
 
 import torch
-from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out, stage
+from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, many, share_out, stage
 from PIL import Image
 from run_folders import log_of, same_bits, state_of
 
@@ -223,7 +223,8 @@ def kill_at_points(folder, quick):
         whole = uninterrupted(name, folder / f"{name}-whole")
         seen = points_of(name, folder / f"{name}-points")
         seen_points += len(seen)
-        points = chosen(seen, 9) if name == "pretrain" else chosen(seen, 3)[::2]
+        usual, every = (9, 1) if name == "pretrain" else (3, 2)
+        points = chosen(seen, many(usual, usual, quick))[::every]
         others = [point for point in points if not seen[point[0]][1].startswith(SAVED)]
         points = sorted(set(points) - set(others) | set(others[::3]))
         points = points[2::len(points) // 12] if quick else points
@@ -267,12 +268,12 @@ def kill_often(name, folder, whole, kills, seed, workers):
 
 def kill_at_random(folder, quick):
     """Kills at random moments, of runs without and with worker processes."""
-    trials, share = [], 8 if quick else 1
+    trials = []
     for seed, (name, kills, workers) in enumerate([("pretrain", 50, 0), ("pretrain", 24, 2),
                                                    ("finetune", 18, 2), ("probe", 8, 0)]):
         whole = uninterrupted(name, folder / f"{name}-whole")
-        trials.append(functools.partial(kill_often, name, folder / str(seed), whole, kills // share, seed,
-                                        workers))
+        trials.append(functools.partial(kill_often, name, folder / str(seed), whole,
+                                        many(kills // 8, kills, quick), seed, workers))
     tally = Tally()
     share_out(trials, tally)
     return tally.outcome()

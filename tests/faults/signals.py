@@ -9,7 +9,7 @@ from pathlib import Path
 
 from faults.killed import begun_at, command, differences, furthest, wait_for_step
 from faults.ranks import at_micro_batch, ended, gone_on, torchrun, two_ranks, whole_run
-from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, share_out
+from faults.suite import STAGES, Child, Fault, Guard, Tally, fork, many, share_out
 
 from mff_data import views
 from mff_run import files, process, progress, world
@@ -53,7 +53,7 @@ def signal_at_random(folder, quick):
         problems += [f"code {again.code}: {again.last}"] * (again.code != 0)
         problems += differences(name, run, folder / name) if not again.code else []
         yield f"{name}, signal {int(sent)}: {'; '.join(problems)}" if problems else "", lost
-    share_out([lambda number=number: trial(number) for number in range(6 if quick else 30)], tally)
+    share_out([lambda number=number: trial(number) for number in range(many(6, 30, quick))], tally)
     return tally.outcome()
 
 

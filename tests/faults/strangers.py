@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from faults.evaluation import ready, rewrite
 from faults.files import MEGABYTE, is_clean, memory
-from faults.suite import Fault, Guard, Outcome, Tally, fork, stage
+from faults.suite import Fault, Guard, Outcome, Tally, fork, many, stage
 from PIL import Image
 
 from mff_data import packed
@@ -395,7 +395,7 @@ def paths_that_leave(folder, quick):
 
 def mutated_checkpoints(folder, quick):
     """A checkpoint with some bytes altered is read or refused in one line; the process lives."""
-    count = 200 if quick else 2_000
+    count = many(200, 2_000, quick)
     state = {name: value[:2].clone() for name, value in small_state().items()
              if not name.startswith("blocks") or name.startswith("blocks.1.")}
     text = safetensors.torch.save(state, {"format": "pt"})

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,13 @@ SMALL = {
 TINY = dict(patch_size=4, embed_dim=32, depth=2, num_heads=2)           # what vit_test is, in children
 COMMON = ("--data shapes:60 --global-batch 8 --batch-size 8 --lr 1e-3 --log-every 1 --save-every 2 "
           "--device cpu")
+SEED = int(os.environ.get("HOSTILE_SEED", time.strftime("%Y%m%d")))     # of cases that nobody knows before
+TIMES = 1                                                               # --long: so many times as many cases
+
+
+def many(few, usual, quick):
+    """How many cases to draw: few for a control, more with --long."""
+    return few if quick else TIMES * usual
 
 
 @dataclass(frozen=True)

@@ -306,11 +306,13 @@ def test_a_sheet_shows_image_truth_and_prediction_with_the_classes_that_occur():
 def test_a_picture_leaves_out_what_cannot_be_read(tmp_path):
     write_tree(tmp_path, count=6)
     source = open_tree(tmp_path, num_classes=4)
-    sheets = [picture(NearestColour(), source, CFG, CPU, TORCH, torch.float32, "step 1")]
+    def drawn():
+        return picture(NearestColour(), source, CFG.picture_images, CFG, CPU, TORCH, torch.float32, "step 1")
+    sheets = [drawn()]
     for i in (0, 2):
         (tmp_path / f"images/training/{i:03}.jpg").write_text("no")
-        sheets.append(picture(NearestColour(), source, CFG, CPU, TORCH, torch.float32, "step 1"))
+        sheets.append(drawn())
     heights = [sheet.height for sheet in sheets]
     assert heights[0] > heights[1] > heights[2]
     (tmp_path / "annotations/training/004.png").write_text("no")
-    assert picture(NearestColour(), source, CFG, CPU, TORCH, torch.float32, "step 1") is None
+    assert drawn() is None

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sources import FILES
+from test_shape_comments import false_comments
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mff_min.optim import clip_grad_norm, set_lr
+from mff_min.optim import clip_grad_norm, param_groups, set_lr
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run.sharded import shard, whole
 from mff_run.world import World
@@ -28,7 +30,6 @@ from mff_tasks.upernet import (
     resize,
     segmentation_loss,
     segmenter_flops,
-    segmenter_groups,
     taps_of,
 )
 from mff_weights.pretrained import Fusion, build_fusion, build_like, load_for_tuning, read_pretrained
@@ -350,7 +351,7 @@ LOGGED = [(50, "1.207e-08"), (20_100, "3.233e-07"), (40_150, "2.769e-07"), (140_
 
 @pytest.mark.parametrize("iteration, lr", LOGGED)
 def test_learning_rates_are_the_logged_ones(published, iteration, lr):
-    optimizer = torch.optim.AdamW(segmenter_groups(published, 0.05, 0.65))
+    optimizer = torch.optim.AdamW(param_groups(published, 0.05, 0.65, 12))
     set_lr(optimizer, poly_lr(iteration - 1, 1e-4, 160_000, 1500))
     lowest = min(group["lr"] for group in optimizer.param_groups)
     assert f"{lowest:.3e}" == lr
@@ -363,7 +364,7 @@ def test_the_schedule_ends_at_zero_and_may_have_no_warm_up():
 
 
 def test_layer_decay_has_the_published_14_groups(published):
-    groups = segmenter_groups(published, 0.05, 0.65)
+    groups = param_groups(published, 0.05, 0.65, 12)
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert sorted(set(scales.values())) == pytest.approx([0.65 ** n for n in range(13, -1, -1)], rel=1e-12)
     assert len(scales) == len(list(published.parameters()))
@@ -418,7 +419,7 @@ def test_initial_weights_are_mmsegmentations():
 def test_a_step_lowers_the_loss():
     model = build(classes=3)
     images, labels = torch.randn(4, 3, 16, 24), torch.arange(4).remainder(3).view(4, 1, 1).expand(4, 16, 24)
-    optimizer = torch.optim.AdamW(segmenter_groups(model, 0.05, 0.65))
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05, 0.65, len(model.encoder.blocks)))
     set_lr(optimizer, 1e-2)
     losses = []
     for _ in range(8):
@@ -538,3 +539,19 @@ def test_the_formula_counts_every_product(img_size, options):
 def test_the_published_model_costs_3_6_teraflops_per_image(published):
     assert f"{segmenter_flops(published) / 1e12:.1f}" == "3.6"
     assert counted_flops(published, (512, 512)) == 2 * segmenter_flops(published)
+
+
+# ---------------------------------------------------------------- shape comments
+
+def test_shape_comments_are_true():
+    files = {path: FILES[path] for path in ("mff_tasks/attention.py", "mff_tasks/upernet.py")}
+    truth = dict(B=[3], T=[25], L=[24], Q=[25, 20], D=[8], h=[2], d=[4], E=[9, 3], G=[5], H=[16], W=[24],
+                 r=[4], c=[6])
+
+    def work():
+        model = build(width=9, classes=5, drop_path=0.1)
+        outputs = model(torch.randn(3, 3, 16, 24), torch.rand(3, model.num_noise))
+        segmentation_loss(*outputs, torch.zeros(3, 16, 24, dtype=torch.uint8))
+        model.encoder.blocks[0].attn(torch.randn(3, 25, 8), 5)
+    false, unseen, _ = false_comments(files, truth, work)
+    assert false == unseen == []

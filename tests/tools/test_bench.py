@@ -24,7 +24,7 @@ from mff_run import flops
 from mff_run.flops import product_tflops
 from mff_run.world import World
 from tools.bench import __main__ as bench
-from tools.bench import attention, contenders, data, everything, imports, measure, ops, step
+from tools.bench import attention, contenders, data, everything, imports, measure, ops, segment, step
 
 pytest.importorskip("triton")
 
@@ -330,6 +330,56 @@ def test_a_form_of_attention_that_refuses_or_errs_is_a_row_that_says_so(benched,
     assert {row["not_run"] for row in rows} == {"its 0 seconds were over"}
 
 
+SEGMENT = "segment --sizes tiny --dtypes float32 --rounds 2 --minutes 5 --threads 1"
+
+
+def test_segment_records_ours_beside_mmsegmentations_layers(benched):
+    found = benched(SEGMENT)
+    ours, peer = check_record(found, "segment")
+    group, = found["groups"]
+    assert (ours["name"], peer["name"]) == (segment.OURS, segment.PEER) and group["rounds"] == 2
+    assert group["baseline"] == f"{segment.PEER} float32 eager"
+    assert peer["speed_over_baseline"] == ours["time_over_ours"] == {"median": 1, "quartiles": [1, 1]}
+    assert all(row["img_per_s"] == group["batch"] / row["median"] for row in (ours, peer))
+
+
+def test_mmsegmentations_layers_do_our_work():
+    """While they train, without dropout: the same logits, and the same gradient of each weight and token."""
+    tokens, side, _ = segment.make_inputs(12, 6, 5, 3, "cpu")
+    tokens = [x.detach().double().requires_grad_() for x in tokens]
+    ours, peer = segment.Ours(12, 6, 4).double(), segment.Peer(12, 6, 4).double()
+    peer.load_state_dict(ours.state_dict())
+    for module in peer.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    outputs, grads = [], []
+    for module in (ours, peer):
+        wanted = dict(module.named_parameters()) | {f"token {i}": x for i, x in enumerate(tokens)}
+        outputs.append(module(tokens, side, None))
+        found = torch.autograd.grad([x.square().sum() for x in outputs[-1]], list(wanted.values()))
+        grads.append(dict(zip(wanted, found, strict=True)))
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda peer: torch.nn.init.zeros_(peer.decode_head.bottleneck.conv.weight), "its main logits are"),
+    (lambda peer: torch.nn.init.ones_(peer.auxiliary_head.conv_seg.bias), "its auxiliary logits are"),
+    (lambda peer: setattr(peer.decode_head.bottleneck.conv, "bias", torch.nn.Parameter(torch.zeros(6))),
+     "it trains"),
+])
+def test_layers_that_do_other_work_are_named(change, reason):
+    tokens, side, _ = segment.make_inputs(12, 6, 5, 3, "cpu")
+    ours, peer = segment.Ours(12, 6, 4), segment.Peer(12, 6, 4)
+    peer.load_state_dict(ours.state_dict())
+    segment.check_equal(peer, ours, tokens, side)
+    assert peer.training and ours.training
+    with torch.no_grad():
+        change(peer)
+    with pytest.raises(measure.NotRun, match=f"unequal work: {reason}"):
+        segment.check_equal(peer, ours, tokens, side)
+
+
 def test_data_records_every_pipeline(benched):
     pytest.importorskip("torchvision")
     found = benched("data --rounds 1 --images 2")
@@ -606,7 +656,9 @@ def test_flops_are_those_of_visible_tokens():
 @pytest.mark.parametrize("flags, complaint", [
     ("step --device cuda:99", "--device cuda:99"), ("step --cases vit_x", "--cases vit_x: expected some of"),
     ("step --stages sleep", "--stages sleep: expected"), ("data --minutes 0", "expected a number above 0"),
-    ("step --rounds few", "--rounds"), ("sing", "invalid choice: 'sing'"), ("data --speed 3", "--speed"),
+    ("step --rounds few", "--rounds"), ("segment --sizes huge", "--sizes huge: expected some of"),
+    ("segment --dtypes int8", "--dtypes int8: expected some of"),
+    ("sing", "invalid choice: 'sing'"), ("data --speed 3", "--speed"),
 ])
 def test_bad_flags_are_one_line(flags, complaint):
     with pytest.raises(UserError) as error:

@@ -273,10 +273,12 @@ def test_bad_input_is_one_line(tmp_path, flags, complaint):
 def test_results_of_another_study_are_refused(tmp_path):
     def refused(preset="minutes", data="shapes", flags=None, text=None):
         unit = study.Unit("MAE", 0, "layers")
-        records = [dict(unit._asdict(), flags=flags or study.flags_of(study.PRESETS["minutes"], unit))]
+        flags = flags or study.flags_of(study.PRESETS["minutes"], unit)
+        records = [dict(unit._asdict(), flags=flags, seconds=1.0, metrics=dict(val_images=9, rows=[]))]
         path = tmp_path / "study.json"
         settings = dict(shapes="shapes:10000" if preset == "minutes" else "shapes:7")
-        found = dict(preset=preset, data=data, images="shapes:10000", settings=settings, records=records)
+        found = dict(preset=preset, data=data, images="shapes:10000", settings=settings, records=records,
+                     parts=[], environments=[])
         path.write_text(text or json.dumps(found))
         try:
             study.read_results(path, "shapes", "shapes:10000", parse(study.Config, []))
@@ -623,7 +625,8 @@ def test_other_images_of_the_same_name_are_another_study(tmp_path, cache):
                 Image.new("RGB", (16, 16), colour).save(folder / f"{colour}.png")
     cfg = parse(study.Config, ["--data", str(tmp_path / "a" / "data"), "--cache-dir", str(cache)])
     images = study.images_of(cfg)
-    kept = dict(preset="minutes", data="data", images=images, settings=study.PRESETS["minutes"], records=[])
+    kept = dict(preset="minutes", data="data", images=images, settings=study.PRESETS["minutes"], records=[],
+                parts=[], environments=[])
     (tmp_path / "study_data_cpu_minutes.json").write_text(json.dumps(kept))
 
     def refused(place):

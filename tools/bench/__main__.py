@@ -4,6 +4,7 @@
     python -m tools.bench bytes     # the bytes that they move, by count: results/ops_bytes.json
     python -m tools.bench attention   # each form of attention at our shapes: time, error, PyTorch's choice
     python -m tools.bench step      # a training step of each stage: ours, timm, Transformers, lightly
+    python -m tools.bench segment   # UPerNet's neck and heads: ours, mmsegmentation's layers
     python -m tools.bench data      # from files to crops on one core: ours, torchvision, timm
     python -m tools.bench imports   # how long a fresh process takes to import each
     python -m tools.bench all       # all of it, smaller, within nine minutes
@@ -17,7 +18,7 @@ import os
 
 from mff_min.errors import UserError
 from mff_run.process import run
-from tools.bench import attention, contenders, data, everything, imports, ops, step
+from tools.bench import attention, contenders, data, everything, imports, ops, segment, step
 
 
 def names(text):
@@ -80,6 +81,15 @@ def parser():
     new.add_argument("--images", type=positive(int), default=64, help="JPEGs that the loaders read")
     new.add_argument("--workers", type=positive(int), default=max(1, (os.cpu_count() or 2) - 1),
                      help="processes of a loader")
+    new.add_argument("--threads", type=positive(int), help="of PyTorch on a CPU; not given: every core")
+
+    new = subject("segment", segment.bench_segment, "UPerNet's neck and heads: ours, mmsegmentation's layers",
+                  5.0, 7)
+    new.add_argument("--sizes", type=names, help=f"some of {','.join(segment.SIZES)}; not given: vit_t and "
+                                                 f"vit_b_128, on a GPU vit_b")
+    new.add_argument("--dtypes", type=names, help="types of matrix products; not given: float32, on a GPU "
+                                                  "bfloat16")
+    new.add_argument("--compile", action="store_true", help="torch.compile, too")
     new.add_argument("--threads", type=positive(int), help="of PyTorch on a CPU; not given: every core")
 
     new = subject("data", data.bench_data, "from files to crops on one core, beside the peers'", 3.0, 7)

@@ -11,7 +11,6 @@ Shapes: B images, C H W, L patches.
 """
 
 import argparse
-import json
 import statistics
 import time
 
@@ -21,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from mff_min.vit import Block
 from mff_run.files import make_folder, write_json
 from mff_run.flops import datasheet_tflops, product_tflops, step_flops
+from mff_run.jsonfile import read_json
 from mff_run.process import run
 from mff_run.world import autocast, describe_environment, pick_dtype, start_world
 from tools.bench.contenders import CASES, STAGES
@@ -141,8 +141,8 @@ def main(args):
         row |= dict(case=args.case, environment=describe_environment(world))
         row = add_rates(row, device, dtype)
         path = result_path(args.output_dir, "profile", gpu)
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
-        same = ("case", "batch", "mode", "dtype")
+        same = {"case": str, "batch": int, "mode": str, "dtype": str}
+        rows = read_json(path, {"rows": [same]})["rows"] if path.exists() else []
         rows = [old for old in rows if any(old[key] != row[key] for key in same)] + [row]
         write_json(path, dict(device=gpu, rows=rows))
         world.say("\n".join(lines_of(row)) + f"\nwrote {path}")
