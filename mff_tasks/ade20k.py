@@ -179,8 +179,8 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
     """The MaskFiles of a split of ade20k:DIR or masks:DIR. Raises UserError."""
     unpacked = root / "ADEChallengeData2016"
     root = unpacked if not (root / "images").is_dir() and unpacked.is_dir() else root
-    images, left_out = pick(root, "images", split, suffixes())
-    masks, others = pick(root, "annotations", split, (".png",))
+    images, left_out, places = pick(root, "images", split, suffixes())
+    masks, others, more = pick(root, "annotations", split, (".png",))
     pairs = pair(root, images, masks, others)
     origin = os.path.join(root, *pairs[0][0].split(os.sep)[:2])
     numbered = [str(i) for i in range(num_classes or 0)]
@@ -190,8 +190,10 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
                         f"beside {IGNORED}, which is no class")
 
     def files(classes):
-        return MaskFiles(root, *zip(*pairs, strict=True), classes, reduce_zero_label, origin, reading,
-                         left_out)
+        source = MaskFiles(root, *zip(*pairs, strict=True), classes, reduce_zero_label, origin, reading,
+                           left_out)
+        source.folders = places | more                                  # no place for a run: check_output
+        return source
     if not classes:
         every = files([str(i) for i in range(IGNORED)])
         look_at_masks(every, max_bad)
@@ -223,18 +225,22 @@ def split_folder(top, split):
 
 
 def pick(root, kind, split, endings):
-    """(sorted paths below root of the files of a split with these endings, the others' suffixes in words)."""
+    """(paths of a split's files with these endings, the suffixes of its others, the folders looked into).
+
+    Paths are sorted, and as seen from root. Folders of runs are left out. UserError where there is no file.
+    """
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserError(f"data folder {root} {problem}: expected one with {LAYOUT}")
     folder = os.path.join(kind, split_folder(root / kind, split))
-    paths = [os.path.join(folder, path) for path in files_below(root / folder)]
+    found, places, _ = files_below(root / folder)
+    paths = [os.path.join(folder, path) for path in found]
     chosen = sorted(path for path in paths if path.lower().endswith(endings))
     left_out = counted_suffixes(path for path in paths if not path.lower().endswith(endings))
     if not chosen:
         raise UserError(f"{root / folder} holds no file that ends in {' '.join(endings)} ({len(paths)} others"
                         f"{': ' * bool(left_out)}{left_out}): --data needs {LAYOUT}")
-    return chosen, left_out
+    return chosen, left_out, places
 
 
 def pair(root, images, masks, others):
