@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mff_data import crops
-from mff_data.decode import AS_THEY_ARE, DECODE_ERRORS, open_file, suffixes
+from mff_data.decode import AS_THEY_ARE, DECODE_ERRORS, open_file, reason_of, suffixes
 from mff_data.lists import read_lines
 from mff_data.shapes import SHAPES, load_shapes
 from mff_data.sources import ImageArray, ImageFiles, counted_suffixes, files_below, find_source, spread
@@ -163,7 +163,7 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
         source = MaskArray(arrays, array.kind, array.origin)
     else:
         source = open_tree(kind, Path(os.path.expanduser(argument)), split, say, num_classes, names,
-                           reduce_zero_label or kind == "ade20k", reading)
+                           reduce_zero_label or kind == "ade20k", reading, max_bad)
     if num_classes and num_classes != len(source.classes):
         whose = f"--names {names}" if names else f"--data {spec}"
         raise UserError(f"--num-classes {num_classes}: {whose} has {len(source.classes)} classes; expected "
@@ -175,12 +175,12 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
     return source
 
 
-def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, reading):
+def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, reading, max_bad):
     """The MaskFiles of a split of ade20k:DIR or masks:DIR. Raises UserError."""
     unpacked = root / "ADEChallengeData2016"
     root = unpacked if not (root / "images").is_dir() and unpacked.is_dir() else root
-    images, left_out = pick(root, "images", split, suffixes())
-    masks, others = pick(root, "annotations", split, (".png",))
+    images, left_out, places = pick(root, "images", split, suffixes())
+    masks, others, more = pick(root, "annotations", split, (".png",))
     pairs = pair(root, images, masks, others)
     origin = os.path.join(root, *pairs[0][0].split(os.sep)[:2])
     numbered = [str(i) for i in range(num_classes or 0)]
@@ -190,10 +190,13 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
                         f"beside {IGNORED}, which is no class")
 
     def files(classes):
-        return MaskFiles(root, *zip(*pairs, strict=True), classes, reduce_zero_label, origin, reading,
-                         left_out)
+        source = MaskFiles(root, *zip(*pairs, strict=True), classes, reduce_zero_label, origin, reading,
+                           left_out)
+        source.folders = places | more                                  # no place for a run: check_output
+        return source
     if not classes:
         every = files([str(i) for i in range(IGNORED)])
+        look_at_masks(every, max_bad)
         classes = [str(i) for i in range(count_classes(every, say))]
     return files(classes)
 
@@ -222,18 +225,22 @@ def split_folder(top, split):
 
 
 def pick(root, kind, split, endings):
-    """(sorted paths below root of the files of a split with these endings, the others' suffixes in words)."""
+    """(paths of a split's files with these endings, the suffixes of its others, the folders looked into).
+
+    Paths are sorted, and as seen from root. Folders of runs are left out. UserError where there is no file.
+    """
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserError(f"data folder {root} {problem}: expected one with {LAYOUT}")
     folder = os.path.join(kind, split_folder(root / kind, split))
-    paths = [os.path.join(folder, path) for path in files_below(root / folder)]
+    found, places, _ = files_below(root / folder)
+    paths = [os.path.join(folder, path) for path in found]
     chosen = sorted(path for path in paths if path.lower().endswith(endings))
     left_out = counted_suffixes(path for path in paths if not path.lower().endswith(endings))
     if not chosen:
         raise UserError(f"{root / folder} holds no file that ends in {' '.join(endings)} ({len(paths)} others"
                         f"{': ' * bool(left_out)}{left_out}): --data needs {LAYOUT}")
-    return chosen, left_out
+    return chosen, left_out, places
 
 
 def pair(root, images, masks, others):
@@ -287,16 +294,25 @@ def count_classes(source, say, every=10.0):
 
 
 def look_at_masks(source, max_bad):
-    """Raise UserError where more than a share max_bad of some pairs are wrong, of what kind the first is."""
-    looked, wrong = spread(len(source), LOOKED_AT), []
+    """Raise UserError where more than a share max_bad of some pairs are wrong, or where none is of use."""
+    looked, wrong, damaged, labelled = spread(len(source), LOOKED_AT), [], [], False
     for i in looked:
         try:
-            open_pair(source, i)
+            _, mask = open_pair(source, i)
+            labelled = labelled or bool((mask != IGNORED).any())
         except WrongMask as error:
             wrong.append(f"{printable(error.file)}: {error}")
-        except DECODE_ERRORS:                                           # the run counts and names it
-            pass
+        except DECODE_ERRORS as error:                                  # the run counts and names it
+            name = getattr(error, "file", None) or source.name(i)
+            damaged.append(f"{printable(name)} cannot be read ({reason_of(error, name)})")
     chance = len(looked) < len(source)                                  # one may be the only one of them all
     if len(wrong) > max(max_bad * len(looked), chance):
         raise UserError(f"{wrong[0]} ({len(wrong)} such among {len(looked)} masks looked at, more than "
                         f"--max-bad {max_bad:g} allows)")
+    if len(wrong) + len(damaged) == len(looked):
+        raise UserError(f"{(damaged + wrong)[0]}, nor can any other of {len(looked)} images with masks "
+                        f"looked at: expected {LAYOUT}, PNGs of 8-bit labels")
+    if not labelled:
+        raise UserError(f"none of {len(looked)} masks looked at in {printable(source.origin)} has a pixel "
+                        f"of a class, all are {IGNORED}{' or 0' * source.first}: expected labels of classes"
+                        f"{'; 0 is one without --reduce-zero-label' * source.first}")

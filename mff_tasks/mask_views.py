@@ -145,8 +145,7 @@ def shift_colours(x, saturation, hue):
 
 
 def whole_image(image, side):
-    """The pixels (C, h, w) of an image whose shorter side is brought to `side`, its longer one to 4 * side at
-    most."""
+    """The pixels (C, h, w) of an image whose shorter side becomes `side`, its longer 4 * side at most."""
     H, W = crops.sides(image)
     factor = min(side / min(H, W), 4 * side / max(H, W))
     size = tuple(max(int(length * factor + 0.5), 1) for length in (H, W))

@@ -82,7 +82,7 @@ def measure_segmenter(cfg, world, path):
                         f"{path} has {listed(classes)}: expected the data it was trained on, or its masks as "
                         f"masks:DIR")
     source.classes = classes
-    describe_files(world.say, source)
+    describe_files(world.say, source, output=cfg.output_dir)
     folder = open_measuring_folder(cfg, world)
     bad_samples = BadSamples(folder, world, len(source), cfg.max_bad)
     metrics = segmentation.evaluate(finished.model, source, cfg, world, ops, dtype, bad_samples)

@@ -13,13 +13,14 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from mff_data import crops
 from mff_data.decode import DECODE_ERRORS, DataFlags, open_image, reading_of, reason_of, suffixes
-from mff_data.sources import counted_suffixes, files_below
+from mff_data.sources import check_output, counted_suffixes, files_below
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError, listed, printable
 from mff_run.files import make_folder, write_atomically, write_json
@@ -50,13 +51,14 @@ class Config(DataFlags):
 def main(cfg):
     """Segment the images; returns {"images": how many, "unreadable": {name: reason}}."""
     check_ranges(cfg)
-    paths, root = list_images(Path(cfg.images))
+    paths, root, places = list_images(Path(cfg.images))
     path = find_segmenter(cfg.run)
     if not path:
         raise UserError(f"{cfg.run} has no {FILE}: expected a finished run of train_segment.py, or that file")
     out = Path(cfg.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output-dir {out} is there already and not an empty folder: name another")
+    check_output(out, [SimpleNamespace(folders=places)])
     with start_world(cfg.device) as world:
         if world.size > 1:
             raise UserError("tools.segment runs in one process: expected no --nproc-per-node")
@@ -64,12 +66,15 @@ def main(cfg):
 
 
 def list_images(path):
-    """(paths of the images in a folder, or of one image, as seen from a folder; that folder). UserError."""
+    """(paths of the images in a folder, or of one image; the folder they are seen from; those looked into).
+
+    Raises UserError where there is none, and where two masks would have one name.
+    """
     if path.is_file():
-        return [path.name], path.parent
+        return [path.name], path.parent, ()
     if not path.is_dir():
         raise UserError(f"{path} does not exist: expected a folder of images, or one image")
-    found = files_below(path)
+    found, places, _ = files_below(path)
     paths = sorted(name for name in found if name.lower().endswith(suffixes()))
     if not paths:
         raise UserError(f"{path} holds no images ({len(found)} other files: {counted_suffixes(found)}): "
@@ -79,7 +84,7 @@ def list_images(path):
     if twice:
         raise UserError(f"{path} has images that differ in their endings alone: {listed(twice)}; their masks "
                         f"would have one name: rename them")
-    return paths, path
+    return paths, path, places
 
 
 def segment(cfg, world, path, root, paths):

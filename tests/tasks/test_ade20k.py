@@ -202,6 +202,23 @@ def test_a_wrong_mask_is_refused_before_training_with_its_name(tmp_path, kind):
     assert error.value.file == str(path)
 
 
+@pytest.mark.parametrize("content, options, message", [
+    (lambda size: as_png(Image.new("RGB", size)), {}, "000.png: a mask of mode RGB: expected"),
+    (lambda size: as_png(Image.new("RGB", size)), dict(max_bad=1.0), "RGB: expected"),
+    (lambda size: b"no image", {}, "000.png cannot be read (not an image), nor can any other of 4"),
+    (lambda size: as_png(Image.new("L", size, 255)), {}, "none of 4 masks looked at in "),
+    (lambda size: as_png(Image.new("L", size, 255)), dict(num_classes=3), "a class, all are 255: expected"),
+    (lambda size: as_png(Image.new("L", size)), dict(num_classes=3, reduce_zero_label=True), "255 or 0: exp"),
+    (lambda size: as_png(Image.new("L", size)), {}, "have no label above 0: expected two classes or more"),
+])
+@pytest.mark.parametrize("split, folder", [("train", "training"), ("val", "validation")])
+def test_masks_that_are_all_of_no_use_are_refused(tmp_path, split, folder, content, options, message):
+    write_tree(tmp_path)
+    for path in (tmp_path / "annotations" / folder).iterdir():
+        path.write_bytes(content(Image.open(path).size))
+    assert message in refusal(open_tree, tmp_path, split, **options)
+
+
 def test_one_wrong_mask_among_many_is_left_to_the_run(tmp_path):
     write_tree(tmp_path, count=70)
     for i in range(2):                                                  # every second mask is looked at

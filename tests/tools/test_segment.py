@@ -187,6 +187,8 @@ def test_a_run_without_a_segmenter_and_a_full_output_folder_are_refused(tmp_path
         apply(tmp_path, tmp_path / "a.png", tmp_path / "out")
     with pytest.raises(UserError, match="is there already and not an empty folder: name another"):
         apply(finished, tmp_path / "a.png", tmp_path)
+    with pytest.raises(UserError, match="and all below that is read as images: expected another folder"):
+        apply(finished, tmp_path, tmp_path / "out")
 
 
 # ---------------------------------------------------------------- tools.evaluate
