@@ -30,8 +30,8 @@ def read_lines(path):
     try:
         special = path.exists() and not (path.is_file() or path.is_dir())
         if special or path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise UserError(f"the list {path} is no file of at most {MOST_BYTES} bytes: expected a text with a "
-                            f"name per line")
+            raise UserError(f"the list {path} is no file of {MOST_BYTES} bytes or less: expected a text with "
+                            f"a name per line")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"the list {path} cannot be read: {error.strerror}") from None
