@@ -149,7 +149,7 @@ def own_words(error, cfg):
     A flag's value that has lines is escaped: it would look like several errors.
     """
     text = str(error).strip()
-    for value in vars(cfg).values():
+    for value in getattr(cfg, "__dict__", {}).values():
         if isinstance(value, str) and "\n" in value:
             text = text.replace(value, printable(value))
     if text.startswith("Caught "):
