@@ -15,6 +15,7 @@ from mff_min.errors import UserError, printable
 
 HEADERS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "images", "image_id",
            "image_name", "image_path", "imageid", "img", "img_path", "name", "id"}
+MOST_BYTES = 2 ** 30                                                    # of a list, which is read as a whole
 LAYOUT = ("expected train.txt and val.txt, on each line a path below that folder, its train/ or val/, then a "
           "tab, space or comma, and a label: docs/data.md, Labels in lists")
 
@@ -27,6 +28,10 @@ def same_name(name):
 def read_lines(path):
     """[(number, line)] of a text file, without blank lines and those that begin with #. Raises UserError."""
     try:
+        special = path.exists() and not (path.is_file() or path.is_dir())
+        if special or path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise UserError(f"the list {path} is no file of {MOST_BYTES} bytes or less: expected a text with "
+                            f"a name per line")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"the list {path} cannot be read: {error.strerror}") from None

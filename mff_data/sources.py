@@ -352,8 +352,8 @@ def find_source(spec, split, cache_dir, say, reading):
     kind, _, argument = spec.partition(":")
     argument = os.path.expanduser(argument)                             # a shell leaves the ~ of cars:~/data
     if kind == "shapes":
-        if argument and not (argument.isdecimal() and int(argument) >= 5):
-            raise UserError(f"--data {spec}: expected shapes or shapes:COUNT with COUNT of at least 5")
+        if argument and not (argument.isdecimal() and len(argument) < 10 and int(argument) >= 5):
+            raise UserError(f"--data {spec[:40]}: expected shapes or shapes:COUNT with COUNT of at least 5")
         count = int(argument or 10_000)
         try:
             arrays = load_shapes(cache_dir, split, count if split == "train" else count // 5, progress=say)

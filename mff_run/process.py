@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from mff_min.errors import STOP_SIGNALS, Fault, UserError, shared_memory
+from mff_min.errors import STOP_SIGNALS, Fault, UserError, printable, shared_memory
 from mff_run.output import steady_output, whisper
 from mff_run.ranks import Lost
 from mff_run.world import check_launcher
@@ -95,7 +95,7 @@ def end_well(main, cfg, resumable):
         check_launcher()
         main(cfg)
     except (UserError, Fault, Lost) as error:
-        leave(f"error: {own_words(error)}", 2 if isinstance(error, UserError) else 3, error)
+        leave(f"error: {own_words(error, cfg)}", 2 if isinstance(error, UserError) else 3, error)
     except Stopped as error:
         leave(f"stopped: {error}", 128 + error.number, error)
     except (RuntimeError, EOFError, OSError) as error:
@@ -143,9 +143,15 @@ def leave_interrupted(resumable, error):
     leave(f"stopped: interrupted{hint}", 128 + (error.args or (signal.SIGINT,))[0], error)
 
 
-def own_words(error):
-    """The text of an error, without the traceback that one of a worker process comes with."""
+def own_words(error, cfg):
+    """The text of an error, without the traceback that one of a worker process comes with.
+
+    A flag's value that has lines is escaped: it would look like several errors.
+    """
     text = str(error).strip()
+    for value in getattr(cfg, "__dict__", {}).values():
+        if isinstance(value, str) and "\n" in value:
+            text = text.replace(value, printable(value))
     if text.startswith("Caught "):
         return text.splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
     return text

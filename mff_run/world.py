@@ -123,7 +123,8 @@ def start_world(device, deterministic=False, timeout=600.0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
     count = torch.cuda.device_count()
-    if kind not in ("cpu", "cuda") or index and not (index.isdecimal() and int(index) < count):
+    if kind not in ("cpu", "cuda") or index and not (index.isdecimal() and len(index) < 9
+                                                          and int(index) < count):
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N with N below {count}")
     device = torch.device(device)
     if device.type == "cuda":

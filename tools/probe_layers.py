@@ -67,7 +67,7 @@ def parse_layers(text, depth):
     if text == "all":
         return list(range(depth))
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) < depth for part in parts):
+    if not all(part.isdecimal() and len(part) < 9 and int(part) < depth for part in parts):
         raise UserError(f"--layers {text}: expected all, or numbers of blocks from 0 to {depth - 1}")
     return sorted({int(part) for part in parts})
 

@@ -26,6 +26,11 @@ def is_percent(value):
     return type(value) in (int, float) and 0 <= value <= 100
 
 
+def is_line(value):
+    """a text that fits into a line"""
+    return isinstance(value, str) and value.isprintable() and len(value) < 200
+
+
 def is_count(value):
     """a whole number above 0"""
     return type(value) is int and value > 0
@@ -47,7 +52,7 @@ def is_layer(value):
 
 
 # What is read of a run, as kinds of jsonfile.py; a line of the log that is no LINE is somebody else's.
-CONFIG = {"model?": (type(None), str), "data?": is_path, "global_batch?": int, "out_indices?": str}
+CONFIG = {"model?": (type(None), is_line), "data?": is_path, "global_batch?": int, "out_indices?": is_line}
 LINE = {"step": int, "lr": float, "fusion_weights?": [float]}
 ACCURACY = {"label": str, "acc1": is_percent}
 ROWS = [(ACCURACY | {"kind": is_constant, "layer": is_constant},
@@ -142,8 +147,8 @@ def findings_in(record, path):
             raise ValueError("expected encoders of two blocks or more, under names that differ")
         for each in encoders:
             check_numbers([each.patch_size, *each.grid], (3,))
-            if not 0 < min(each.grid) <= max(each.grid) <= LARGEST:
-                raise ValueError(f"a grid of {each.grid}")
+            if not 0 < min(each.grid) <= max(each.grid) <= LARGEST or not each.distances[0]:
+                raise ValueError(f"a grid of {each.grid}, {len(each.distances[0])} heads")
             check_numbers(each.distances, (depths[each.name], len(each.distances[0])))
             blocks = [f"block {i}" for i in range(depths[each.name])]
             for tap in {"normed", *blocks, *each.amplitudes}:
@@ -157,8 +162,8 @@ def findings_in(record, path):
 
 def check_numbers(values, shape):
     """Raise ValueError unless nested lists hold finite numbers, as many as shape says."""
-    found = np.array(values, dtype=float)
-    if found.shape != shape or not np.isfinite(found).all():
+    found = np.array(values)                                            # of texts it would be another kind
+    if found.shape != shape or found.dtype.kind not in "if" or not np.isfinite(found).all():
         raise ValueError(f"numbers of shape {found.shape}: expected finite ones of {shape}")
 
 

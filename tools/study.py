@@ -407,7 +407,7 @@ def images_of(cfg):
 
 def parse_seeds(text):
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() and len(part) < 19 for part in parts) or len(set(parts)) < len(parts):
         raise UserError(f"--seeds {text}: expected different whole numbers, such as 0,1,2")
     return [int(part) for part in parts]
 

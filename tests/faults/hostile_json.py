@@ -5,6 +5,8 @@ seems to have bad images), or it does its work; where a line was added to a log,
 each day: HOSTILE_SEED=... makes one again.
 """
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -20,6 +22,7 @@ from PIL import Image
 from mff_data import packed
 from mff_data.sources import open_data
 from mff_min.config import parse
+from mff_min.vit import MODELS
 from mff_run import jsonfile
 from mff_run.process import run
 from tools import analyze, convert, pack, records, study
@@ -146,7 +149,8 @@ def record_is_drawn(name):
 
 
 def is_reported(folder):
-    return of_tool(study, "--report", "--output-dir", folder, "--device", "cpu", "--figures", folder / "new")
+    work = of_tool(study, "--report", "--output-dir", folder, "--device", "cpu", "--figures", folder / "new")
+    return lambda: MODELS.update(vit_test=VIT_TEST) or work()
 
 
 def is_gathered(folder):
@@ -168,6 +172,7 @@ def is_converted(folder):
     return of_tool(convert, folder / "hf", folder / "new.pt")
 
 
+VIT_TEST = MODELS["vit_test"]                                           # before ready() makes it smaller
 KIND = dict(preset="minutes", data="shapes", device="cpu", images="shapes:10000")
 # {folder of tell(): [(file in it, what reads it)]}
 READERS = {
@@ -241,6 +246,8 @@ def hostile_json(folder, quick):
     """What reads a hostile file says so in a line and ends, or does its work."""
     ready()
     tell(folder)
+    with contextlib.redirect_stdout(io.StringIO()):                     # matplotlib is slow to begin
+        is_drawn(folder / "run")()
     kinds = [(kind, name, reader) for kind, readers in READERS.items() for name, reader in readers]
 
     def trial(number):
@@ -249,14 +256,14 @@ def hostile_json(folder, quick):
         shutil.copytree(folder / kind, place)
         # At first all is as it was, so that no reader refuses whatever comes.
         what, line = alter(place / name, draw) if number >= len(kinds) else ("as it was", b"")
-        ended = fork(reader(place), 30)
+        ended = fork(reader(place), 60)
         errors = [text for text in ended.said.splitlines() if text.startswith("error: ")]
         refused, problem = ended.code in (2, 3) and len(errors) == 1, ""
         if not (refused or ended.code == 0) or "\x1b" in ended.said or "Traceback" in ended.said:
             problem = f"code {ended.code}, {ended.last[:300]}"
         elif what == "as it was" and refused and reader is not begins_anew:
             problem = f"refused: {ended.last[:300]}"
-        elif reader is goes_on and ended.code == 0 and line + b"\n" not in (place / name).read_bytes():
+        elif reader is goes_on and line and not refused and line + b"\n" not in (place / name).read_bytes():
             problem = "a line of another is lost"
         shutil.rmtree(place)
         at = f"HOSTILE_SEED={SEED}, {number}, {reader.__name__} {name}"

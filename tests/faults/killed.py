@@ -126,7 +126,8 @@ class Points:
 
         def watch(what, name_of):
             call = getattr(os, what)
-            setattr(os, what, lambda *given: self.meet(what, name_of(*given), lambda: call(*given)))
+            setattr(os, what, lambda *given, **more: self.meet(what, name_of(*given),
+                                                               lambda: call(*given, **more)))
         files.open = opened
         watch("fsync", lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
         watch("replace", lambda path, target: os.path.basename(target))

@@ -148,6 +148,12 @@ def test_there_are_bounds_where_a_number_takes_processes_or_layers():
             assert field.metadata["bounds"][2] <= 1024, module
 
 
+def test_a_flag_of_several_lines_makes_one_line_of_an_error():
+    cfg = parse(convert.Config, ["a\nerror: b", "c\nerror: d.pt"])
+    ended = fork(lambda: run(convert.main, cfg))
+    assert ended.code == 2 and ended.said.count("\n") == 1 and "'a\\nerror: b'" in ended.said
+
+
 @pytest.mark.parametrize("text", ["0", "0x224", "224x0", "100000", "9" * 5000, "x", "", "-1", "1e3", "2x2x2",
                                   "²"])
 def test_an_image_size_is_a_side_of_five_digits_at_most(text):

@@ -86,6 +86,16 @@ def test_a_classifier_of_means_gives_what_its_head_receives(images):
         featured("classifier.pth nowhere f.npy")
 
 
+def test_features_that_are_not_finite_are_a_fault_and_no_array(images, capfd):
+    state = torch.load("encoder.pth")
+    torch.save({name: value * 1e30 for name, value in state.items()}, "huge.pth")
+    with pytest.raises(SystemExit) as stop:
+        run(features.main, parse(features.Config, ["huge.pth", "images", "f.npy"]))
+    said = capfd.readouterr().err
+    assert stop.value.code == 3 and said.startswith("error: the features of ") and said.count("\n") == 1
+    assert not list(images.parent.glob("f.*"))
+
+
 @pytest.mark.parametrize("flags, message", [
     ("encoder.pth nowhere f.npy", "data folder nowhere does not exist"),
     ("encoder.pth images f.txt", "f.txt: expected a name that ends in .npy"),
