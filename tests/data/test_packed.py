@@ -502,7 +502,8 @@ def test_a_pack_of_other_pixels_under_the_same_names_has_another_fingerprint(fol
 
 
 @pytest.mark.parametrize("key, change", [
-    ("label", lambda x: x + 5), ("label", lambda x: -x - 1), ("label", lambda x: x.astype(str)),
+    ("label", lambda x: x[0]), ("label", lambda x: x + 5), ("label", lambda x: -x - 1),
+    ("label", lambda x: x.astype(str)),
     ("height", lambda x: x * 2), ("width", lambda x: x * 0 + 2 ** 62), ("height", lambda x: x.astype(float)),
     ("offsets", lambda x: x[::-1]), ("offsets", lambda x: x.astype("u8") * 2 ** 60), ("crc", lambda x: x[1:]),
     ("in_chans", lambda x: 10 ** 400), ("classes", lambda x: []), ("classes", lambda x: [1]),
