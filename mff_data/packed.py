@@ -169,7 +169,7 @@ def is_sound(header, index, stop):
     for name, array in index.items():
         if array.dtype.kind not in ("S" if name == "path" else "iu") or array.ndim != 1:
             return False
-        if len(array) != len(index["label"]) + lengths[name]:
+        if len(array) != index["label"].size + lengths[name]:
             return False
     offsets, label = index["offsets"], index["label"]
     if not len(label) or (label < 0).any() or (label >= len(header["classes"])).any():

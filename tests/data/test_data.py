@@ -1,7 +1,10 @@
 """Sources, the stream of samples, crops, and what becomes of files that are damaged or unusual."""
 
+import contextlib
 import json
 import math
+import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ from faults.signals import gone
 from faults.suite import Child
 from images import furthest, noise_image
 from PIL import Image
+from torch.utils.data import _utils
 
 from mff_data import views
 from mff_data.crops import (
@@ -244,6 +248,25 @@ def test_a_process_ends_also_where_nobody_has_ended_its_workers(folder):
         next(batches)
         raise SystemExit(5)
     assert Child(leave).end(20).code == 5
+
+
+def test_workers_that_begin_after_their_trainer_was_killed_end(folder, monkeypatch):
+    set_up = _utils.signal_handling._set_worker_signal_handlers         # what a worker does first
+    monkeypatch.setattr(_utils.signal_handling, "_set_worker_signal_handlers",
+                        lambda: time.sleep(0.5) or set_up())
+
+    def train():
+        batches = iter(load(folder, 2))
+        (folder / "workers.tmp").write_text(" ".join(str(worker.pid) for worker in batches._workers))
+        (folder / "workers.tmp").rename(folder / "workers")
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert Child(train).end(20).code == -signal.SIGKILL
+    workers = [int(pid) for pid in (folder / "workers").read_text().split()]
+    ended = gone(workers, 10)
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)                                # else they would live for ever
+    assert ended is not None
 
 
 def test_workers_end_with_a_trainer_that_is_killed_also_when_they_wait_to_send_something(folder, monkeypatch):

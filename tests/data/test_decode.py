@@ -1,6 +1,7 @@
 """People's own image files: their suffixes, more than 8 bits, more than four channels, large photographs."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -330,6 +331,13 @@ def test_an_array_is_not_copied_and_two_dimensions_are_one_channel(tmp_path):
     source = ImageFolder(tmp_path, "train")
     assert Views(source, "center", (8, 8), 3, 1, 0)[0, 1]["image"].shape == (3, 8, 8)
     assert bad_of(tmp_path) == []
+
+
+def test_an_array_outlives_its_file(tmp_path):
+    image = noise_image(99, 80)
+    array = open_image(write(tmp_path, "a.npy", np.asarray(image)))
+    os.truncate(tmp_path / "a.npy", 0)                                  # else the next line kills
+    assert np.array_equal(array, np.asarray(image))
 
 
 def npy(header, body=b"", length=None):

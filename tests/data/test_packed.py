@@ -1,6 +1,10 @@
 """Packed images: the same views as of their folder, interruptions, damage, bad input."""
 
+import copy
 import hashlib
+import io
+import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -21,9 +25,10 @@ from sources import ROOT
 
 import train_pretrain
 from mff_data import crops, packed
-from mff_data.decode import open_image
+from mff_data.decode import Reading, open_image
 from mff_data.packed import Packed, open_packed
-from mff_data.sources import match_labels, open_data, subset
+from mff_data.sources import Subset, fingerprint, match_labels, open_data, subset
+from mff_data.unchanged import UnchangedFile
 from mff_data.views import Views, collate, make_loader
 from mff_min.config import parse
 from mff_min.errors import Fault, UserError
@@ -161,7 +166,7 @@ def test_what_is_no_images_is_not_packed(folder, tmp_path, source, message):
 def test_a_worker_gets_a_packs_path_and_not_its_pixels(folder):
     source = open_packed(packing(folder), "train")
     image = np.array(source.open(3))
-    assert not source.open(3).flags.owndata and not source.open(3).flags.writeable      # where it is mapped
+    assert not source.open(3).flags.owndata and not source.open(3).flags.writeable      # as it was read
     assert len(pickle.dumps(source)) < image.nbytes
     assert np.array_equal(pickle.loads(pickle.dumps(source)).open(3), image)
 
@@ -435,6 +440,148 @@ def test_an_altered_record_is_never_shown_and_verify_names_it(folder):
     path.rename(path.with_suffix(".pack.partial"))
     with pytest.raises(UserError, match="holds a pack that was not finished"):
         packing(folder, "--verify")
+
+
+def ends_with(work):
+    """The exit code of a process that does this, or the text of the Fault that ends it."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    def begin():
+        try:
+            work()
+        except Fault as error:
+            theirs.send(str(error))
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    theirs.close()
+    process.join()
+    return ours.recv() if ours.poll() and not process.exitcode else process.exitcode
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pack_that_is_cut_short_or_written_to_while_it_is_read_is_named_in_a_fault(folder, workers):
+    """Where a pack is mapped, SIGBUS ends the process."""
+    path = packing(folder, "--short-side", "32") / "train.pack"
+    whole = path.read_bytes()
+
+    def read_while(change):
+        views = Views(Packed(path, "train"), "random_resized", (16, 16), 3, 9, seed=0)
+        batches = iter(make_loader(views, Stream(11, 4, 4, 0, 0, 99), workers, False))
+        next(batches)
+        change()
+        list(batches)
+    for change in (lambda: os.truncate(path, 5000), lambda: os.truncate(path, 0),
+                   lambda: path.write_bytes(whole[::-1]), lambda: path.write_bytes(whole)):
+        end = ends_with(lambda change=change: read_while(change))
+        assert f"{path} was cut short, written to or replaced while it was read: expected" in str(end)
+        path.write_bytes(whole)
+
+
+def test_a_pack_that_is_replaced_or_removed_while_it_is_read_is_read_as_it_was(folder):
+    path = packing(folder, "--short-side", "32") / "train.pack"
+    source, same = Packed(path, "train"), copy.copy(Packed(path, "train"))
+    want = source.open(0).tobytes()
+    os.replace(packing(folder, "--short-side", "16", to="other") / "train.pack", path)
+    assert source.open(0).tobytes() == same.open(0).tobytes() == want
+    with pytest.raises(Fault, match="train.pack was cut short, written to or replaced"):
+        pickle.loads(pickle.dumps(source)).open(0)                      # what a worker of spawn would read
+    path.unlink()
+    assert min(source.open(3).shape[:2]) == 32 and source.open(0).tobytes() == want
+
+
+def test_a_pack_of_other_pixels_under_the_same_names_has_another_fingerprint(folder):
+    before, folders = (fingerprint(source) for source in sources(folder, "--short-side", "32")[::-1])
+    shutil.rmtree(folder.parent / "pack")
+    assert torch.equal(fingerprint(sources(folder, "--short-side", "32")[1]), before)
+    shutil.rmtree(folder.parent / "pack")
+    noise_image(40, 70, seed=99).save(folder / "train" / "cat" / "0.png")
+    images, packs = (fingerprint(source) for source in sources(folder, "--short-side", "32"))
+    assert torch.equal(images, folders) and not set(packs.tolist()) & set(before.tolist())
+    few = Subset(open_packed(folder.parent / "pack", "train"), np.array([2, 5]))
+    assert set(fingerprint(few).tolist()) < set(packs.tolist())
+
+
+@pytest.mark.parametrize("key, change", [
+    ("label", lambda x: x[0]), ("label", lambda x: x + 5), ("label", lambda x: -x - 1),
+    ("label", lambda x: x.astype(str)),
+    ("height", lambda x: x * 2), ("width", lambda x: x * 0 + 2 ** 62), ("height", lambda x: x.astype(float)),
+    ("offsets", lambda x: x[::-1]), ("offsets", lambda x: x.astype("u8") * 2 ** 60), ("crc", lambda x: x[1:]),
+    ("in_chans", lambda x: 10 ** 400), ("classes", lambda x: []), ("classes", lambda x: [1]),
+    ("bad", lambda x: []), ("white", lambda x: 1)])
+def test_an_index_that_tools_pack_never_writes_is_refused_though_its_sum_is_right(folder, key, change):
+    path = packing(folder, "--short-side", "32") / "train.pack"
+    whole = path.read_bytes()
+    start = len(whole) - 48 - int.from_bytes(whole[-48:-40], "little")
+    header, index, _ = packed.read_index(UnchangedFile(path))
+    holder = index if key in index else header
+    holder[key] = change(holder[key])
+    file = io.BytesIO()
+    np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **index)
+    content = file.getvalue()
+    path.write_bytes(whole[:start] + content + len(content).to_bytes(8, "little")
+                     + hashlib.sha256(content).digest() + whole[:8])
+    with pytest.raises(UserError, match="train.pack is damaged or was cut short: delete it"):
+        Packed(path, "train")
+
+
+def test_a_pack_of_images_above_max_pixels_is_refused_before_they_are_read(folder):
+    output = packing(folder, "--short-side", "0")
+    with pytest.raises(UserError, match=r"of \d+ pixels: expected 2000 at most, or --max-pixels \d+"):
+        open_data(str(output), "train", "", print, Reading(None, 2000))
+
+
+# ---------------------------------------------------------------- files of others
+
+
+@pytest.mark.parametrize("name", ["train.pack.partial", "val.pack.partial", "val.pack.journal", "run.lock"])
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_what_a_link_leads_to_is_not_written_to(folder, name, link):
+    output, theirs = folder.parent / "pack", folder.parent / "letter"
+    output.mkdir()
+    theirs.write_text("a letter")
+    link(theirs, output / name)
+    with pytest.raises(UserError, match=rf"{name} is a link"):
+        packing(folder)
+    assert theirs.read_text() == "a letter" and (output / name).exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("val.pack.partial", "a letter"), ("val.pack.journal", "a letter"), ("val.pack.journal", "a letter\n"),
+    ("val.pack.journal", "[[\n"), ("val.pack.journal", '{"settings": 1, "files": []}\n'),
+    ("val.pack.journal", "[" * 100_000 + "\n"), ("val.pack.journal", '{"settings": {}, "files": [[1, 2]]}\n'),
+    ("val.pack.journal", '{"settings": {}, "files": []}\n[[1, 2]]\n')])
+def test_what_tools_pack_did_not_write_is_not_written_over(folder, name, content):
+    output = folder.parent / "pack"
+    output.mkdir()
+    (output / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name} is damaged, or not what tools.pack writes: remove it"):
+        packing(folder)
+    assert (output / name).read_text() == content
+
+
+def test_a_pack_that_is_a_link_to_what_is_not_there_stays(folder):
+    (folder.parent / "pack").mkdir()
+    (folder.parent / "pack" / "val.pack").symlink_to("/nowhere/val.pack")
+    with pytest.raises(UserError, match=r"val.pack is a link to what is not there \(is a disk not mounted"):
+        packing(folder)
+
+
+def test_a_signal_ends_packing_in_a_line_and_what_came_before_is_kept(folder, capfd, monkeypatch):
+    want, encode = content(packing(folder, to="whole")), packed.encode
+
+    def signalled(source, i, settings):
+        if i == 5 and not (folder.parent / "cut" / "val.pack").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return encode(source, i, settings)
+    monkeypatch.setattr(pack, "announce", lambda *rest: None)
+    monkeypatch.setattr(pack, "encode", signalled)
+    with pytest.raises(SystemExit) as stop:
+        packing(folder, to="cut")
+    assert stop.value.code == 143 and "stopped: signal 15; what is packed is kept" in capfd.readouterr().err
+    journal = (folder.parent / "cut" / "val.pack.journal").read_text().splitlines()
+    assert len(json.loads(journal[1])) == 5
+    monkeypatch.setattr(pack, "encode", encode)
+    assert content(packing(folder, to="cut")) == want
 
 
 # ---------------------------------------------------------------- bad input

@@ -1,4 +1,4 @@
-"""The embedded data set: what its docstrings claim, checked without a download, a GPU or PyTorch."""
+"""The embedded data set: what its docstrings claim, checked without a download or a GPU."""
 
 import os
 import subprocess
@@ -10,6 +10,8 @@ from sources import ROOT
 
 from mff_data import shapes
 from mff_data.shapes import SHAPES, TEXTURES, load_shapes, render
+from mff_data.sources import open_data
+from mff_min.errors import Fault, UserError
 
 GOLDEN = ROOT / "tests/golden/shapes.npz"       # by PYTHONPATH=tests python -m tests.data.test_shapes
 GOLDEN_INDICES = [0, 1, 40, 12345]
@@ -205,6 +207,18 @@ def test_the_loser_of_a_race_uses_the_files_of_the_winner(tmp_path):
     assert equal(loser, winner[0]) and equal(loser, render("train", range(200), 32))
     assert loser["images"].filename == winner[0]["images"].filename
     assert [folder.name for folder in tmp_path.glob("*/*")] == ["train-200"]
+
+
+def test_a_cache_that_is_cut_short_is_named_before_a_run_and_in_it(tmp_path):
+    source = open_data("shapes:20", "train", tmp_path, silent)
+    path, = tmp_path.glob("*/train-20/images.npy")
+    want = render("train", [7])["images"][0]
+    assert np.array_equal(source.open(7), want) and len(source) == 20
+    os.truncate(path, 5000)                                             # where it is mapped, this kills
+    with pytest.raises(Fault, match="images.npy was cut short, written to or replaced while it was read"):
+        source.open(7)
+    with pytest.raises(UserError, match=r"the embedded images in .* are damaged \(.*\): delete their folder"):
+        open_data("shapes:20", "train", tmp_path, silent)
 
 
 def test_an_error_of_the_disk_is_raised(tmp_path):

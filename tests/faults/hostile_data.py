@@ -16,6 +16,7 @@ import socket
 import stat
 import types
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from PIL import Image
 from mff_data import decode, packed
 
 LIMIT = 30                                                              # s: whatever lasts longer hangs
+# What an alteration meets where one before it has left nothing to alter.
+SPOILT = (OSError, ValueError, IndexError, KeyError, OverflowError, TypeError, zipfile.BadZipFile)
 
 # ---------------------------------------------------------------- what is altered
 
@@ -444,8 +447,8 @@ def hostile_data(folder, quick):
         for i in range(1 if alter else draw.choice([1, 1, 2, 3])):
             try:
                 text, path = (alter or draw.choice(choices))(root, draw)
-            except (OSError, ValueError, IndexError, OverflowError, TypeError):
-                continue                                                # the one before left nothing for it
+            except SPOILT:
+                continue
             texts.append(text)
             bad = path if i == 0 and "val" not in str(path) else None
         user, workers = draw.choice([(0, 0), (0, 2), (65534, 0)])       # nobody cannot import all
