@@ -204,7 +204,7 @@ def check_time(image, size):
 
 
 class Levels(ImageFile.PyDecoder):
-    """Pillow's decoder of a PPM whose white is neither 255 nor 65535, to the bit, without a loop over values."""
+    """Pillow's decoder of a PPM whose white is neither 255 nor 65535, to the bit, without its loop."""
 
     _pulls_fd = True
 
