@@ -548,7 +548,7 @@ def test_images_with_much_metadata_or_small_chunks_are_read(tmp_path):
     for name, file in (("a.jpg", jpeg[:2] + profile + jpeg[2:]), ("b.png", png),
                        ("c.gif", gif[:first] + xmp + gif[first:]),
                        ("d.tif", encoded(tall, "TIFF", tiffinfo={278: 1})),
-                       ("e.png", encoded(image, "PNG", icc_profile=noise[:8_000_000]))):
+                       ("e.png", encoded(image, "PNG", exif=b"Exif\0\0" + noise))):
         assert np.asarray(to_mode(open_image(write(tmp_path, name, file)), 3)).any() or name == "d.tif"
 
 
