@@ -90,6 +90,8 @@ def check(cfg, world_size):
         raise UserError(f"--drop-path {cfg.drop_path:g}: expected 0.99 or less")
     if (cfg.warmup_steps or 0) >= cfg.steps:
         raise UserError(f"--warmup-steps {cfg.warmup_steps}: expected fewer than --steps {cfg.steps}")
+    if cfg.batch_size == 1 and (world_size == 1 or cfg.device == "cpu"):
+        raise UserError("--batch-size 1: BatchNorm needs two crops or more of a process, or several GPUs")
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
     check_sharding(cfg.fsdp, world_size)
 
@@ -97,11 +99,11 @@ def check(cfg, world_size):
 # ---------------------------------------------------------------- model
 
 
-def build_model(cfg, pretrained, num_classes, say):
+def build_model(cfg, pretrained, num_classes, ops, say):
     """UPerNet on the checkpoint's encoder; say(text) is told what was loaded. Raises UserError."""
     encoder = build_like(pretrained, cfg.img_size, drop_path=cfg.drop_path,
                          grad_checkpointing=cfg.grad_checkpointing)
-    fusion = build_fusion(pretrained, encoder) if cfg.fused else None
+    fusion = cfg.fused and build_fusion(pretrained, encoder)
     if cfg.fused and not fusion:
         raise UserError(f"--fused: checkpoint {pretrained.path} holds no fusion; expected one that was "
                         f"pre-trained with more than one of --out-indices")
@@ -110,7 +112,7 @@ def build_model(cfg, pretrained, num_classes, say):
     if cfg.rel_pos:
         add_relative_positions(encoder)
     try:
-        return Segmenter(encoder, num_classes, cfg.width, fusion)
+        return Segmenter(encoder, num_classes, cfg.width, fusion and fusion.requires_grad_(), ops)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -151,10 +153,10 @@ def segment(cfg, run):
 
     # ------------------------------------------------------------ model
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
-    model = build_model(cfg, pretrained, len(classes), say).to(device)
+    ops = pick_ops(cfg.ops, device)
+    model = build_model(cfg, pretrained, len(classes), ops, say).to(device)
     if world.size > 1 and device.type == "cuda":                        # of a few crops each
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ops = pick_ops(cfg.ops, device)
     views = MaskViews(train_set, cfg.img_size, cfg.in_chans, model.num_noise, cfg.seed, cfg.mean)
 
     def to_device(batch):
@@ -183,7 +185,7 @@ def segment(cfg, run):
     def measured():
         """The model that evaluations use: this one, or where it is sharded a whole copy on every rank."""
         def build():
-            return build_model(cfg, pretrained, len(classes), lambda text: None).to(device)
+            return build_model(cfg, pretrained, len(classes), ops, lambda text: None).to(device)
         found = whole(model, build, world, everywhere=True)
         world.broadcast(found.buffers())                                # BatchNorm's: a CPU rank's own
         return found.eval()

@@ -16,7 +16,7 @@ FILES = {("cifar10", "train"): [f"data_batch_{i}" for i in range(1, 6)], ("cifar
 # As the archives unpack: of the binary and of the python version.
 FOLDERS = {"cifar10": ("cifar-10-batches-bin", "cifar-10-batches-py"),
            "cifar100": ("cifar-100-binary", "cifar-100-python")}
-PIXELS = 3 * 32 * 32
+PIXELS, MOST = 3 * 32 * 32, 50_000                                      # of an image; images of a file
 
 
 def read_cifar(folder, split, kind):
@@ -56,9 +56,9 @@ def read_records(path, num_classes):
     """Pixels (n, 3072) and labels (n,) of a file, a row of bytes per image."""
     label_bytes = 2 if num_classes == 100 else 1                        # CIFAR-100: coarse, then fine
     record, size = label_bytes + PIXELS, path.stat().st_size
-    if size % record or not size:
-        raise UserError(f"{path} has {size} bytes: expected a multiple of {record}, CIFAR-{num_classes}'s "
-                        f"record")
+    if size % record or not 0 < size <= MOST * record:
+        raise UserError(f"{path} has {size} bytes: expected {record} for each of at most {MOST} images of "
+                        f"CIFAR-{num_classes}")
     records = np.fromfile(path, np.uint8).reshape(-1, record)
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
@@ -68,7 +68,8 @@ def read_class_names(folder, num_classes):
     path = folder / ("fine_label_names.txt" if num_classes == 100 else "batches.meta.txt")
     if not path.is_file():
         return [str(i) for i in range(num_classes)]
-    names = path.read_bytes().split()
+    with open(path, "rb") as file:
+        names = file.read(2 ** 16).split()
     if not len(set(names)) == len(names) == num_classes:
         raise UserError(f"{path} does not name {num_classes} different classes, CIFAR-{num_classes}'s")
     return [name.decode(errors="replace") for name in names]

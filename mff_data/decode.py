@@ -200,11 +200,12 @@ def check_time(image, size):
             raise ValueError("it has far more comments than images have: expected one without")
     elif codec == "jpeg" and not is_decoded_by_rows(image):
         image.fp.scans = 50 + 4_000_000_000 // max(math.prod(image.size), 1)        # a few seconds' worth
-    image.fp.parts = math.inf if codec in SLOW else PARTS + size // PART_BYTES
+    parts = PARTS + size // PART_BYTES + 4 * len(image.tile)
+    image.fp.parts = math.inf if codec in SLOW else parts
 
 
 class Levels(ImageFile.PyDecoder):
-    """Pillow's decoder of a PPM whose white is not 255 or 65535, to the bit, without a loop over values."""
+    """Pillow's decoder of a PPM whose white is neither 255 nor 65535, to the bit, without its loop."""
 
     _pulls_fd = True
 

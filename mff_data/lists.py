@@ -15,7 +15,7 @@ from mff_min.errors import UserError, printable
 
 HEADERS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "images", "image_id",
            "image_name", "image_path", "imageid", "img", "img_path", "name", "id"}
-MOST_BYTES = 2 ** 30                                                    # of a list, which is read as a whole
+MOST_BYTES = 2 ** 30                                                    # of a list: ImageNet-21k's fits
 LAYOUT = ("expected train.txt and val.txt, on each line a path below that folder, its train/ or val/, then a "
           "tab, space or comma, and a label: docs/data.md, Labels in lists")
 
@@ -26,12 +26,15 @@ def same_name(name):
 
 
 def read_lines(path):
-    """[(number, line)] of a text file, without blank lines and those that begin with #. Raises UserError."""
+    """[(number, line)] of a text file, without blank lines and those that begin with #. Raises UserError.
+
+    So it does for what is no plain file, which may never end, and for what is no text.
+    """
     try:
-        special = path.exists() and not (path.is_file() or path.is_dir())
-        if special or path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise UserError(f"the list {path} is no file of {MOST_BYTES} bytes or less: expected a text with "
-                            f"a name per line")
+        size, plain = os.path.getsize(path), path.is_file()
+        if not (plain or path.is_dir()) or size > MOST_BYTES:
+            found = f"has {size} bytes" if plain else "is no plain file"
+            raise UserError(f"the list {path} {found}: expected a text file of {MOST_BYTES} bytes at most")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"the list {path} cannot be read: {error.strerror}") from None
@@ -39,6 +42,8 @@ def read_lines(path):
     if wide == 32 or content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"the list {path} is in UTF-{wide}: expected UTF-8; iconv -f UTF-{wide} -t UTF-8 "
                         f"converts it")
+    if bytes(16) in content:                                            # a sparse file
+        raise UserError(f"the list {path} has rows of zero bytes: expected a text file, in UTF-8")
     lines = [os.fsdecode(line).strip() for line in content.removeprefix(b"\xef\xbb\xbf").splitlines()]
     return [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
 

@@ -70,8 +70,9 @@ class Patience:
         """Print a line where the wait is long, but not for each image; each loader process has its own."""
         if waited > SILENT and time.monotonic() - self.told > EVERY:
             self.told = time.monotonic()
-            with contextlib.suppress(OSError, ValueError):
-                print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):              # a worker's stderr may be gone
+                sys.stderr.write(f"{text}\n")
+                sys.stderr.flush()
 
 
 def siblings(source, index):

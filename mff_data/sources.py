@@ -103,7 +103,8 @@ class ImageFolder(ImageFiles):
             raise UserError(f"data folder {root} {problem}: expected a folder of images, with or without "
                             f"train/ and val/")
         top, is_split = folder_of_split(root, split)
-        found, self.folders, runs = files_below(top)
+        found, places, runs = files_below(top)
+        self.folders = np.array([os.fsencode(place) for place in places])   # check_output asks for them
         paths, others = [], []
         for path in found:
             (paths if path.lower().endswith(suffixes()) else others).append(path)
@@ -174,7 +175,7 @@ def check_output(path, sources):
     """Raise UserError where what is written to path would be read as images of one of the sources."""
     place = path = os.path.realpath(path)
     while place != os.path.dirname(place):
-        if any(place in getattr(source, "folders", ()) for source in sources):
+        if any(os.fsencode(place) in getattr(source, "folders", ()) for source in sources):
             raise UserError(f"the output {printable(path)} lies in {printable(place)}, and all below that is "
                             f"read as images: expected another folder to write to, outside of it")
         if is_of_runs(place):

@@ -527,3 +527,51 @@ def test_workers_however_they_start_have_the_limit_and_white(tmp_path):
     write(tmp_path, "a.png", Image.fromarray(RAMP))
     source = pickle.loads(pickle.dumps(ImageFolder(tmp_path, "train", Reading((0, 4095), 10 ** 8))))
     assert np.asarray(source.open(0)).max() == 255 and source.reading.max_pixels == 10 ** 8
+
+
+# ---------------------------------------------------------------- time
+
+
+def segments(kind, body, count):
+    return (bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body) * count
+
+
+def test_images_with_much_metadata_or_small_chunks_are_read(tmp_path):
+    noise, text = np.random.default_rng(0).bytes(12_000_000), b"<x:xmpmeta>" * 10_000
+    image = noise_image(60, 50)
+    jpeg, gif = encoded(image, "JPEG", progressive=True), encoded(image.quantize(16), "GIF")
+    profile = b"".join(segments(0xE2, noise[i:i + 60_000], 1) for i in range(0, len(noise), 60_000))
+    large = np.random.default_rng(1).integers(0, 256, (1000, 1000, 3), np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in large)
+    packed = zlib.compress(rows, 0)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 1000, 1000, 8, 2, 0, 0, 0)),
+             *((b"IDAT", packed[i:i + 512]) for i in range(0, len(packed), 512)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts)
+    first = 13 + (3 << (gif[10] & 7) + 1)
+    blocks = b"".join(b"\x46" + text[i:i + 70] for i in range(0, 99_400, 70))
+    xmp = b"\x21\xff\x0bXMP DataXMP" + blocks + b"\0"
+    tall = Image.new("L", (3, 60_000))                                  # a strip for each row
+    for name, file in (("a.jpg", jpeg[:2] + profile + jpeg[2:]), ("b.png", png),
+                       ("c.gif", gif[:first] + xmp + gif[first:]),
+                       ("d.tif", encoded(tall, "TIFF", tiffinfo={278: 1})),
+                       ("e.png", encoded(image, "PNG", exif=b"Exif\0\0" + noise))):
+        assert np.asarray(to_mode(open_image(write(tmp_path, name, file)), 3)).any() or name == "d.tif"
+
+
+@pytest.mark.parametrize("white", [1, 7, 100, 254, 1000, 4095, 65534])
+@pytest.mark.parametrize("kind, bands", [(b"P5", 1), (b"P6", 3)])
+def test_a_ppm_of_another_white_is_pillows_to_the_bit(tmp_path, white, kind, bands):
+    top, depth = min(2 * white, 65535), ">u2" if white > 255 else "u1"
+    values = np.random.default_rng(white).integers(0, min(top, 255 if depth == "u1" else 65535) + 1,
+                                                   (9, 11, bands)).astype(depth)
+    file = kind + b"\n11 9\n%d\n" % white + values.tobytes()
+    most = 65535 if bands == 1 and white > 255 else 255
+    want = [[[min(most, round(int(value) / white * most)) for value in pixel] for pixel in row]
+            for row in values]                                          # as PpmImagePlugin has it
+    with Image.open(write(tmp_path, "a.ppm", file)) as image:
+        assert np.array_equal(np.atleast_3d(np.asarray(image)), want)
+    torn = write(tmp_path, "torn.ppm", file[:-3])
+    with pytest.raises(ValueError, match="not enough image data"):
+        np.asarray(open_image(torn))

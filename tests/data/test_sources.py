@@ -639,3 +639,40 @@ def test_a_home_folder_is_found_behind_a_colon(tmp_path, monkeypatch, spec):
 def test_names_in_messages_stay_on_one_line():
     assert listed(["b", "a\nb", "c"]) == r"'a\nb', b, c (3)" and listed([]) == "none"
     assert listed(map(str, range(7))) == "0, 1, 2, 3, 4, ... (7)"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse", "huge"])
+def test_a_list_that_would_never_end_is_refused_unread(tmp_path, kind):
+    write_images(tmp_path / "train" / "a", "x.jpg")
+    path = tmp_path / "list.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2 ** 40 if kind == "huge" else 2 ** 20)
+    said = refusal(subset, source_of(tmp_path), path)
+    assert f"the list {path} " in said and "expected a text file" in said
+
+
+def test_a_run_among_class_folders_is_no_class_and_another_config_is_one(tmp_path):
+    write_images(tmp_path / "a", "x.jpg")
+    write_images(tmp_path / "runs" / "one", "reconstruction.png")
+    write_images(tmp_path / "b", "config.json.png")
+    (tmp_path / "b" / "config.json").touch()                            # some data sets have one
+    for name in ("config.json", "env.json"):
+        (tmp_path / "runs" / "one" / name).touch()
+    said = []
+    source = source_of(tmp_path, say=said.append)
+    assert source.classes == ["a", "b"] and len(source) == 2
+    assert "runs (1) left out" in said[0]
+
+
+def test_a_run_in_the_place_of_a_split_is_no_split(tmp_path):
+    for name in ("Training", "Testing"):
+        write_images(tmp_path / name / "a", "x.jpg")
+    write_images(tmp_path / "train", "reconstruction.png")              # a run, in the place of a split
+    for name in ("config.json", "env.json"):
+        (tmp_path / "train" / name).touch()
+    assert source_of(tmp_path).root == tmp_path / "Training"

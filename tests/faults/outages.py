@@ -134,8 +134,7 @@ def long_outages(folder, quick):
         codes, said = [one.code for one in found], "".join(one.said for one in found)
         right = codes == [3, 3] and said.count("could not be read") == 1
         tally.note("" if right else f"{codes}: {said[-300:]}")
-
-    run, lost = folder / "single", images / "train" / "a" / "0.png"     # one file alone: replaced, and named
+    run, lost = folder / "single", images / "train" / "a" / "0.png"     # a file alone is replaced
     work = command("pretrain", run, "--data", images, "--max-bad", 0.5)
     said = fork(lambda: at_image(9, lambda: lost.rename(folder / "0.png")) or work(), 60)
     tally.note(fine(said, 0, "1 of 12 images cannot be read") or

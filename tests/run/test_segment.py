@@ -14,6 +14,7 @@ import train_pretrain
 import train_segment
 from mff_data.shapes import SHAPES, render
 from mff_min.config import parse
+from mff_min.kernels.ops import TORCH
 from mff_min.optim import param_groups
 from mff_run.log import read_log
 from mff_run.process import run
@@ -87,7 +88,7 @@ def test_forty_steps_reach_a_mean_iou_of_45_and_two_and_a_half_times_the_start(s
 
 def test_layer_decay_makes_fourteen_groups_of_twelve_blocks(pretrained):
     cfg = parse(train_segment.Config, ["--checkpoint", str(pretrained), "--width", "8", "--img-size", "16"])
-    model = train_segment.build_model(cfg, read_pretrained(pretrained), 11, lambda text: None)
+    model = train_segment.build_model(cfg, read_pretrained(pretrained), 11, TORCH, lambda text: None)
     groups = param_groups(model, 0.05, 0.65, 12)
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert len({*scales.values()}) == 14 and set(scales) == dict(model.named_parameters()).keys()
@@ -128,6 +129,7 @@ def mae(tmp_path_factory, cache):
 
 @pytest.mark.parametrize("flags, message", [
     ("--steps 0", "--steps 0: expected more than 0"),
+    ("--batch-size 1", "--batch-size 1: BatchNorm needs two crops or more"),
     ("--drop-path 1", "--drop-path 1: expected 0.99 or less"),
     ("--fsdp", "--fsdp spreads the parameters over processes, and this is the only one"),
     ("--fused --checkpoint MAE", "--fused: checkpoint MAE/last.pt holds no fusion; expected one that was "),
