@@ -11,7 +11,7 @@ masks:DIR.
 Published mIoU of vit_b on ADE20K: MFF_MAE 47.9, detached 48.0. A finished run: tools.evaluate measures it,
 tools.segment applies it to images.
 
-Shapes: B images of a micro-batch, G classes.
+Shapes: B images of a micro-batch, C H W, G classes.
 """
 
 import math
@@ -141,7 +141,7 @@ def segment(cfg, run):
     train_set = first(lambda: open_masks(cfg.data, "train", cfg.cache_dir, say, cfg.num_classes, *labels))
     classes = train_set.classes                                         # perhaps by the labels that it has
     val_set = first(lambda: open_masks(cfg.data, "val", cfg.cache_dir, say, len(classes), *labels))
-    describe_files(say, train_set, val_set)
+    describe_files(say, train_set, val_set, output=cfg.output_dir)
     run.check_data(fingerprint(train_set))
     warmup = min(1500, cfg.steps // 5) if cfg.warmup_steps is None else cfg.warmup_steps
     epochs = cfg.global_batch / len(train_set)                          # of a step

@@ -212,7 +212,8 @@ def checkpoints_in(folder):
 
 def traces_of(folder):
     """The names that a run has left in a folder: links count, also to what is not there."""
-    names = ("last.pt", "previous.pt", "log.jsonl", "encoder.pt", "classifier.pt")
+    names = ("last.pt", "previous.pt", "log.jsonl", "encoder.pt", "classifier.pt",
+             "segmenter.pt")
     return [name for name in names if os.path.lexists(Path(folder) / name)]
 
 
