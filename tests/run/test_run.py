@@ -46,7 +46,7 @@ class Row(NamedTuple):
     busy: str                                                           # flags that use all its parts
     paths: tuple[str, ...]                                              # more flags, whose steps do not wait
     flops: object                                                       # cfg -> of one image
-    too_high: str = "1e30"                                              # learning rate: the loss ends as NaN
+    too_high: str = "1e18"                                              # learning rate: the loss ends as NaN
     sums: bool = True                                                   # whether ranks only add up gradients
     at_once: str = "--warmup-epochs 0"                                  # flags of no warm-up
 
@@ -76,7 +76,7 @@ STAGES = {
                     ("--clip-grad 0.1", "--low-pass-radius 40", "--dtype bfloat16"), flops_of_pretraining),
     # A rank normalises its own features and keeps its own running statistics.
     "probe": Row(train_probe, FROM, "--blr 1 --eval-every 0.5", ("--dtype bfloat16",), flops_of_a_probe,
-                 too_high="1e38", sums=False),
+                 sums=False),
     "finetune": Row(train_finetune, FROM, "--lr 1e-3 --reprob 0.5 --ema 0.9 --drop-path 0.3 --clip-grad 1 "
                     "--repeats 2", ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_classifier),
     # A rank's BatchNorm has running statistics of its own on a CPU.
