@@ -100,7 +100,7 @@ def pipe(path):
 
 
 def link(path):
-    path.symlink_to("/nowhere/at/all")
+    path.symlink_to(path.parent / "nowhere" / "at-all")
     return "it is a link to nothing"
 
 

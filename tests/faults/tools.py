@@ -94,7 +94,7 @@ def killed_tools(folder, quick):
 
 VALUES = ["", "0", "-1", "nan", "inf", "-inf", "1e308", "1e-300", "1e400", "1000000", "100000000",
           str(10 ** 12), str(10 ** 30), str(2 ** 70), "9" * 5000, "0x224", "224x", ",", "0,0", "-1,5", "all",
-          "last,last", "1e3", "\x1b[31m", "\udcff", "a\nerror: b", "/dev/zero", "/nowhere", "\u00b2"]
+          "last,last", "1e3", "\x1b[31m", "\udcff", "a\nerror: b", "/dev/zero", "nowhere/at/all", "\u00b2"]
 ENDLESS = ("steps", "epochs", "global_batch", "cache")                   # large ones are work, and no fault
 
 
