@@ -20,6 +20,7 @@ Shapes: n images, C H W.
 import hashlib
 import io
 import json
+import mmap
 import os
 import stat
 import zipfile
@@ -27,7 +28,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mff_data.crops import BICUBIC, BILINEAR, resize_to_cover, to_array, to_mode
 from mff_data.decode import MAX_PIXELS
@@ -63,7 +63,7 @@ class Packed:
             raise UserError(f"{self.file.path} has an image of {pixels} pixels: expected {most} at "
                             f"most, or --max-pixels {pixels}")
         # Which records were read before: by this process, or by the workers that it forks, who share this.
-        self.checked = torch.zeros(len(self), dtype=torch.bool).share_memory_().numpy()
+        self.checked = np.frombuffer(mmap.mmap(-1, len(self)), bool)     # /dev/shm may be full
 
     def __len__(self):
         return len(self.index["label"])

@@ -331,12 +331,11 @@ def other_index(root, draw):
     return f"{path.name}: {key} is {kind}", None
 
 
-def labels_are_text(root, draw):
+def without_classes(root, draw):
     path = root / "train.pack"
     stop, header, index = index_of(read(path))
-    index["label"] = index["label"].astype(str)
-    path.write_bytes(with_index(read(path), stop, header, index))
-    return "train.pack: labels are text", None
+    path.write_bytes(with_index(read(path), stop, header | dict(classes=None), index))
+    return "train.pack: classes is None", None
 
 
 def other_bytes(root, draw):
@@ -385,7 +384,7 @@ PACKS = [other_header, other_header, other_index, other_index, other_index, othe
 LAYOUTS = {"folder": ("", FOLDERS), "flat": ("", FOLDERS[:-3]), "list": ("list:", [other_list, odd_image]),
            "pack": ("", PACKS)}
 # These come first, so that a control has what it needs: (layout, what is altered).
-KNOWN = [("pack", labels_are_text), ("flat", functools.partial(odd_image, kind="a pipe")),
+KNOWN = [("pack", without_classes), ("flat", functools.partial(odd_image, kind="a pipe")),
          ("flat", functools.partial(odd_image, kind="a device")), ("folder", deep)]
 
 # ---------------------------------------------------------------- a run on it
