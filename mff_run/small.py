@@ -25,7 +25,7 @@ PRETRAIN = {
 DATA = ("data", "num_classes", "names", "reduce_zero_label")             # flags that say what to train on
 PROBE = dict(global_batch=64)                                           # lr by its blr
 FINETUNE = dict(global_batch=64, lr=1e-3)
-SEGMENT = dict(img_size=(64, 64), width=64, global_batch=16, lr=1e-3, steps=200)
+SEGMENT = dict(img_size=(32, 32), width=32, global_batch=32, lr=4e-3, steps=800)
 
 
 def of_model(name):
