@@ -26,7 +26,7 @@ SEAL = b"sha256:"                                                       # then 6
 LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which stands before it
 
 TEMPORARY = re.compile(r"(?:(?:last|encoder|classifier)\.pt|(?:config|env|metrics|nonfinite-step-\d+)\.json"
-                       r"|log\.jsonl|reconstruction[-\d]*\.png)\.tmp\.(\d+)")
+                       r"|log\.jsonl|(?:reconstruction|features)[-\d]*\.png)\.tmp\.(\d+)")
 
 # ---------------------------------------------------------------- writing
 

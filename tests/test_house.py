@@ -81,8 +81,9 @@ def test_a_wrong_import_is_caught(path, text):
 # What each room may import beside itself; kernels is the folder that mff_min.kernels is.
 ROOMS = {"kernels": set(), "mff_min": set(), "mff_data": {"mff_min"}, "mff_run": {"mff_min"},
          "mff_weights": {"mff_min", "mff_data", "mff_run"},
-         "stages": {"mff_min", "mff_data", "mff_run", "mff_weights"},
-         "tools": {"mff_min", "mff_data", "mff_run", "mff_weights", "stages"}}
+         "mff_tasks": {"mff_min", "mff_data", "mff_run", "mff_weights"},
+         "stages": {"mff_min", "mff_data", "mff_run", "mff_weights", "mff_tasks"},
+         "tools": {"mff_min", "mff_data", "mff_run", "mff_weights", "mff_tasks", "stages"}}
 
 
 def room_of(name):
@@ -108,7 +109,8 @@ def test_rooms_know_only_the_rooms_below_them():
     ("mff_min/vit.py", "from mff_run.run import Run"), ("mff_run/log.py", "import mff_data.views"),
     ("mff_data/views.py", "from mff_run import files"), ("mff_weights/checkpoint.py", "import train_probe"),
     ("train_probe.py", "from tools import study"), ("train_probe.py", "import train_pretrain"),
-    ("kernels/ops.py", "from mff_min.vit import Block"),
+    ("kernels/ops.py", "from mff_min.vit import Block"), ("mff_tasks/upernet.py", "import train_pretrain"),
+    ("mff_weights/pretrained.py", "from mff_tasks.upernet import Segmenter"),
 ])
 def test_a_wrong_direction_is_caught(path, text):
     assert list(wrong_directions(path, text))
