@@ -81,9 +81,8 @@ def class_attention(block, x):
     q = F.linear(x[:, :1], weight[:D], bias[:D])                        # (B, 1, D)
     k = F.linear(x, weight[D:2 * D], bias[D:2 * D])                     # (B, T, D)
     q, k = (t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2).float() for t in (q, k))
-    with torch.autocast(x.device.type, enabled=False):                  # small weights must not become 0
-        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)      # (B, h, 1, T)
-    return weights.mean(dim=1)[:, 0, 1:]                                # (B, L)
+    scores = (q * k).sum(dim=-1) * q.shape[-1] ** -0.5                  # (B, h, T): autocast rounds products
+    return scores.softmax(dim=-1).mean(dim=1)[:, 1:]                    # (B, L)
 
 
 # ---------------------------------------------------------------- files
@@ -134,11 +133,15 @@ def read_tower(path):
         ours["visual_projection.weight"] = tensors[projection]
     state = {}
     for name, tensor in ours.items():
+        if name == "embeddings.position_ids":                           # of older versions: 0, 1, 2, ...
+            continue
         check_tensor(path, own + name, tensor)
+        if not tensor.is_floating_point():
+            raise UserError(f"teacher {path} holds {shown([own + name])[0]} as {tensor.dtype}: expected "
+                            f"floating-point numbers")
         for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
-        if name != "embeddings.position_ids":                           # of older versions: 0, 1, 2, ...
-            state[name] = tensor.float()
+        state[name] = tensor.float()
     return path, layout, arranged(state, layout)
 
 
@@ -196,7 +199,7 @@ def find_size(path, state):
     out_dim, _ = shape("head.weight", 2)
     shape("pos_embed", 3)
     heads = {size["embed_dim"]: size["num_heads"] for size in MODELS.values()}.get(width, max(width // 64, 1))
-    if width % heads or width % 4:
+    if width % 4 or width > 64 and width % 64:
         raise UserError(f"teacher {path} is {width} wide: expected a multiple of 64, the width of a head")
     return dict(patch_size=side, embed_dim=width, depth=depth, num_heads=heads, in_chans=in_chans,
                 mlp_ratio=(hidden + 0.5) / width, out_dim=out_dim)      # int(mlp_ratio * width) is hidden

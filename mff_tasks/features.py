@@ -11,6 +11,7 @@ Shapes: B images, C H W, L patches, V visible patches, K masked patches, T = V +
 teacher, E width of the decoder, N width of the features.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,11 +167,13 @@ class Teacher:
                                         for values in (mean, std, cfg.mean, cfg.std))   # each (C, 1, 1)
         same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
         self.change = None if same else (own_std / std, (own_mean - mean) / std)
-        tokens, importance = self(torch.zeros(1, len(cfg.mean), *cfg.img_size, device=device))
+        shape = (1, len(cfg.mean), *cfg.img_size)
+        ramp = torch.linspace(0, 1, math.prod(shape), device=device).view(shape)    # from black to white
+        tokens, importance = self((ramp - own_mean) / own_std)
         self.dim = tokens.shape[-1]
         if not (tokens.isfinite().all() and importance.isfinite().all()):
-            raise UserError(f"teacher {cfg.teacher} gives values that are not finite for a grey image, in "
-                            f"{dtype}: expected finite ones; --dtype float32, or another teacher")
+            raise UserError(f"teacher {cfg.teacher} gives values that are not finite in {dtype}: expected finite "
+                            f"ones; --dtype float32, or another teacher")
 
     @torch.no_grad()
     def __call__(self, images):
@@ -195,7 +198,7 @@ class Teacher:
         encoder, T = self.encoder, self.encoder.num_patches + 1
         D, head = encoder.embed_dim, getattr(encoder.head, "weight", torch.empty(0)).numel()
         embed = 2 * (T - 1) * encoder.patch_embed.proj.weight.numel()
-        attention = 2 * D * D + 2 * T * D * D + 2 * T * D               # the last block's, of the class token
+        attention = 2 * (1 + T) * D * D                                 # q and k of class_attention
         return embed + sum(block_flops(block, T, T) for block in encoder.blocks) + 2 * T * head + attention
 
 
@@ -206,7 +209,9 @@ def open_teacher(cfg, world, dtype):
         return None, cfg
     patch_size = cfg.patch_size or MODELS[cfg.model]["patch_size"]
     grid = tuple(max(side // patch_size, 1) for side in cfg.img_size)   # the model refuses other sides
-    is_clip = cfg.target == "clip" or cfg.target == "pixels" and find_towers(read_tensors(cfg.teacher)[1])
+    is_clip = cfg.target == "clip" or bool(find_towers(read_tensors(cfg.teacher)[1]))
+    if is_clip and cfg.target == "encoder":
+        raise UserError(f"teacher {cfg.teacher} is CLIP's: expected --target clip, or another ViT")
     if is_clip:
         encoder, digest = load_tower(cfg.teacher, grid, world.say)
         told = {}                                                       # as MILAN: the student's images
@@ -262,7 +267,8 @@ def feature_sheet(images, tokens, importance, pred, ids, mask, mean, std, patch_
     for both. importance (B, L), where it is not None, has a column: white is the most important patch. The
     others are as in reconstruction_sheet and CosineTarget.
     """
-    true, pred = (F.normalize(x.float(), dim=-1) for x in (tokens[:, 1:], pred[:, -ids.shape[1]:]))
+    true, pred = (F.normalize(x.float().nan_to_num(), dim=-1)           # no picture ends a run
+                  for x in (tokens[:, 1:], pred[:, -ids.shape[1]:]))
     centre = true.mean(dim=(0, 1))                                      # (N,)
     axes = torch.linalg.svd((true - centre).flatten(0, 1), full_matrices=False).Vh[:3]
     axes = F.pad(axes, (0, 0, 0, 3 - len(axes)))                        # (3, N)
