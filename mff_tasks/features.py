@@ -172,8 +172,8 @@ class Teacher:
         tokens, importance = self((ramp - own_mean) / own_std)
         self.dim = tokens.shape[-1]
         if not (tokens.isfinite().all() and importance.isfinite().all()):
-            raise UserError(f"teacher {cfg.teacher} gives values that are not finite in {dtype}: expected finite "
-                            f"ones; --dtype float32, or another teacher")
+            raise UserError(f"teacher {cfg.teacher} gives values that are not finite in {dtype}: expected "
+                            f"finite ones; --dtype float32, or another teacher")
 
     @torch.no_grad()
     def __call__(self, images):

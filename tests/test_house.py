@@ -196,7 +196,8 @@ def test_a_graph_of_symbolic_sizes_is_caught(text):
 
 # ---------------------------------------------------------------- flags and commands
 
-BASES = ("mff_run/run.py", "mff_data/decode.py", "mff_weights/pretrained.py")   # of the stages' Configs
+BASES = ("mff_run/run.py", "mff_data/decode.py", "mff_weights/pretrained.py",     # of the stages' Configs
+         "mff_tasks/features.py")
 
 
 def config_fields(text):
