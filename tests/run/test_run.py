@@ -80,7 +80,7 @@ STAGES = {
                     "--repeats 2", ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_classifier),
 }
 # Where a row has other parts in its loop than its stage's: for the tests with the mark of all ROWS.
-ROWS = STAGES | {"MILAN": Row(train_pretrain, [*MODEL, "--picture-every", "99", *MILAN, "--teacher", "TEACHER"],
+ROWS = STAGES | {"MILAN": Row(train_pretrain, [*STAGES["pretrain"].flags, "--teacher", "TEACHER", *MILAN],
                               "--lr 1e-3 --clip-grad 0.5", ("--dtype bfloat16",), flops_of_feature_targets)}
 all_rows = pytest.mark.parametrize("row", ROWS, indirect=True)
 STEPS = ["--steps", "16"]                                               # 2.4 epochs
@@ -389,6 +389,7 @@ def test_a_run_that_has_gone_further_is_not_called_done(start, tmp_path):
     assert (tmp_path / "a" / "log.jsonl").read_text() == before[1]
 
 
+@all_rows
 def test_a_signal_in_the_last_step_ends_the_run_before_its_evaluation(row, start, whole, tmp_path,
                                                                        monkeypatch):
     def before(i):
