@@ -104,15 +104,15 @@ TRANSFORMERS = (
     (r"\.layer_norm([12])\.", r".norm\1."),
     (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."), (r"\.self_attn\.out_proj\.", ".attn.proj."),
 )
-# What each tower has below its own name, the name that it has in a whole model, and how its names are read.
-LAYOUTS = {"OpenAI": ("conv1.weight", "visual.", OPENAI),
-           "Transformers": ("embeddings.patch_embedding.weight", "vision_model.", TRANSFORMERS)}
+# What no other model has below its own name, the name of the tower in a whole CLIP, and how names are read.
+LAYOUTS = {"OpenAI": ("ln_pre.weight", "visual.", OPENAI),
+           "Transformers": ("embeddings.class_embedding", "vision_model.", TRANSFORMERS)}
 
 
 def find_towers(names):
     """[(layout, what the names of the tower begin with)] of the CLIP towers among the names of a file."""
-    return [(layout, name.removesuffix(patches)) for name in names
-            for layout, (patches, *_) in LAYOUTS.items() if name == patches or name.endswith(f".{patches}")]
+    return [(layout, name.removesuffix(mark)) for name in names
+            for layout, (mark, *_) in LAYOUTS.items() if name == mark or name.endswith(f".{mark}")]
 
 
 def read_tower(path):
@@ -122,34 +122,43 @@ def read_tower(path):
     if len(towers) != 1:
         found = f"{len(towers)} CLIP towers, at {', '.join(shown([own or '.' for _, own in towers]))}"
         holds = f"no CLIP tower; it begins with {', '.join(shown(list(tensors)[:3])) or 'nothing'}"
-        raise UserError(f"teacher {path} holds {found if towers else holds}: expected one, with a tensor "
-                        f"visual.conv1.weight (OpenAI) or vision_model.embeddings.patch_embedding.weight "
+        raise UserError(f"teacher {path} holds {found if towers else holds}: expected one ViT of CLIP, with "
+                        f"visual.ln_pre.weight (OpenAI) or vision_model.embeddings.class_embedding "
                         f"(Transformers); another ViT is --target encoder (docs/targets.md)")
     (layout, own), = towers
-    _, in_model, patterns = LAYOUTS[layout]
+    _, in_model, _ = LAYOUTS[layout]
     ours = {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
     projection = f"{own.removesuffix(in_model)}visual_projection.weight"    # it stands beside the tower
     if layout == "Transformers" and projection in tensors:
         ours["visual_projection.weight"] = tensors[projection]
+    ours.pop("embeddings.position_ids", None)                           # of older versions: 0, 1, 2, ...
     state = {}
     for name, tensor in ours.items():
-        if name == "embeddings.position_ids":                           # of older versions: 0, 1, 2, ...
-            continue
         check_tensor(path, own + name, tensor)
-        if not tensor.is_floating_point():
-            raise UserError(f"teacher {path} holds {shown([own + name])[0]} as {tensor.dtype}: expected "
-                            f"floating-point numbers")
-        for pattern, replacement in patterns:
-            name = re.sub(pattern, replacement, name)
-        state[name] = tensor.float()
+        spelled = our_name(name, layout)
+        wrong = "is no floating-point tensor" * (not tensor.is_floating_point())
+        wrong = wrong or "is unknown" * (spelled == name) or "is there by two names" * (spelled in state)
+        if wrong:
+            raise UserError(f"teacher {path} is no whole CLIP vision tower: "
+                            f"{shown([own + name])[0]} {wrong}; expected {layout}'s names and floating-point "
+                            f"numbers (docs/targets.md)")
+        state[spelled] = tensor.float()
     return path, layout, arranged(state, layout)
+
+
+def our_name(name, layout):
+    """A tensor's name in ClipTower; the same again where the layout has no such tensor."""
+    for pattern, replacement in LAYOUTS[layout][2]:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def arranged(state, layout):
     """The tensors in the shapes that ClipTower has: q, k and v as one, positions with a batch of one."""
     for name in [name for name in state if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(part in state and state[part].shape == state[name].shape for part in parts):
+        if state[name].dim() and len({state[part].shape for part in parts if part in state}) == 1 \
+                and state.keys() >= set(parts):
             state[name.replace(".q.", ".qkv.")] = torch.cat([state.pop(part) for part in parts])
     for name in {"cls_token", "pos_embed"} & state.keys():
         state[name] = state[name][(None,) * (3 - state[name].dim())]    # (1, 1, D), (1, 1 + L, D)

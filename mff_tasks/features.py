@@ -219,7 +219,8 @@ def open_teacher(cfg, world, dtype):
         encoder, digest, told = load_vit(cfg.teacher, grid, world.say)
     if encoder.in_chans != cfg.in_chans:
         raise UserError(f"teacher {cfg.teacher} takes {encoder.in_chans} channels, and --in-chans is "
-                        f"{cfg.in_chans}: expected --in-chans {encoder.in_chans}; grey images become colour")
+                        f"{cfg.in_chans}: expected --in-chans {encoder.in_chans}"
+                        + "; grey images become colour" * (encoder.in_chans == 3))
     if cfg.teacher_sha256 not in ("", digest):
         raise UserError(f"teacher {cfg.teacher} has weights of SHA-256 {digest}: expected --teacher-sha256 "
                         f"{cfg.teacher_sha256}; another teacher needs another --output-dir")

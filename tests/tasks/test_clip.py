@@ -60,6 +60,22 @@ def test_the_tower_equals_timms_on_all_tokens_from_files_of_either_layout(tmp_pa
 
 
 @torch.no_grad()
+def test_the_tower_equals_transformers_on_a_folder_that_it_wrote(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+                image_size=16, patch_size=4, projection_dim=24)
+    model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**size)).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 16, 16)
+    x = model.vision_model(images).last_hidden_state
+    want = model.visual_projection(model.vision_model.post_layernorm(x))
+    torch.testing.assert_close(load_tower(tmp_path, (4, 4), silent)[0](images)[0], want, rtol=1e-5, atol=1e-5)
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**size)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="it has no head.weight; expected its projection too, as in"):
+        load_tower(tmp_path, (4, 4), silent)
+
+
+@torch.no_grad()
 def test_the_oracle_can_fail_with_gelu_the_tower_would_be_another():
     tower = random_tower(side=224, **SHAPES["vit_base_patch32_clip_quickgelu_224"])
     images = torch.randn(1, 3, 224, 224)
@@ -137,6 +153,7 @@ def with_value(name, change):
 
 @pytest.mark.parametrize("change, message", [
     (without("visual."), "holds no CLIP tower; it begins with text_projection, positional_embedding, "),
+    (without("ln_pre.weight"), "holds no CLIP tower; it begins with visual.class_embedding"),
     (without("ln_pre.bias"), "no whole CLIP vision tower: norm_pre.bias is missing; expected"),
     (without("resblocks.0"), "it has no blocks.0.mlp.fc1.weight; expected a ViT, since a ResNet"),
     (without("visual.proj"), "it has no head.weight; expected its projection too, as in CLIPModel and"),
@@ -145,6 +162,9 @@ def with_value(name, change):
      "holds 2 CLIP towers, at visual., ema.visual.: expected one"),
     (lambda state: state | {"visual.transformer.resblocks.0.ls_1.gamma": torch.ones(32)},
      r"blocks.\*.ls_1.gamma is unknown"),
+    (lambda state: state | {"visual.cls_token": torch.zeros(1, 1, 32)}, "visual.cls_token is unknown"),
+    (lambda state: state | {"visual.transformer.resblocks.0.norm1.bias": torch.zeros(32)},
+     r"visual.transformer.resblocks.\*.norm1.bias is there by two names"),
     (with_value("visual.proj", lambda x: x[:5]), r"head.weight has shape \(24, 5\), expected \(24, 32\)"),
     (with_value("visual.proj", lambda x: x * float("nan")), "head.weight has NaN or infinity"),
     (with_value("visual.conv1.weight", lambda x: x[..., 0]), r"proj.weight of shape \(32, 3, 4\)"),
@@ -154,7 +174,7 @@ def with_value(name, change):
      "positions of 7 patches, which are no square and cannot be resampled to the student's 4x4 patches"),
     (with_value("visual.positional_embedding", lambda x: x[:1]), "positions of 0 patches, which are no"),
     (with_value("visual.class_embedding", lambda x: torch.tensor(1.0)), r"cls_token has shape \(1, 1, 1\)"),
-    (with_value("visual.ln_post.bias", lambda x: x.long()), "visual.ln_post.bias as torch.int64"),
+    (with_value("visual.ln_post.bias", lambda x: x.long()), "visual.ln_post.bias is no floating-point"),
 ])
 def test_a_file_that_is_no_whole_tower_is_refused_with_what_it_has(tmp_path, change, message):
     torch.save(change(openai_state(random_tower())), tmp_path / "a.pth")
