@@ -120,6 +120,7 @@ class FeatureFlags:
     teacher_std: tuple[float, ...] | None = opt(None, "standard deviation likewise", type=numbers)
     teacher_sha256: str = opt("", "of the teacher's weights, which a run keeps; not given: the file's own")
     teacher: str = knob("", "the frozen encoder of --target and --masking: docs/targets.md")
+    teacher_key: str | None = knob(None, "of a file with several encoders: which, for example teacher")
     picture = property(lambda cfg: "reconstruction" if cfg.target == "pixels" else "features")  # its name
 
     @classmethod
@@ -137,7 +138,8 @@ def check_features(cfg):
     if asks and not cfg.teacher:
         raise UserError(f"{asks[0]} needs a teacher, and none is given: expected --teacher FILE, the weights "
                         f"of a frozen encoder (docs/targets.md)")
-    if not asks and (cfg.teacher or cfg.teacher_mean or cfg.teacher_std or cfg.teacher_sha256):
+    about = cfg.teacher, cfg.teacher_mean, cfg.teacher_std, cfg.teacher_sha256, cfg.teacher_key
+    if any(about) and not asks:
         raise UserError("a flag of a --teacher is given, and nothing asks for one: expected --target clip or "
                         "encoder, or --masking importance, or no such flag")
     if cfg.decoder == "prompting" and cfg.target == "pixels":
@@ -212,11 +214,14 @@ def open_teacher(cfg, world, dtype):
     is_clip = cfg.target == "clip" or bool(find_towers(read_tensors(cfg.teacher)[1]))
     if is_clip and cfg.target == "encoder":
         raise UserError(f"teacher {cfg.teacher} is CLIP's: expected --target clip, or another ViT")
+    if is_clip and cfg.teacher_key:
+        raise UserError(f"--teacher-key {cfg.teacher_key} takes one of several encoders, and teacher "
+                        f"{cfg.teacher} is CLIP's: expected no --teacher-key")
     if is_clip:
         encoder, digest = load_tower(cfg.teacher, grid, world.say)
         told = {}                                                       # as MILAN: the student's images
     else:
-        encoder, digest, told = load_vit(cfg.teacher, grid, world.say)
+        encoder, digest, told = load_vit(cfg.teacher, cfg.teacher_key, grid, world.say)
     if encoder.in_chans != cfg.in_chans:
         raise UserError(f"teacher {cfg.teacher} takes {encoder.in_chans} channels, and --in-chans is "
                         f"{cfg.in_chans}: expected --in-chans {encoder.in_chans}"
@@ -233,9 +238,9 @@ def open_teacher(cfg, world, dtype):
     return teacher, replace(cfg, teacher_sha256=digest)
 
 
-def load_vit(path, grid, say):
+def load_vit(path, key, grid, say):
     """(a frozen ViT of any family, its fingerprint, its own mean and std), as load_tower. UserError."""
-    weights = read_weights(path)
+    weights = read_weights(path, key, "--teacher-key")
     sides = [count * weights.state[PATCHES].shape[3] for count in grid]
     encoder = encoder_of(weights, sides, say=say).requires_grad_(False)
     if encoder.global_pool == "avg":

@@ -80,14 +80,14 @@ def read_tensors(path):
     return path, flatten(path, content), content, about, processor
 
 
-def read_weights(path, key=None):
+def read_weights(path, key=None, flag="--key"):
     """The Weights in a checkpoint of any family, or in the folder of a run or of Transformers.
 
     The encoder may be anywhere in nested dicts and under any prefix. Where there are several, key says which,
-    by a part of its place. Raises UserError.
+    by a part of its place; it came from the flag. Raises UserError.
     """
     path, tensors, content, about, processor = read_tensors(path)
-    place, base = choose_place(path, tensors, content, key)
+    place, base = choose_place(path, tensors, content, key, flag)
     ours = {name.removeprefix(base): value for name, value in tensors.items() if name.startswith(base)}
     for name, tensor in ours.items():
         check_tensor(path, name, tensor)

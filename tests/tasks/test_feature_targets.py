@@ -331,6 +331,15 @@ def test_a_teachers_images_may_be_normalised_otherwise(teachers, tmp_path):
     torch.testing.assert_close(look("--target encoder", tmp_path / "encoder.pt").change, other.change)
 
 
+def test_of_a_file_with_several_encoders_one_teaches(tmp_path):
+    states = {name: VisionTransformer(16, **MODELS["vit_test"]).state_dict() for name in ("one", "teacher")}
+    torch.save(states, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match="holds 2 encoders: one, teacher; --teacher-key NAME takes one of"):
+        look("--target encoder", tmp_path / "dino.pth")
+    found = look("--target encoder --teacher-key teacher", tmp_path / "dino.pth").encoder.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in states["teacher"].items())
+
+
 def test_importance_masks_pixels_too_with_a_teacher_of_either_kind(pretrain, tmp_path):
     for teacher in ("clip", "encoder"):
         pretrain("--masking importance --steps 1", teacher, teacher)
@@ -391,6 +400,7 @@ def test_equal_features_have_equal_pictures_and_what_is_not_predicted_is_grey():
     ("--target encoder --teacher CLIP", "is CLIP's: expected --target clip"),
     ("--target clip --teacher CLIP --in-chans 1 --mean 0.5 --std 0.2",
      "takes 3 channels, and --in-chans is 1: expected --in-chans 3; grey images become colour"),
+    ("--target clip --teacher CLIP --teacher-key a", "is CLIP's: expected no --teacher-key"),
     ("--target clip --teacher CLIP --teacher-mean 0.5", "--teacher-mean 0.5: expected 3 numbers, one per"),
     ("--target clip --teacher CLIP --teacher-std 1,0,1", "expected 3 numbers above 0, one per channel"),
     ("--target clip --teacher CLIP --img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
