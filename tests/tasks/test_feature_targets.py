@@ -340,6 +340,12 @@ def test_of_a_file_with_several_encoders_one_teaches(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in states["teacher"].items())
 
 
+def test_ranks_that_read_different_teachers_are_refused(teachers, monkeypatch):
+    monkeypatch.setattr(World, "all_gather", lambda world, value: [value, "of another host"])
+    with pytest.raises(UserError, match="the processes read different teachers from .* expected the same file"):
+        look("--target clip", teachers["clip"])
+
+
 def test_importance_masks_pixels_too_with_a_teacher_of_either_kind(pretrain, tmp_path):
     for teacher in ("clip", "encoder"):
         pretrain("--masking importance --steps 1", teacher, teacher)
