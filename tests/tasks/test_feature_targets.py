@@ -342,7 +342,7 @@ def test_of_a_file_with_several_encoders_one_teaches(tmp_path):
 
 def test_ranks_that_read_different_teachers_are_refused(teachers, monkeypatch):
     monkeypatch.setattr(World, "all_gather", lambda world, value: [value, "of another host"])
-    with pytest.raises(UserError, match="the processes read different teachers from .* expected the same file"):
+    with pytest.raises(UserError, match="the processes read different teachers from .* expected the same"):
         look("--target clip", teachers["clip"])
 
 
