@@ -40,7 +40,7 @@ def timms(name, tower):
 @pytest.mark.parametrize("layout, name", [("OpenAI", name) for name in SHAPES]
                          + [(layout, list(SHAPES)[1]) for layout in list(LAYOUTS)[1:]])
 @torch.no_grad()
-def test_the_tower_equals_timms_on_all_tokens_from_files_of_either_layout(tmp_path, layout, name):
+def test_the_tower_gives_the_tokens_of_timm_from_files_of_either_layout(tmp_path, layout, name):
     tower = random_tower(side=224, **SHAPES[name])
     dtype = torch.float16 if layout == "OpenAI" else torch.float32
     tower.load_state_dict({key: value.to(dtype).float() for key, value in tower.state_dict().items()})

@@ -143,7 +143,7 @@ MILAN = "--masking importance --decoder prompting"
 
 
 @pytest.mark.parametrize("flags", ["", MILAN])
-def test_the_models_have_the_published_number_of_parameters(flags):
+def test_the_models_have_the_number_of_parameters_that_is_known(flags):
     cfg = parse(train_pretrain.Config, f"{PAPERS} {flags}".split())
     with torch.device("meta"):
         model = train_pretrain.build_model(cfg, "meta", SimpleNamespace(dim=512))
