@@ -315,6 +315,16 @@ def test_a_teacher_sees_images_in_which_it_has_the_students_patches(teachers, im
     assert teacher.sides == sees and tokens.shape == (2, 1 + patches, 24) and importance.shape == (2, patches)
 
 
+def test_a_teacher_makes_of_a_batch_what_the_model_takes(teachers):
+    images, noise, pixels = torch.randn(2, 3, 16, 16), torch.rand(2, 16), object()
+    tokens, importance = random_tower()(images)
+    for flags, masked, target in (("--target clip", noise, tokens), ("--masking importance", None, pixels),
+                                  (TARGETS["milan"], None, tokens)):
+        got = look(flags, teachers["clip"]).guide(images, noise, pixels)
+        want = images, importance_noise(noise, importance) if masked is None else masked, target
+        assert all(a is b or torch.equal(a, b) for a, b in zip(got, want, strict=True)), flags
+
+
 def test_a_teachers_images_may_be_normalised_otherwise(teachers, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     plain = look("--target clip", teachers["clip"])
