@@ -337,6 +337,10 @@ def test_a_teachers_images_may_be_normalised_otherwise(teachers, tmp_path):
     saved = torch.load(teachers["encoder"] / "encoder.pt")
     saved["config"] |= dict(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
     torch.save(saved, tmp_path / "encoder.pt")
+    for broken in (dict(mean=(0.5, 0.4)), dict(std=(1.0,)), dict(std=(1.0, 0.0, 1.0))):
+        torch.save(saved | dict(config=saved["config"] | broken), tmp_path / "broken.pt")
+        with pytest.raises(UserError, match="tells mean .* and std .*: expected 3 numbers each, std above 0"):
+            look("--target encoder", tmp_path / "broken.pt")
     assert look("--target encoder", teachers["encoder"]).change is None
     torch.testing.assert_close(look("--target encoder", tmp_path / "encoder.pt").change, other.change)
 
