@@ -236,8 +236,8 @@ def open_teacher(cfg, world, dtype):
                  for name in ("mean", "std"))
     if not len(mean) == len(std) == cfg.in_chans or min(std) <= 0:
         raise UserError(f"teacher {cfg.teacher} tells mean {str(mean)[:60]} and std {str(std)[:60]}: "
-                        f"expected {cfg.in_chans} numbers each, std above 0; --teacher-mean and --teacher-std "
-                        f"say others")
+                        f"expected {cfg.in_chans} numbers each, std above 0; --teacher-mean and "
+                        f"--teacher-std say others")
     teacher = Teacher(cfg, encoder.to(world.device), mean, std, world.device, dtype)
     return teacher, replace(cfg, teacher_sha256=digest)
 
