@@ -1,4 +1,4 @@
-"""Pre-train a ViT by predicting masked pixels: MAE, PixMIM, MFF_MAE, MFF_PixMIM (arXiv 2308.00261, table 1).
+"""Pre-train a ViT by predicting what is masked: MAE, PixMIM, EVA, MILAN, each with MFF (arXiv 2308.00261).
 
     python train_pretrain.py --model vit_test                           a small MFF_MAE on the embedded images
     torchrun --nproc-per-node=8 train_pretrain.py --model vit_b --data IMAGENET --batch-size 512 --workers 12
@@ -11,6 +11,9 @@ The methods are combinations of independent flags:
     PixMIM                      --out-indices last --low-pass-radius 40 --crop simple
     MFF as mmpretrain has it    --crop simple
     MFF, shallow detached       --detach-shallow
+    MFF_EVA                     --target clip --teacher FILE --epochs 400
+    MFF_MILAN                   the same and --masking importance --decoder prompting
+    EVA, MILAN                  the same and --out-indices last
 
 Published for vit_b after 800 epochs of ImageNet, linear probe / fine-tuning: MAE 65.1 / 83.3, PixMIM 67.5 /
 83.5, MFF_MAE 67.0 / 83.6. Any number of processes makes up the batch of 4096 by accumulation.
@@ -32,26 +35,27 @@ from mff_min.config import (check_batches, check_channels, check_ranges, knob, n
                             side_or_sides)
 from mff_min.errors import UserError
 from mff_min.kernels import ops as kernels
-from mff_min.mim import MaskedAutoencoder, parse_out_indices, random_masking
+from mff_min.mim import parse_out_indices, random_masking
 from mff_min.optim import clip_grad_norm, cosine_lr, make_schedule, param_groups, set_lr
 from mff_min.stream import Stream
 from mff_min.targets import PixelTarget, low_pass_radius_at
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run import process, small
 from mff_run.files import write_atomically, write_tensors
-from mff_run.flops import step_flops
 from mff_run.picture import reconstruction_sheet
 from mff_run.run import Run, RunFlags
 from mff_run.sharded import check_sharding, shard, whole
 from mff_run.world import autocast, pick_dtype
-from mff_weights.checkpoint import adapted, load_weights, read_weights
+from mff_tasks.features import (DECODERS, CosineTarget, FeatureFlags, feature_sheet, flops_with_teacher,
+                                open_teacher)
+from mff_weights.pretrained import initialise
 
 # ---------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
-class Config(DataFlags, RunFlags):
-    # these change the result; so do the flags of DataFlags
+class Config(DataFlags, FeatureFlags, RunFlags):
+    # these change the result; so do the flags of DataFlags and FeatureFlags
     model: str = opt("vit_b", "size of the encoder", choices=list(MODELS))
     data: str = opt("shapes", "shapes or shapes:COUNT (embedded), cifar10:DIR, cifar100:DIR, list:DIR, "
                               "cars:DIR, or a folder or pack of images, with or without train/ and classes")
@@ -111,7 +115,7 @@ def check(cfg, world):
 # ---------------------------------------------------------------- model
 
 
-def build_model(cfg, device):
+def build_model(cfg, device, teacher=None):
     """The encoder with its decoder, on the device. Raises UserError when the flags do not go together."""
     size = dict(MODELS[cfg.model])
     if cfg.patch_size:
@@ -121,30 +125,17 @@ def build_model(cfg, device):
         encoder = VisionTransformer(cfg.img_size, in_chans=cfg.in_chans,
                                     grad_checkpointing=cfg.grad_checkpointing, **size)
         ops = kernels.load(cfg.ops, device)
-        radius = low_pass_radius_at(cfg.low_pass_radius, cfg.img_size)
-        target = PixelTarget(encoder.patch_size, cfg.in_chans, cfg.norm_pix_loss, cfg.mean, cfg.std, radius,
-                             ops)
-        return MaskedAutoencoder(encoder, out_indices, target, cfg.mask_ratio, cfg.detach_shallow,
-                                 cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads,
-                                 ops).to(device)
+        if cfg.target == "pixels":
+            radius = low_pass_radius_at(cfg.low_pass_radius, cfg.img_size)
+            target = PixelTarget(encoder.patch_size, cfg.in_chans, cfg.norm_pix_loss, cfg.mean, cfg.std,
+                                 radius, ops)
+        else:
+            target = CosineTarget(teacher.dim)
+        return DECODERS[cfg.decoder](encoder, out_indices, target, cfg.mask_ratio, cfg.detach_shallow,
+                                     cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads,
+                                     ops=ops).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def load_initial_weights(model, cfg, say):
-    """Load a checkpoint of any family, and say which parts of the model it does not hold."""
-    path, weights, fresh = cfg.init_from, read_weights(cfg.init_from, cfg.key), ()
-    if cfg.adapt:
-        whole, weights = weights, adapted(weights, cfg.in_chans, model.encoder.patch_size)
-        fresh = ("decoder_pred.",) * (weights is not whole)             # it predicts pixels
-    lacking = load_weights(model, weights, ("fusion", "decoder"), fresh, say=say)
-    if fresh:
-        say(f"--init-from {path} is adapted to {cfg.in_chans} channels in patches of "
-            f"{model.encoder.patch_size}: the decoder's last layer starts from random weights")
-    if "decoder" in lacking:
-        say(f"--init-from {path} holds an encoder alone: the decoder starts from random weights")
-    if "fusion" in lacking and len(model.out_indices) > 1:
-        say(f"--init-from {path} holds no fusion: its projections start from random weights")
 
 
 # ---------------------------------------------------------------- the run
@@ -160,8 +151,9 @@ def main(cfg):
 def pretrain(cfg, run):
     began, say, device = time.monotonic(), run.say, run.device
     dtype = pick_dtype(cfg.dtype, device)
+    teacher, cfg = open_teacher(cfg, run.world, dtype)                  # None but for features
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
-    model = build_model(cfg, device)
+    model = build_model(cfg, device, teacher)
     run.resume(cfg)
 
     # ------------------------------------------------------------ data
@@ -178,14 +170,18 @@ def pretrain(cfg, run):
     mean, std = torch.tensor(cfg.mean, device=device), torch.tensor(cfg.std, device=device)
 
     def to_device(batch):
-        """What the model takes: normalised images, the noise that masks them, and their pixels in uint8."""
+        """What the model takes: normalised images, the noise that masks them, and their pixels in uint8.
+
+        A teacher's features take the place of the pixels, and its importance changes the noise.
+        """
         pixels = batch["image"].to(device, non_blocking=True)
         noise = batch["noise"].to(device, non_blocking=True)
-        return model.ops.prepare(pixels, mean, std), noise, pixels
+        images = model.ops.prepare(pixels, mean, std)
+        return teacher.guide(images, noise, pixels) if teacher else (images, noise, pixels)
 
     # ------------------------------------------------------------ optimizer
     if cfg.init_from and not run.state:
-        load_initial_weights(model, cfg, say)
+        initialise(model, cfg, say)
     run.restore_model(model)
     if cfg.fsdp:                                                        # takes the parameters' place
         trained = shard(model, run.world, schedule.accumulation > 1, cfg.compile)
@@ -198,22 +194,23 @@ def pretrain(cfg, run):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run.restore_optimizer(optimizer, scaler)
     run.open(len(train_set))
-    run.begin(schedule, stream, train_set, model, optimizer, scaler, flops=step_flops(model), dtype=dtype,
+    flops = flops_with_teacher(model, teacher)
+    run.begin(schedule, stream, train_set, model, optimizer, scaler, flops=flops, dtype=dtype,
               advice=advice_if_late(train_set, cfg.workers))
 
     def draw(step):
-        """Write a picture of what the model predicts for a few held-out images, where that is pixels."""
-        if not isinstance(model.target, PixelTarget):
+        """Write a picture of what the model predicts for a few held-out images: pixels or features."""
+        if not isinstance(model.target, PixelTarget | CosineTarget):
             return
         with run.paused():
-            drawn = whole(model, lambda: build_model(cfg, device), run.world)
+            drawn = whole(model, lambda: build_model(cfg, device, teacher), run.world)
             if run.world.is_main:
                 with contextlib.suppress(process.Interrupted), run.signals.interrupting():  # a disk may hang
-                    draw_reconstructions(cfg, drawn, val_set, to_device, run.folder, step)
+                    draw_reconstructions(cfg, drawn, teacher, val_set, to_device, run.folder, step)
             run.world.barrier()                                            # a picture may outlast --timeout
 
     # ------------------------------------------------------------ loop
-    announce(cfg, schedule, model, run.start, say)
+    announce(cfg, schedule, model, flops, run.start, say)
     if run.start == 0:
         draw(0)
     picture_every = cfg.picture_every or math.ceil(schedule.stop / 10)
@@ -243,7 +240,7 @@ def pretrain(cfg, run):
 
     # ------------------------------------------------------------ evaluation
     metrics = dict(step=schedule.stop, loss=run.loss, seconds=time.monotonic() - began)
-    final = whole(model, lambda: build_model(cfg, device), run.world)
+    final = whole(model, lambda: build_model(cfg, device, teacher), run.world)
     if run.world.is_main:
         weights = {name: value.cpu() for name, value in final.encoder.state_dict().items()}
         write_tensors(run.folder / "encoder.pt", {"model": weights, "config": asdict(cfg)})
@@ -253,17 +250,17 @@ def pretrain(cfg, run):
         means = metrics.get("val_loss_of_means")
         than = f", where predicting the mean of each masked patch gives {means:.4f}" if means else ""
         run.finish(metrics, f"loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images{than}\n"
-                            f"  {run.folder}/reconstruction.png   what the model sees behind the mask\n"
+                            f"  {run.folder}/{cfg.picture + '.png':20} what the model sees behind the mask\n"
                             f"  {run.folder}/encoder.pt           the encoder, with timm's parameter names\n"
                             f"  {run.folder}/log.jsonl            loss, learning rate and fusion weights")
     return metrics
 
 
-def announce(cfg, schedule, model, start, say):
+def announce(cfg, schedule, model, flops, start, say):
     """Say what is about to run."""
     count = sum(p.numel() for p in model.parameters())
     say(f"{cfg.model}: {count / 1e6:.1f} M parameters with the decoder; fused blocks: "
-        f"{','.join(map(str, model.out_indices))}; {step_flops(model) / 1e9:.3g} GFLOP an image; "
+        f"{','.join(map(str, model.out_indices))}; {flops / 1e9:.3g} GFLOP an image; "
         f"{schedule.num_samples} images of {cfg.data}\n"
         f"{schedule.plan(start)}")
 
@@ -304,15 +301,21 @@ def evaluate(cfg, model, source, to_device, dtype, most):
 
 
 @torch.no_grad()
-def draw_reconstructions(cfg, model, source, to_device, folder, step):
-    """Write reconstruction.png, and a copy of it that keeps the step in its name."""
+def draw_reconstructions(cfg, model, teacher, source, to_device, folder, step):
+    """Write reconstruction.png or features.png, and a copy of it that keeps the step in its name."""
     indices = spaced(cfg.picture_images, source)
-    images, noise, _ = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
+    images, noise, tokens = to_device(held_out(cfg, source, indices, model.encoder.num_patches))
     pred, ids, mask = model.predict(images, noise)
-    target = model.target
-    sheet = reconstruction_sheet(images, target.filter(images), pred, ids, mask, target.patch_size,
-                                 cfg.norm_pix_loss, target.mean, target.std, f"{cfg.model} at step {step}")
-    for name in (f"reconstruction-{step:06d}.png", "reconstruction.png"):
+    mean, std = (torch.tensor(values, device=images.device) for values in (cfg.mean, cfg.std))
+    target, title = model.target, f"{cfg.model} at step {step}"
+    if cfg.target == "pixels":
+        sheet = reconstruction_sheet(images, target.filter(images), pred, ids, mask, target.patch_size,
+                                     cfg.norm_pix_loss, mean, std, title)
+    else:
+        importance = teacher(images)[1] if cfg.masking == "importance" else None
+        sheet = feature_sheet(images, tokens, importance, pred, ids, mask, mean, std,
+                              model.encoder.patch_size, title)
+    for name in (f"{cfg.picture}-{step:06d}.png", f"{cfg.picture}.png"):
         write_atomically(folder / name, lambda file: sheet.save(file, format="PNG"))
 
 

@@ -143,7 +143,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images, noise, pixels=None):
         """The loss on masked patches, a scalar: images (B, C, H, W) normalised, noise (B, L) uniform.
 
-        pixels (B, C, H, W) are the same images in uint8, from which a target may be cheaper to make.
+        pixels is the target's: the same images in uint8, cheaper to read, or what else its loss takes.
         """
         pred, ids, _ = self.predict(images, noise)
         return self.target.loss(pred, ids, images, pixels)

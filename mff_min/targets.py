@@ -1,8 +1,8 @@
 """What is to be predicted, and how predictions become pictures again.
 
 A target is a module with two things: dim, how many values a patch's prediction has, and
-loss(pred, ids, images, pixels), a scalar. MaskedAutoencoder asks for no more. Only of a PixelTarget does
-train_pretrain.py draw pictures and say what predicting means would lose.
+loss(pred, ids, images, pixels), a scalar. MaskedAutoencoder asks for no more. Features as the target are in
+mff_tasks/features.py; docs/targets.md has a target in ten lines.
 
 Shapes: B images, C H W, P patch side, L patches, K masked patches, N = P * P * C.
 """

@@ -27,7 +27,8 @@ LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which 
 
 # What a run writes, or the temporary file that write_atomically has for it.
 OF_A_RUN = (r"(?:last|encoder|classifier|classifier_ema|segmenter)\.pt|log\.jsonl"
-            r"|(?:config|env|metrics|nonfinite-step-\d+)\.json|(?:reconstruction|segmentation)[-\d]*\.png")
+            r"|(?:config|env|metrics|nonfinite-step-\d+)\.json"
+            r"|(?:reconstruction|features|segmentation)[-\d]*\.png")
 
 # ---------------------------------------------------------------- writing
 

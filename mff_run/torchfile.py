@@ -9,6 +9,7 @@ strangers holds more, such as the configuration of a run, a StandIn takes the pl
 import _compat_pickle
 import pickletools
 import re
+import shlex
 import struct
 import zipfile
 from io import BytesIO
@@ -30,6 +31,8 @@ FRESH = ("EMPTY_LIST", "EMPTY_DICT", "TUPLE1")                          # (set,)
 # No StandIn takes the place of these. PyTorch blocks the first four modules, and knows others itself.
 REFUSED = re.compile(r"(os|posix|nt|sys)\..*|builtins\.bytearray|torch\.(_.*|[^.]*|nn\.parameter\..*"
                      r"|(cuda|distributed|nested|serialization|sparse|storage)\..*)", re.S)
+UNSCRIPT = ("python -c \"import sys, torch; torch.save(torch.jit.load(sys.argv[1], 'cpu').state_dict(), "
+            "sys.argv[2])\"")
 WAY_ON = "where it was made, torch.save(model.state_dict(), FILE) saves the weights alone"
 
 
@@ -127,7 +130,8 @@ def check_archive(path, file, size):
         names = [member.filename.rpartition("/")[2] for member in members]
         if "constants.pkl" in names:
             raise UserError(f"checkpoint {path} is a TorchScript archive, which is a program: expected "
-                            f"weights alone")
+                            f"weights alone; where you trust it, {UNSCRIPT} {shlex.quote(str(path))} "
+                            f"weights.pth takes them out")
         if "data.pkl" not in names:
             raise UserError(f"checkpoint {path} is a zip archive that PyTorch did not write")
         unpacked = sum(member.file_size for member in members)

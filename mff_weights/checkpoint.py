@@ -56,11 +56,11 @@ class Weights:
         return tuple(found) if isinstance(found, list | tuple) else default
 
 
-def read_weights(path, key=None):
-    """The Weights in a checkpoint of any family, or in the folder of a run or of Transformers.
+def read_tensors(path):
+    """(the file, {name: tensor}, its content, what it says of itself, read_processor's) of a file or folder.
 
-    The encoder may be anywhere in nested dicts and under any prefix. Where there are several, key says which,
-    by a part of its place. .safetensors are mapped, and read where they are touched. Raises UserError.
+    The folder is a run's or of Transformers. .safetensors are mapped, and read where they are touched. Raises
+    UserError.
     """
     path, processor = Path(path), {}
     check_reachable("checkpoint", path)
@@ -82,8 +82,17 @@ def read_weights(path, key=None):
                 about[name] = parse_json(metadata[name].encode())
     else:
         content = about = read_checkpoint(path, foreign=True)
-    tensors = flatten(path, content)
-    place, base = choose_place(path, tensors, content, key)
+    return path, flatten(path, content), content, about, processor
+
+
+def read_weights(path, key=None, flag="--key"):
+    """The Weights in a checkpoint of any family, or in the folder of a run or of Transformers.
+
+    The encoder may be anywhere in nested dicts and under any prefix. Where there are several, key says which,
+    by a part of its place; it came from the flag. Raises UserError.
+    """
+    path, tensors, content, about, processor = read_tensors(path)
+    place, base = choose_place(path, tensors, content, key, flag)
     ours = {name.removeprefix(base): value for name, value in tensors.items() if name.startswith(base)}
     for name, tensor in ours.items():
         check_tensor(path, name, tensor)

@@ -46,7 +46,7 @@ def entries_of(holder):
     return dict.items(holder) if isinstance(holder, dict) else enumerate(holder)
 
 
-def choose_place(path, tensors, content, key):
+def choose_place(path, tensors, content, key, flag="--key"):
     """(place, base) of the encoder to take, as find_places has them. UserError where that is not clear."""
     places = find_places(tensors)
     if not places:
@@ -60,15 +60,15 @@ def choose_place(path, tensors, content, key):
         chosen = [place for place in places if place.rstrip(".") == key.strip(".")]
         chosen = chosen or [place for place in places if f".{key.strip('.')}." in f".{place}"]
         if len(chosen) != 1:
-            raise UserError(f"--key {printable(key)} names {len(chosen)} encoders of checkpoint {path}: "
+            raise UserError(f"{flag} {printable(key)} names {len(chosen)} encoders of checkpoint {path}: "
                             f"expected one of {names}")
         places = {chosen[0]: places[chosen[0]]}
     elif set(RUN_STATE) <= set(content):                                # a run of ours: not its average
         places = {place: base for place, base in places.items() if base == "model."} or places
     first, *others = places
     if len(places) > MOST or any(contents(tensors, other) != contents(tensors, first) for other in others):
-        raise UserError(f"checkpoint {path} holds {len(places)} encoders: {names}; --key NAME takes one of "
-                        f"them, for example --key {shown([others[-1].rstrip('.')])[0]}")
+        raise UserError(f"checkpoint {path} holds {len(places)} encoders: {names}; {flag} NAME takes one of "
+                        f"them, for example {flag} {shown([others[-1].rstrip('.')])[0]}")
     return first, places[first]
 
 

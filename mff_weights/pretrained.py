@@ -1,7 +1,7 @@
 """What a pre-training run has learned: found, read, and built again for a stage that comes after it."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -190,6 +190,34 @@ def load_classifier(model, pretrained, say=print):
                         f"and its head, which this classifier has not: expected a linear head alone; "
                         f"train_probe.py and tools.features take its encoder")
     load_weights(model, pretrained.weights, say=say)
+
+
+def initialise(model, cfg, say):
+    """Load --init-from, of any family, into a MaskedAutoencoder, and say which parts it does not hold.
+
+    The decoder's last layer is not taken where it predicts something else: other channels or patches, or not
+    the features of the same teacher.
+    """
+    path, weights, fresh = cfg.init_from, read_weights(cfg.init_from, cfg.key), ()
+    if cfg.adapt:
+        whole, weights = weights, adapted(weights, cfg.in_chans, model.encoder.patch_size)
+        if weights is not whole:
+            fresh = ("decoder_pred.",)                                  # it predicts pixels
+            say(f"--init-from {path} is adapted to {cfg.in_chans} channels in patches of "
+                f"{model.encoder.patch_size}: the decoder's last layer starts from random weights")
+    if predicted(weights.config) != predicted(asdict(cfg)):
+        fresh = ("decoder_pred.",)
+        say(f"--init-from {path} is for another target: the decoder's last layer starts from random weights")
+    lacking = load_weights(model, weights, ("fusion", "decoder"), fresh, say=say)
+    if "decoder" in lacking:
+        say(f"--init-from {path} holds an encoder alone: the decoder starts from random weights")
+    if "fusion" in lacking and len(model.out_indices) > 1:
+        say(f"--init-from {path} holds no fusion: its projections start from random weights")
+
+
+def predicted(config):
+    """What the decoder of a run with these settings predicts: "pixels", or which teacher's features."""
+    return "pixels" if config.get("target", "pixels") == "pixels" else config.get("teacher_sha256")
 
 
 def build_untrained(encoder, fusion, seed):

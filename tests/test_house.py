@@ -196,7 +196,8 @@ def test_a_graph_of_symbolic_sizes_is_caught(text):
 
 # ---------------------------------------------------------------- flags and commands
 
-BASES = ("mff_run/run.py", "mff_data/decode.py", "mff_weights/pretrained.py")   # of the stages' Configs
+BASES = ("mff_run/run.py", "mff_data/decode.py", "mff_weights/pretrained.py",     # of the stages' Configs
+         "mff_tasks/features.py")
 
 
 def config_fields(text):
@@ -310,7 +311,7 @@ def test_a_recipe_gives_its_stages_what_they_accept(name, tmp_path):
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" END >> "$SAID"\n')
     (tmp_path / "torchrun").chmod(0o755)
     given = dict(IMAGENET="/data", ADE20K="/data", DATA="/data", CHECKPOINT="runs/mff_mae",
-                 LIST="1percent.txt")
+                 LIST="1percent.txt", TEACHER="clip.pth")
     said, path = tmp_path / "said", f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(["bash", f"recipes/{name}"], cwd=ROOT, check=True,
                    env=os.environ | given | dict(PATH=path, SAID=str(said)))

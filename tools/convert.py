@@ -115,6 +115,10 @@ def choose_parts(cfg, weights):
         if "decoder" not in parts_of(weights.state):
             raise UserError(f"checkpoint {weights.path} holds an encoder alone: --part whole needs a decoder")
     alone = cfg.part == "encoder" or cfg.to == "timm"
+    target = weights.config.get("target", "pixels")
+    if target != "pixels" and "decoder" in parts_of(weights.state) and not alone and cfg.to != "ours":
+        raise UserError(f"checkpoint {weights.path} predicts features (--target {target}), and {cfg.to}'s "
+                        f"decoder pixels: expected --part encoder, or --to ours")
     return {name: tensor for name, tensor in weights.state.items() if part_of(name) == "encoder" or not alone}
 
 
@@ -128,6 +132,7 @@ def shapes_of(weights, size, sides):
         with torch.device("meta"):                                      # shapes alone, no memory
             encoder = VisionTransformer(sides, num_classes=rows("encoder.head.weight", 0), **size)
             target = PixelTarget(size["patch_size"], size["in_chans"])
+            target.dim = rows("decoder_pred.weight", target.dim)        # a run of features has another
             model = MaskedAutoencoder(encoder, range(depth - levels, depth), target, mask_ratio=0.5,
                                       decoder_embed_dim=rows("decoder_embed.weight", 4),
                                       decoder_depth=count_blocks(weights.state, "decoder_blocks."),

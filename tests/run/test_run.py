@@ -14,6 +14,7 @@ import pytest
 import torch
 from run_folders import assert_same_run, same_bits, state_of, torchrun
 from sources import ROOT
+from teachers import openai_state, random_tower
 from waits import waits_in_steps
 
 import train_finetune
@@ -29,7 +30,9 @@ from mff_run import run as run_module
 from mff_run.flops import classifier_flops, step_flops
 from mff_run.log import read_log
 from mff_run.process import Stopped, run
+from mff_run.world import World
 from mff_tasks.attention import add_relative_positions
+from mff_tasks.features import flops_with_teacher, open_teacher
 from mff_tasks.upernet import Segmenter, segmenter_flops
 
 # 105 images are 6.6 steps. The 21 images for validation divide neither by two ranks nor by batches of eight.
@@ -42,7 +45,7 @@ MODEL = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 
 class Row(NamedTuple):
     """A stage, and what tells it from the others here."""
     stage: object                                                       # its module
-    flags: list[str]                                                    # PRETRAINED stands for a folder
+    flags: list[str]                                                    # PRETRAINED and TEACHER are paths
     busy: str                                                           # flags that use all its parts
     paths: tuple[str, ...]                                              # more flags, whose steps do not wait
     flops: object                                                       # cfg -> of one image
@@ -53,6 +56,11 @@ class Row(NamedTuple):
 
 def flops_of_pretraining(cfg):
     return step_flops(train_pretrain.build_model(cfg, torch.device("cpu")))
+
+
+def flops_of_feature_targets(cfg):
+    teacher, _ = open_teacher(cfg, World(0, 1, 0, torch.device("cpu")), torch.float32)
+    return flops_with_teacher(train_pretrain.build_model(cfg, torch.device("cpu"), teacher), teacher)
 
 
 def flops_of_a_probe(cfg):
@@ -71,6 +79,7 @@ def flops_of_a_segmenter(cfg):
 
 
 FROM = ["--checkpoint", "PRETRAINED"]
+MILAN = "--target clip --masking importance --decoder prompting".split()
 STAGES = {
     "pretrain": Row(train_pretrain, [*MODEL, "--picture-every", "99"], "--lr 1e-3 --clip-grad 0.5",
                     ("--clip-grad 0.1", "--low-pass-radius 40", "--dtype bfloat16"), flops_of_pretraining),
@@ -84,22 +93,30 @@ STAGES = {
                    "--lr 1e-3 --drop-path 0.3 --clip-grad 1 --eval-every 8 --picture-every 16",
                    ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_segmenter, at_once="--warmup-steps 0"),
 }
+# Where a row has other parts in its loop than its stage's: for the tests with the mark of all ROWS.
+ROWS = STAGES | {"MILAN": Row(train_pretrain, [*STAGES["pretrain"].flags, "--teacher", "TEACHER", *MILAN],
+                              "--lr 1e-3 --clip-grad 0.5", ("--dtype bfloat16",), flops_of_feature_targets)}
+all_rows = pytest.mark.parametrize("row", ROWS, indirect=True)
 STEPS = ["--steps", "16"]                                               # 2.4 epochs
 
 
 @pytest.fixture(params=STAGES)
 def row(request):
-    return STAGES[request.param]
+    return ROWS[request.param]
 
 
 HAVE_EPOCHS = [name for name in STAGES if name != "segment"]            # its schedule ends with its steps
 
 
 @pytest.fixture(scope="session")
-def flags_of(pretrained, cache):
+def flags_of(pretrained, cache, tmp_path_factory):
     """flags_of(row, folder, *flags): the command line of a small run of a stage into a folder."""
+    teacher = tmp_path_factory.mktemp("teacher") / "clip.pth"
+    torch.save(openai_state(random_tower()), teacher)
+    paths = {"PRETRAINED": str(pretrained), "TEACHER": str(teacher)}
+
     def flags(row, folder, *more):
-        own = [str(pretrained) if word == "PRETRAINED" else word for word in row.flags]
+        own = [paths.get(word, word) for word in row.flags]
         return [*own, *SMALL, "--output-dir", str(folder), "--cache-dir", str(cache), *more]
     return flags
 
@@ -118,10 +135,11 @@ def whole_runs(flags_of, tmp_path_factory):
     done = {}
 
     def folder(row):
-        if row.stage not in done:
-            done[row.stage] = tmp_path_factory.mktemp("whole")
-            row.stage.main(parse(row.stage.Config, flags_of(row, done[row.stage], *STEPS, *row.busy.split())))
-        return done[row.stage]
+        name = next(name for name in ROWS if ROWS[name] is row)
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp("whole")
+            row.stage.main(parse(row.stage.Config, flags_of(row, done[name], *STEPS, *row.busy.split())))
+        return done[name]
     return folder
 
 
@@ -145,6 +163,7 @@ def training_loader(stage, monkeypatch, before):
 # ---------------------------------------------------------------- interruptions
 
 
+@all_rows
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_equals_no_interruption_with_any_number_of_workers(row, start, whole, tmp_path, monkeypatch,
                                                                   workers):
@@ -166,6 +185,7 @@ def test_resume_equals_no_interruption_with_any_number_of_workers(row, start, wh
     assert_same_run(whole, tmp_path / "a")
 
 
+@all_rows
 def test_a_signal_inside_an_accumulation_drops_the_step_and_the_run_goes_on_as_if_nothing_was(
         row, start, whole, tmp_path, monkeypatch):
     def before(i):
@@ -180,6 +200,7 @@ def test_a_signal_inside_an_accumulation_drops_the_step_and_the_run_goes_on_as_i
     assert_same_run(whole, tmp_path / "a")
 
 
+@all_rows
 def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_3_and_is_not_saved(row, flags_of, tmp_path,
                                                                                   capsys):
     high = ["--steps", "30", *row.too_high.split(), *row.at_once.split(), "--save-every", "1"]
@@ -194,6 +215,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_3_and_is_not_save
 # ---------------------------------------------------------------- ranks
 
 
+@all_rows
 def test_two_ranks_equal_one_with_accumulation(row, flags_of, whole, tmp_path):
     """To the bit, but for a probe, whose ranks sum in another order: there within rounding."""
     script = Path(row.stage.__file__).name
@@ -276,7 +298,7 @@ def waits(row, start, monkeypatch):
 
 
 @pytest.mark.parametrize("row, flags", indirect=["row"], argvalues=[
-    (name, flags) for name in STAGES for flags in ("", *STAGES[name].paths)])
+    (name, flags) for name in ROWS for flags in ("", *ROWS[name].paths)])
 def test_steps_that_are_not_logged_never_wait_for_the_gpu(waits, flags):
     first, *others, last = waits(*flags.split())
     assert others == [[]] * 4
@@ -292,6 +314,7 @@ def test_a_wait_that_creeps_into_the_loop_is_caught(row, waits, monkeypatch):
     assert all(step for step in waits()[1:-1])
 
 
+@all_rows
 def test_mfu_is_logged_where_a_peak_is_known(row, start, flags_of, tmp_path, capsys, monkeypatch):
     start("--steps", "1", to="unknown")
     assert "MFU" not in capsys.readouterr().out
@@ -306,6 +329,7 @@ def test_mfu_is_logged_where_a_peak_is_known(row, start, flags_of, tmp_path, cap
         assert f"  {100 * line['mfu']:.1f} % MFU" in said
 
 
+@all_rows
 def test_compiled_steps_have_the_losses_of_eager_ones_and_no_size_is_symbolic(row, start, whole, tmp_path,
                                                                               symbols):
     metrics = start(*STEPS, *row.busy.split(), "--compile")
@@ -393,6 +417,7 @@ def test_a_run_that_has_gone_further_is_not_called_done(start, tmp_path):
     assert (tmp_path / "a" / "log.jsonl").read_text() == before[1]
 
 
+@all_rows
 def test_a_signal_in_the_last_step_ends_the_run_before_its_evaluation(row, start, whole, tmp_path,
                                                                        monkeypatch):
     def before(i):
