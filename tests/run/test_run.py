@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_3_and_is_not_save
         run(row.stage.main, parse(row.stage.Config, flags_of(row, tmp_path / "a", *high)))
     error, = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 3 and " at step " in error
-    assert error.startswith(("error: loss is ", "error: weights are not finite "))      # a probe's jump at once
+    assert error.startswith(("error: loss is ", "error: weights are not finite "))
     assert all(value.isfinite().all() for value in state_of(tmp_path / "a")["model"].values())
 
 
