@@ -14,6 +14,7 @@ tools.segment applies it to images.
 Shapes: B images of a micro-batch, C H W, G classes.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -201,8 +202,11 @@ def segment(cfg, run):
         with run.paused():
             drawn = measured()
             if world.is_main:
-                sheet = picture(drawn, val_set, cfg.picture_images, cfg, device, ops, dtype, f"step {step}")
-                write_atomically(run.folder / "segmentation.png", lambda file: sheet.save(file, "PNG"))
+                with contextlib.suppress(process.Interrupted), run.signals.interrupting():  # a disk may hang
+                    title = f"{pretrained.config['model']} with UPerNet at step {step}"
+                    sheet = picture(drawn, val_set, cfg.picture_images, cfg, device, ops, dtype, title)
+                    for name in (f"segmentation-{step:06d}.png", "segmentation.png") if sheet else ():
+                        write_atomically(run.folder / name, lambda file: sheet.save(file, "PNG"))
             model.train()
             world.barrier()                                             # a picture may outlast --timeout
 
