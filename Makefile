@@ -52,11 +52,12 @@ record-finetune: $(VENV)/figures-installed
 	cp runs/finetune-random/metrics.json results/finetune_random_cpu.json
 	$(BIN)/python tests/generated.py
 
-# The demo's encoder trained to segment the embedded images, against the same network from random weights.
+# The demo's encoder trained to segment the embedded images, against the same network from random weights, all layers
+# of which get one learning rate.
 segment: $(VENV)/demo-installed
 	test -f runs/demo/encoder.pt || $(MAKE) demo
-	$(BIN)/python train_segment.py --checkpoint runs/demo --small --random-init --resume auto \
-	    --output-dir runs/segment-random
+	$(BIN)/python train_segment.py --checkpoint runs/demo --small --random-init --layer-decay 1 --lr 2e-3 \
+	    --resume auto --output-dir runs/segment-random
 	$(BIN)/python train_segment.py --checkpoint runs/demo --small --resume auto --output-dir runs/segment
 	PYTHONPATH=tests $(BIN)/python -c 'from generated import segmented; \
 	    print(segmented("runs/segment/metrics.json", "runs/segment-random/metrics.json"))'

@@ -86,7 +86,7 @@ PRESETS = {
         layers="--layers 0,2,4,6,8,11 --images 5000 --pool avg",
         knn="--knn 20 --pool avg",
         finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3",
-        segment="--img-size 64 --width 64 --global-batch 16 --batch-size 16 --steps 400 --lr 1e-3 "
+        segment="--img-size 64 --width 32 --global-batch 32 --batch-size 32 --steps 800 --lr 4e-3 "
                 "--picture-images 1"),
     "gpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
