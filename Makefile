@@ -63,10 +63,9 @@ segment: $(VENV)/demo-installed
 	    print(segmented("runs/segment/metrics.json", "runs/segment-random/metrics.json"))'
 
 record-segment: $(VENV)/figures-installed
-	mkdir -p results docs/figures
-	cp runs/segment/metrics.json results/segment_shapes_cpu.json
-	cp runs/segment-random/metrics.json results/segment_random_cpu.json
-	cp runs/segment/segmentation.png docs/figures/segmentation.png
+	mkdir -p results
+	cp runs/segment/metrics.json results/segmentation_shapes_cpu.json
+	cp runs/segment-random/metrics.json results/segmentation_random_cpu.json
 	$(BIN)/python tests/generated.py
 
 # Five methods, three seeds, the number of fused levels: tiny encoders on two cores. The same command goes on with it.

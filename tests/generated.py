@@ -89,16 +89,17 @@ def segmented(*paths):
     difference = result["mIoU"] - random["mIoU"]
     error = math.hypot(result["mIoU_error"], random["mIoU_error"])
     here, there = (f"{metrics['mIoU']:.1f} +- {metrics['mIoU_error']:.1f} %" for metrics in (result, random))
+    threads = result["environment"]["threads"]
     return (f"`make segment` trains the encoder of `make demo` for {result['step']} steps of "
-            f"{result['config']['global_batch']} images, on {result['environment']['threads']} CPU threads "
+            f"{result['config']['global_batch']} images, on {threads} CPU thread{'s' * (threads > 1)} "
             f"in {result['seconds'] / 60:.1f} minutes. Its mIoU on {result['val_images']} validation images "
             f"is {here}; from random weights the same network reaches {there}, {difference / error:.1f} "
             f"standard errors less. It is one run of each.")
 
 
-def segment_shapes_cpu(result):
+def segmentation_shapes_cpu(result):
     """What `segmented` says of the recorded runs."""
-    paths = [f"results/segment_{name}_cpu.json" for name in ("shapes", "random")]
+    paths = [f"results/segmentation_{name}_cpu.json" for name in ("shapes", "random")]
     return f"{segmented(*(ROOT / path for path in paths))} The figures stand in {' and '.join(paths)}."
 
 
@@ -181,7 +182,7 @@ def table(group):
 
 def stages():
     """The last line of each stage, as the runs in results/ ended."""
-    names = "demo", "probe_protocol_cpu", "finetune_shapes_cpu", "segment_shapes_cpu"
+    names = "demo", "probe_protocol_cpu", "finetune_shapes_cpu", "segmentation_shapes_cpu"
     demo, probe, finetune, segment = (json.loads((ROOT / "results" / f"{name}.json").read_text())
                                       for name in names)
     return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
@@ -213,7 +214,7 @@ def rooms():
 
 SUMMARIES = {"stages": stages, "rooms": rooms}                          # of several files
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
-          "finetune_shapes_cpu": finetune_shapes_cpu, "segment_shapes_cpu": segment_shapes_cpu,
+          "finetune_shapes_cpu": finetune_shapes_cpu, "segmentation_shapes_cpu": segmentation_shapes_cpu,
           "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
