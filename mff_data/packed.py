@@ -237,7 +237,8 @@ class Journal:
         with open_own(self.partial, "rb") as file:
             start = file.read(len(START))
         if not START.startswith(start):
-            raise UserError(f"{self.partial} is not what tools.pack writes: remove it to pack anew")
+            raise UserError(f"{self.partial} is damaged, or not what tools.pack writes: remove it to pack "
+                            f"anew")
         return bool(start)
 
     @property

@@ -192,7 +192,7 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
     def files(classes):
         source = MaskFiles(root, *zip(*pairs, strict=True), classes, reduce_zero_label, origin, reading,
                            left_out)
-        source.folders = places | more                                  # no place for a run: check_output
+        source.folders = set(map(os.fsencode, places | more))           # no place for a run: check_output
         return source
     if not classes:
         every = files([str(i) for i in range(IGNORED)])

@@ -157,11 +157,12 @@ def lines_of(journal):
     if os.path.lexists(journal):
         check_own(journal)
     for number, text, value in read_lines(journal, MOST_LINE, 4 * MOST_LINE) if journal.exists() else ():
-        if text.endswith(b"\n"):                                        # else a crash tore it
-            if problem := misfit(value, [is_entry] if found else PLAN):
-                raise UserError(f"{journal} holds {problem} in line {number}; delete it and its .partial to "
-                                f"pack anew")
-            found.append((text, value))
+        torn = not text.endswith(b"\n") and (found or FIRST.startswith(text[:len(FIRST)]))
+        problem = not torn and misfit(value, [is_entry] if found else PLAN)
+        if problem:
+            raise UserError(f"{journal} is damaged, or not what tools.pack writes: remove it and its "
+                            f".partial to pack anew; line {number} holds {problem}")
+        found += [(text, value)] * (not torn)                           # a crash tears the last line
     return found
 
 
@@ -176,7 +177,7 @@ def is_entry(value):
             and min(value[:4]) >= 0)
 
 
-PLAN = {"settings": dict, "files": [is_file]}                           # the first line of a journal
+PLAN, FIRST = {"settings": dict, "files": [is_file]}, b'{"settings":'   # the first line of a journal
 
 
 def say(text):

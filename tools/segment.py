@@ -58,7 +58,7 @@ def main(cfg):
     out = Path(cfg.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output-dir {out} is there already and not an empty folder: name another")
-    check_output(out, [SimpleNamespace(folders=places)])
+    check_output(out, [SimpleNamespace(folders=set(map(os.fsencode, places)))])
     with start_world(cfg.device) as world:
         if world.size > 1:
             raise UserError("tools.segment runs in one process: expected no --nproc-per-node")

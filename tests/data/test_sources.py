@@ -383,9 +383,9 @@ def test_lists_that_do_not_fit_the_data_are_refused(photos, tmp_path, lines, mes
 def test_a_list_that_cannot_be_read_is_refused(photos, tmp_path):
     assert "nowhere.txt cannot be read: No such file" in refusal(subset, photos, tmp_path / "nowhere.txt")
     assert "cannot be read: Is a directory" in refusal(subset, photos, tmp_path)
-    assert "no file of 1073741824 bytes or less" in refusal(subset, photos, Path("/dev/zero"))
+    assert "is no plain file: expected a text file of" in refusal(subset, photos, Path("/dev/zero"))
     os.mkfifo(tmp_path / "pipe")
-    assert "no file of 1073741824 bytes or less" in refusal(subset, photos, tmp_path / "pipe")
+    assert "is no plain file: expected a text file of" in refusal(subset, photos, tmp_path / "pipe")
     (tmp_path / "list.txt").write_bytes(bytes(range(256)))
     assert "lists images that the data has not" in refusal(subset, photos, tmp_path / "list.txt")
 

@@ -314,20 +314,22 @@ def test_ctrl_c_under_torchrun_is_one_line_of_ours(tmp_path, cache, after):
 
 
 def test_a_flat_folder_of_mixed_images_pretrains(pretrain, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 256, (20 + i, 40 - i, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
-        image.convert(["RGB", "L", "RGBA", "P"][i % 4]).save(tmp_path / f"{i}.png")
-    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
-    metrics = pretrain("--data", str(tmp_path), "--steps", "3", "--max-bad", "0.1", to="flat")
+        image.convert(["RGB", "L", "RGBA", "P"][i % 4]).save(images / f"{i}.png")
+    (images / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
+    metrics = pretrain("--data", str(images), "--steps", "3", "--max-bad", "0.1", to="flat")
     output = capsys.readouterr().out
     for text in ("on 21 training images", "1 of 21 images cannot be read", "torn.jpg"):
         assert text in output
     assert metrics["val_images"] == 21
     bad = read_log(tmp_path / "flat" / "bad_samples.jsonl")
-    assert [line["name"] for line in bad] == [str(tmp_path / "torn.jpg")]
+    assert [line["name"] for line in bad] == [str(images / "torn.jpg")]
     with pytest.raises(Fault, match="more than --max-bad 0.01"):
-        pretrain("--data", str(tmp_path), "--steps", "3", to="strict")
+        pretrain("--data", str(images), "--steps", "3", to="strict")
 
 
 def test_one_channel_and_sides_that_differ_pretrain(pretrain, tmp_path):

@@ -37,7 +37,7 @@ def test_larger_models_keep_the_settings_of_the_paper(model):
     assert config("--model", model, "--no-small") == train_pretrain.Config(model=model)
 
 
-@pytest.mark.parametrize("stage, batch", [(train_probe, 64), (train_finetune, 64), (train_segment, 16)])
+@pytest.mark.parametrize("stage, batch", [(train_probe, 64), (train_finetune, 64), (train_segment, 32)])
 def test_the_other_stages_keep_the_settings_of_the_paper_until_they_are_asked(stage, batch):
     assert config(stage=stage) == stage.Config()
     asked = config("--small", stage=stage)
