@@ -25,7 +25,7 @@ from mff_run.resume import open_measuring_folder, record
 from mff_run.world import pick_dtype, pick_ops, start_world
 from mff_tasks import segmentation
 from mff_tasks.ade20k import open_masks
-from mff_tasks.segmenter import find_segmenter, load_segmenter
+from mff_tasks.segmenter import FILE, find_segmenter, load_segmenter
 from mff_weights.pretrained import CheckpointFlags, build_like, load_classifier, open_pretrained, white_of
 from tools.robustness import RobustnessSet, open_robustness, summarise, table
 from train_finetune import count_on
@@ -95,7 +95,8 @@ def measure(cfg, world):
     pretrained, cfg = open_pretrained(cfg, world.say)
     if "head.weight" not in pretrained.encoder:
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
-                        f"writes, or timm's names with head.weight among them")
+                        f"writes, timm's names with head.weight among them, or a finished run of "
+                        f"train_segment.py, whose folder has {FILE}")
     num_classes = len(pretrained.encoder["head.weight"])
     model = build_like(pretrained, cfg.img_size, num_classes=num_classes,
                        global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")

@@ -435,7 +435,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, cache, pretrained, wr
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--checkpoint=", "--checkpoint is not given"), ("", "holds no classifier"),
+    ("--checkpoint=", "--checkpoint is not given"), ("", "whose folder has segmenter.pt"),
     ("--checkpoint WRONG/az.pt --batch-size 0", "--batch-size 0: expected more than 0"),
     ("--checkpoint WRONG/az.pt --img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
     ("--checkpoint WRONG/az.pt --data WRONG/unsplit", "has no val folder"),
