@@ -250,7 +250,7 @@ def pretrain(cfg, run):
         means = metrics.get("val_loss_of_means")
         than = f", where predicting the mean of each masked patch gives {means:.4f}" if means else ""
         run.finish(metrics, f"loss {metrics['val_loss']:.4f} on {metrics['val_images']} {kind} images{than}\n"
-                            f"  {run.folder}/{cfg.picture + '.png':20} what the model sees behind the mask\n"
+                            f"  {run.folder}/{cfg.picture + '.png':20} what the model predicts\n"
                             f"  {run.folder}/encoder.pt           the encoder, with timm's parameter names\n"
                             f"  {run.folder}/log.jsonl            loss, learning rate and fusion weights")
     return metrics

@@ -140,7 +140,7 @@ def segment(cfg, run):
     reading, first = reading_of(cfg), world.local_main_first
     labels = cfg.names, cfg.reduce_zero_label, reading, cfg.max_bad
     train_set = first(lambda: open_masks(cfg.data, "train", cfg.cache_dir, say, cfg.num_classes, *labels))
-    classes = train_set.classes                                         # perhaps by the labels that it has
+    classes = train_set.classes                                         # may be counted from the labels
     val_set = first(lambda: open_masks(cfg.data, "val", cfg.cache_dir, say, len(classes), *labels))
     describe_files(say, train_set, val_set, output=cfg.output_dir)
     run.check_data(fingerprint(train_set))

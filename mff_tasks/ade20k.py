@@ -1,7 +1,7 @@
 """Images with index masks: ADE20K, one's own in the same layout, and the embedded shapes.
 
 A source is one of mff_data's that also has open_mask(i): the label of each pixel, (H, W) uint8, in which 255
-(IGNORED) is no class. `classes` names the labels. Of a damaged or wrong mask open_mask raises one of
+(IGNORED) is no class. `classes` names the labels. For a damaged or wrong mask open_mask raises one of
 DECODE_ERRORS, whose `file` names it.
 
 Shapes: n images, H W.
@@ -310,8 +310,8 @@ def look_at_masks(source, max_bad):
         raise UserError(f"{wrong[0]} ({len(wrong)} such among {len(looked)} masks looked at, more than "
                         f"--max-bad {max_bad:g} allows)")
     if len(wrong) + len(damaged) == len(looked):
-        raise UserError(f"{(damaged + wrong)[0]}, nor can any other of {len(looked)} images with masks "
-                        f"looked at: expected {LAYOUT}, PNGs of 8-bit labels")
+        raise UserError(f"{(damaged + wrong)[0]}; none of {len(looked)} images with masks that were "
+                        f"looked at can be used: expected {LAYOUT}, PNGs of 8-bit labels")
     if not labelled:
         raise UserError(f"none of {len(looked)} masks looked at in {printable(source.origin)} has a pixel "
                         f"of a class, all are {IGNORED}{' or 0' * source.first}: expected labels of classes"

@@ -87,7 +87,7 @@ def class_attention(block, x):
 
 # ---------------------------------------------------------------- files
 
-# Names below a tower, ours instead of theirs: each (pattern, what stands there in ours), all applied.
+# Names below a tower, ours instead of theirs: each (pattern, our name), all applied.
 OPENAI = (
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^proj$", "head.weight"),
     (r"^conv1\.", "patch_embed.proj."), (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."),

@@ -4,7 +4,7 @@ EVA, as the paper's baseline has it, is MAE with another target: the decoder pre
 of the masked patches. MILAN (arXiv 2208.06049) also keeps patches that matter to the teacher more often, and
 its decoder updates mask tokens alone and predicts all tokens. MFF is what it always is: the fused levels.
 
-What is unusual here: the teacher is no part of the model. It makes of a batch what the model takes, so no
+What is unusual here: the teacher is no part of the model. It prepares the batch for the model, so no
 checkpoint, no optimizer and no fully_shard ever sees its weights.
 
 Shapes: B images, C H W, L patches, V visible patches, K masked patches, T = V + 1 tokens, D width of the
@@ -156,7 +156,7 @@ def check_features(cfg):
 
 
 class Teacher:
-    """A frozen encoder that sees whole images, and makes of a batch what the model takes.
+    """A frozen encoder that sees whole images, and prepares the batch for the model.
 
     encoder is one that teach takes, on the device. Images are resized to what it needs for the student's
     patches, and normalised by mean and std where the student's are others. dim is its features' width.

@@ -21,6 +21,7 @@ from mff_run.picture import GAP, INK, PAPER
 from mff_run.world import autocast
 from mff_tasks.ade20k import IGNORED
 from mff_tasks.mask_views import WholeMasks
+from mff_tasks.upernet import resize
 
 # ---------------------------------------------------------------- predictions
 
@@ -43,7 +44,7 @@ def slide(logits_of, image, window, stride, batch_size=1):
     for first in range(0, len(places), batch_size):
         chosen = places[first:first + batch_size]
         cuts = torch.cat([image[:, :, top:top + h, left:left + w] for top, left in chosen])     # (B, C, h, w)
-        logits = resized(logits_of(cuts).float(), window)               # (B, G, h, w)
+        logits = resize(logits_of(cuts).float(), window)               # (B, G, h, w)
         if first == 0:
             total = logits.new_zeros(1, logits.shape[1], *image.shape[-2:])             # (1, G, H, W)
             count = logits.new_zeros(image.shape[-2:])                  # (H, W)
@@ -51,13 +52,6 @@ def slide(logits_of, image, window, stride, batch_size=1):
             total[0, :, top:top + h, left:left + w] += one
             count[top:top + h, left:left + w] += 1
     return (total / count)[:, :, :H, :W]
-
-
-def resized(logits, size):
-    """Logits (B, G, ...) at another resolution: bilinear, corners not aligned, as mmsegmentation has it."""
-    if logits.shape[-2:] == size:
-        return logits
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def classes_at(logits, size, most=2 ** 26):
@@ -74,7 +68,7 @@ def classes_at(logits, size, most=2 ** 26):
     for rows in torch.arange(H, device=logits.device).split(max(most // (G * W), 1)):
         part = share[rows][:, None]                                     # (rows, 1)
         mixed = logits[:, :, above[rows]] * (1 - part) + logits[:, :, below[rows]] * part   # (1, G, rows, w)
-        found.append(resized(mixed, (len(rows), W))[0].argmax(dim=0))   # (rows, W)
+        found.append(resize(mixed, (len(rows), W))[0].argmax(dim=0))   # (rows, W)
     return torch.cat(found)
 
 

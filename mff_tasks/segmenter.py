@@ -78,7 +78,7 @@ def load_segmenter(path, device, ops):
                  if shapes.get(name) != getattr(value, "shape", None)]
         if wrong:
             raise UserError(f"checkpoint {path} says {told['model']}, {img_size[0]}x{img_size[1]} pixels and "
-                            f"width {width}, and other shapes have {listed(map(str, wrong))}: expected what "
+                            f"width {width}, and {listed(map(str, wrong))} do not fit: expected what "
                             f"train_segment.py wrote")
         model = build()
     except ValueError as error:

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node=8 -m tools.evaluate --checkpoint runs/finetune --robustness imagenet-a:DIR
     python -m tools.evaluate --checkpoint runs/segment --data ade20k:DIR --batch-size 4 --workers 12
 
-The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head. Of a
-run of train_segment.py, or its segmenter.pt, mIoU is measured; then --batch-size counts windows of an image.
+The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head. For a
+run of train_segment.py, or its segmenter.pt, it measures mIoU; then --batch-size counts windows of an image.
 """
 
 from dataclasses import dataclass, replace

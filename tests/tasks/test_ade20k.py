@@ -205,7 +205,7 @@ def test_a_wrong_mask_is_refused_before_training_with_its_name(tmp_path, kind):
 @pytest.mark.parametrize("content, options, message", [
     (lambda size: as_png(Image.new("RGB", size)), {}, "000.png: a mask of mode RGB: expected"),
     (lambda size: as_png(Image.new("RGB", size)), dict(max_bad=1.0), "RGB: expected"),
-    (lambda size: b"no image", {}, "000.png cannot be read (not an image), nor can any other of 4"),
+    (lambda size: b"no image", {}, "000.png cannot be read (not an image); none of 4 images with"),
     (lambda size: as_png(Image.new("L", size, 255)), {}, "none of 4 masks looked at in "),
     (lambda size: as_png(Image.new("L", size, 255)), dict(num_classes=3), "a class, all are 255: expected"),
     (lambda size: as_png(Image.new("L", size)), dict(num_classes=3, reduce_zero_label=True), "255 or 0: exp"),

@@ -87,12 +87,12 @@ def test_a_segmenter_comes_back_from_its_file_bit_for_bit(tmp_path, changes):
     (dict(config=TOLD | dict(mean=(0.5,))), "--mean has 1 numbers: expected 3"),
     (dict(classes=[1, 2, 3, 4]), "has classes that are no text"),
     (dict(classes=list("aab")), "has 3 classes, a, a, b (3): expected 2 to 255, each once"),
-    (dict(classes=list("abc")), "says vit_test, 16x24 pixels and width 6, and other shapes have auxi"),
+    (dict(classes=list("abc")), "says vit_test, 16x24 pixels and width 6, and auxiliary_head"),
     (dict(config=TOLD | dict(width=10 ** 6)), "has no sizes: expected patch_size, in_chans"),
-    (dict(config=TOLD | dict(width=65_535)), "width 65535, and other shapes have"),     # no memory is taken
-    (dict(config=TOLD | dict(img_size=(65_532, 65_532))), "65532x65532 pixels and width 6, and other shapes"),
+    (dict(config=TOLD | dict(width=65_535)), "width 65535, and auxiliary_head"),     # no memory is taken
+    (dict(config=TOLD | dict(img_size=(65_532, 65_532))), "65532x65532 pixels and width 6, and encoder"),
     (dict(config=TOLD | dict(img_size=(15, 24))), "img_size 15x24 is not a multiple of patch_size 4"),
-    (dict(config=TOLD | dict(rel_pos=False)), "and other shapes have encoder.blocks.0.attn.relative"),
+    (dict(config=TOLD | dict(rel_pos=False)), "and encoder.blocks.0.attn.relative"),
 ])
 def test_a_file_that_is_no_segmenter_is_refused(tmp_path, finished, content, message):
     path = finished / "segmenter.pt"
