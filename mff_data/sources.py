@@ -175,7 +175,7 @@ def check_output(path, sources):
     """Raise UserError where what is written to path would be read as images of one of the sources."""
     place = path = os.path.realpath(path)
     while place != os.path.dirname(place):
-        if any(os.fsencode(place) in getattr(source, "folders", ()) for source in sources):
+        if any(os.fsencode(place) in map(os.fsencode, getattr(source, "folders", ())) for source in sources):
             raise UserError(f"the output {printable(path)} lies in {printable(place)}, and all below that is "
                             f"read as images: expected another folder to write to, outside of it")
         if is_of_runs(place):

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ LENGTH = (len(SEAL) + 64).to_bytes(2, "little")                         # which 
 OF_A_RUN = (r"(?:last|encoder|classifier|classifier_ema|segmenter)\.pt|log\.jsonl"
             r"|(?:config|env|metrics|nonfinite-step-\d+)\.json"
             r"|(?:reconstruction|features|segmentation)[-\d]*\.png")
+
+NO_PLAIN_FILE = ("{} is a link, or no plain file: nothing is written to it; expected the run's own file, or "
+                 "none: remove it, and --resume auto goes on")
 
 # ---------------------------------------------------------------- writing
 
@@ -91,9 +95,21 @@ def write_json(path, value):
 
 
 def append_line(path, values):
-    """Append plain values to a file of JSON lines, the whole line or nothing of it."""
+    """Append plain values to a file of JSON lines, the whole line or nothing of it.
+
+    Raises Fault where another process has put a link or a pipe in the place of the file.
+    """
     line = json.dumps(values).encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK                               # a pipe would be waited for
+    try:
+        handle = open(path, "ab", buffering=0, opener=lambda name, own: os.open(name, own | flags, 0o666))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise Fault(NO_PLAIN_FILE.format(path)) from None
+        raise
+    with handle as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Fault(NO_PLAIN_FILE.format(path))
         end = file.seek(0, os.SEEK_END)
         try:
             while line:

@@ -141,6 +141,9 @@ def load_state(model, state, origin):
                 for name in own if name in state and state[name].shape != own[name].shape]
     problems += [f"{name} holds other values than finite ones of {own[name].dtype}" for name in own
                  if name in state and not problems and not is_like(state[name], own[name])]
+    problems += [f"{name} is below 0" for name in own
+                 if name.endswith((".running_var", ".num_batches_tracked"))
+                 and name in state and not problems and bool((state[name] < 0).any())]
     problems += [f"{name} is missing" for name in own if name not in state]
     problems += [f"{printable(str(name))} is unknown here" for name in state if name not in own]
     if problems:

@@ -9,6 +9,7 @@ Shapes: n images, H W.
 
 import os
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mff_min.errors import UserError, listed, printable
 IGNORED = 255                                                           # of a mask: no class, or not known
 FOLDERS = {"train": ("training", "train"), "val": ("validation", "val")}    # of a split, below images/
 LAYOUT = "images/{training,validation}/* and annotations/{training,validation}/*.png"
+MOST_LETTERS = 200                                                      # of the name of a class
 LOOKED_AT = 64                                                          # masks, before a run
 
 # The first name of each class in ADEChallengeData2016/objectInfo150.txt; label k of a mask is number k - 1.
@@ -203,7 +205,13 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
 
 def named(path):
     """The names in a file, one per line, without blank lines. Raises UserError where they are no classes."""
-    classes = [line for _, line in read_lines(Path(path))]
+    lines = read_lines(Path(path))
+    for number, line in lines:
+        if not is_name(line):
+            raise UserError(f"--names {path}, line {number}, is {printable(line[:40])}: expected a name in "
+                            f"UTF-8 of at most {MOST_LETTERS} letters, without tabs or other control "
+                            f"characters")
+    classes = [line for _, line in lines]
     twice = {name for name in classes if classes.count(name) > 1}
     if twice:
         raise UserError(f"--names {path} has names more than once: {listed(twice)}; expected a name of its "
@@ -211,6 +219,12 @@ def named(path):
     if not 2 <= len(classes) <= IGNORED:
         raise UserError(f"--names {path} has {len(classes)} lines: expected 2 to {IGNORED}, a name per class")
     return classes
+
+
+def is_name(text):
+    """Whether a text can stand in a list with a name per line, and in a legend."""
+    letters = {unicodedata.category(letter) for letter in text}
+    return 0 < len(text) <= MOST_LETTERS and not letters & {"Cc", "Cs", "Zl", "Zp"}
 
 
 def split_folder(top, split):

@@ -11,8 +11,9 @@ from mff_min.errors import UserError, listed, printable
 from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS
 from mff_run.files import read_checkpoint
+from mff_run.jsonfile import is_number
 from mff_run.resume import load_state
-from mff_tasks.ade20k import IGNORED
+from mff_tasks.ade20k import IGNORED, MOST_LETTERS, is_name
 from mff_tasks.attention import add_relative_positions
 from mff_tasks.upernet import Segmenter
 from mff_weights.pretrained import Fusion, build_vit
@@ -46,12 +47,16 @@ def load_segmenter(path, device, ops):
     state = read_checkpoint(path, ("model", "config", "classes"))
     told, classes, problem = state["config"], state["classes"], ""
     sizes = [told.get("patch_size"), told.get("in_chans"), told.get("width"), *as_list(told.get("img_size"))]
-    if told.get("model") not in MODELS:
+    if told.get("model") not in list(MODELS):                           # of a list, which has no hash
         problem = f"is of model {printable(str(told.get('model'))[:40])}: expected one of {', '.join(MODELS)}"
     elif len(sizes) != 5 or not all(type(size) is int and 0 < size < 2 ** 16 for size in sizes):
         problem = "has no sizes: expected patch_size, in_chans, width and img_size below 65536"
     elif not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         problem = "has classes that are no text"
+    elif not all(map(is_name, classes)):
+        problem = f"has names of classes that are not: expected 1 to {MOST_LETTERS} letters on one line"
+    elif not all(type(told.get(name, False)) is bool for name in ("fused", "rel_pos")):
+        problem = "has a fused or rel_pos that is no yes or no"
     elif not 2 <= len(classes) <= IGNORED or len(set(classes)) < len(classes):
         problem = f"has {len(classes)} classes, {listed(classes)}: expected 2 to {IGNORED}, each once"
     elif not all(is_numbers(told.get(name)) for name in ("mean", "std")):
@@ -94,5 +99,5 @@ def as_list(value):
 
 
 def is_numbers(value):
-    """Whether a value is a list or tuple of numbers."""
-    return bool(as_list(value)) and all(type(number) in (int, float) for number in value)
+    """Whether a value is a list or tuple of finite numbers."""
+    return bool(as_list(value)) and all(map(is_number, value))

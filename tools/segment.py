@@ -12,6 +12,7 @@ Shapes: C h w of what the model sees of an image, H W its own.
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 from mff_data import crops
-from mff_data.decode import DECODE_ERRORS, DataFlags, open_image, reading_of, reason_of, suffixes
-from mff_data.sources import check_output, counted_suffixes, files_below
+from mff_data.decode import DECODE_ERRORS, DataFlags, reading_of, reason_of, suffixes
+from mff_data.outages import Patience
+from mff_data.sources import ImageFiles, check_output, counted_suffixes, files_below
 from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError, listed, printable
 from mff_run.files import make_folder, write_atomically, write_json
@@ -97,11 +99,15 @@ def segment(cfg, world, path, root, paths):
     make_folder("--output-dir", out)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     progress, bad = Progress(len(paths), 0, world), {}
+    source = ImageFiles(root, paths, {}, classes, reading=reading)
+    patience = Patience(source, source.open)
+
+    def read(i):
+        image = crops.to_mode(source.open(i), finished.in_chans)
+        return whole_image(image, min(finished.img_size)), crops.sides(image)       # (C, h, w)
     for i, name in enumerate(paths):
         try:
-            image = crops.to_mode(open_image(os.path.join(root, name), reading), finished.in_chans)
-            size = crops.sides(image)
-            pixels = whole_image(image, min(finished.img_size))         # (C, h, w)
+            pixels, size = patience.read(i, partial(read, i))
         except DECODE_ERRORS as error:
             bad[name] = reason_of(error, os.path.join(root, name))
             continue

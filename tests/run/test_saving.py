@@ -16,7 +16,7 @@ import train_finetune
 import train_pretrain
 from mff_data.sources import ImageFolder, Subset, fingerprint, open_data
 from mff_min.config import parse
-from mff_min.errors import UserError
+from mff_min.errors import Fault, UserError
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run import files, resume
 from mff_run.files import append_line, make_folder, read_checkpoint, seal_of, write_tensors
@@ -169,6 +169,27 @@ def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"No space left on device: '.*log.jsonl'"):
         append_line(path, dict(step=2))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("make", [
+    lambda path, other: path.symlink_to(other), lambda path, other: os.mkfifo(path),
+    lambda path, other: path.symlink_to("/dev/null"),
+    lambda path, other: path.symlink_to(other.with_name("absent")),
+])
+def test_no_line_is_written_to_what_took_the_place_of_a_log(tmp_path, make):
+    path, other = tmp_path / "log.jsonl", tmp_path / "others.txt"
+    other.write_text("theirs\n")
+    make(path, other)
+    with pytest.raises(Fault, match="log.jsonl is a link, or no plain file: nothing is written to it"):
+        append_line(path, dict(step=2))
+    assert other.read_text() == "theirs\n" and not (tmp_path / "absent").exists()
+
+
+def test_no_line_is_written_to_a_pipe_that_somebody_reads(tmp_path):
+    os.mkfifo(tmp_path / "log.jsonl")
+    reader = os.open(tmp_path / "log.jsonl", os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(reader), pytest.raises(Fault, match="log.jsonl is a link, or no plain file"):
+        append_line(tmp_path / "log.jsonl", dict(step=2))
 
 
 # ---------------------------------------------------------------- folders and settings

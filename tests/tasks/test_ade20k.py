@@ -14,7 +14,7 @@ from masks import Painted, blocks, open_tree, write_tree
 from PIL import Image
 
 from mff_data.decode import DECODE_ERRORS
-from mff_data.sources import fingerprint
+from mff_data.sources import check_output, fingerprint
 from mff_data.views import advice_if_late, make_loader
 from mff_min import rng
 from mff_min.errors import UserError
@@ -83,6 +83,14 @@ def test_classes_have_the_names_of_a_file_and_0_can_be_no_class(tmp_path):
     assert open_tree(tmp_path, reduce_zero_label=True).classes == list("012")
 
 
+def test_no_output_lies_among_images_or_masks(tmp_path):
+    source = open_tree(write_tree(tmp_path))
+    for place in ("images/training", "images/training/run", "annotations/training/new/run"):
+        with pytest.raises(UserError, match="and all below that is read as images: expected another folder"):
+            check_output(tmp_path / place, [source])
+    check_output(tmp_path / "run", [source])
+
+
 def test_no_advice_is_to_pack_images_with_masks(tmp_path):
     source = open_tree(write_tree(tmp_path))
     assert advice_if_late(source, 2) == "more --workers would help"
@@ -138,6 +146,8 @@ def test_a_tree_that_is_none_is_refused(tmp_path, change, message):
     ("masks:{}", dict(names="{}/names.txt", num_classes=3), "names.txt has 4 classes; expected that number"),
     ("masks:{}", dict(names="{}/twice.txt"), "has names more than once: b (1); expected"),
     ("masks:{}", dict(names="{}/none.txt"), "none.txt has 0 lines: expected 2 to 255"),
+    ("masks:{}", dict(names="{}/escape.txt"), r"escape.txt, line 2, is 'b\x1b[31m': expected a name in"),
+    ("masks:{}", dict(names="{}/latin.txt"), r"latin.txt, line 1, is '\udce9': expected a name in UTF-8"),
     ("masks:{}", dict(names="{}/absent.txt"), "absent.txt cannot be read: No such file"),
     ("masks:{}", dict(num_classes=3), "000.png: label 3: expected 0 to 2, or 255 for pixels of no class; "),
 ])
@@ -145,6 +155,8 @@ def test_a_flag_that_does_not_fit_is_refused(tmp_path, spec, options, message):
     write_tree(tmp_path)
     for name, text in dict(names="a\nb\nc\nd\n", twice="a\nb\nb\n", none="# a\n").items():
         (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "escape.txt").write_text("a\nb\x1b[31m\nc\nd\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\nb\nc\nd\n")
     options = {key: value.format(tmp_path) if isinstance(value, str) else value
                for key, value in options.items()}
     said = refusal(open_masks, spec.format(tmp_path), "train", tmp_path / "cache", len, **options)

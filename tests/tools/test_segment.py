@@ -1,6 +1,8 @@
 """tools.segment and tools.evaluate on a finished segmenter: what they write, measure and refuse."""
 
 import json
+import math
+import threading
 
 import numpy as np
 import pytest
@@ -84,6 +86,14 @@ def test_a_segmenter_comes_back_from_its_file_bit_for_bit(tmp_path, changes):
     (dict(config=TOLD | dict(width=None)), "has no sizes: expected patch_size, in_chans, width and img_size"),
     (dict(config=TOLD | dict(img_size=(16, 2.5))), "has no sizes: expected"),
     (dict(config=TOLD | dict(mean="dark")), "has no mean and std: expected numbers"),
+    (dict(config=TOLD | dict(model=["vit_test"])), "is of model ['vit_test']: expected one of"),
+    (dict(config=TOLD | dict(mean=(0.5, 0.5, math.nan))), "has no mean and std: expected numbers"),
+    (dict(config=TOLD | dict(std=(1, 1, math.inf))), "has no mean and std: expected numbers"),
+    (dict(config=TOLD | dict(mean=(10 ** 400,) * 3)), "has no mean and std: expected numbers"),
+    (dict(config=TOLD | dict(fused=torch.zeros(2))), "has a fused or rel_pos that is no yes or no"),
+    (dict(classes=["a", "b\nc", "d", "e"]), "has names of classes that are not: expected 1 to 200"),
+    (dict(classes=["a", "b\ud800", "d", "e"]), "has names of classes that are not: expected 1 to 200"),
+    (dict(classes=["a" * 10 ** 6, *"bcd"]), "has names of classes that are not: expected 1 to 200"),
     (dict(config=TOLD | dict(mean=(0.5,))), "--mean has 1 numbers: expected 3"),
     (dict(classes=[1, 2, 3, 4]), "has classes that are no text"),
     (dict(classes=list("aab")), "has 3 classes, a, a, b (3): expected 2 to 255, each once"),
@@ -115,7 +125,36 @@ def test_weights_that_are_missing_or_not_finite_are_refused(tmp_path, finished):
             load_segmenter(tmp_path / "segmenter.pt", CPU, TORCH)
 
 
+def test_a_variance_below_0_is_refused(tmp_path, finished):
+    state = torch.load(finished / "segmenter.pt", weights_only=True)
+    name = next(name for name in state["model"] if name.endswith("running_var"))
+    model = state["model"] | {name: -state["model"][name]}
+    write_tensors(tmp_path / "segmenter.pt", state | dict(model=model))
+    with pytest.raises(UserError, match=f"{name} is below 0"):
+        load_segmenter(tmp_path / "segmenter.pt", CPU, TORCH)
+
+
 # ---------------------------------------------------------------- tools.segment
+
+
+def test_a_disk_that_goes_away_is_waited_for(tmp_path, finished, monkeypatch):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in "abc":
+        noise_image(9, 9).save(images / f"{name}.png")
+    whole = segment.whole_image
+
+    def leave(*given):
+        if images.exists():                                             # the first of them is read
+            images.rename(tmp_path / "away")
+            monkeypatch.setattr(segment, "whole_image", whole)
+        return whole(*given)
+    monkeypatch.setattr(segment, "whole_image", leave)
+    back = threading.Timer(0.5, lambda: (tmp_path / "away").rename(images))
+    back.start()
+    found = apply(finished, images, tmp_path / "out")
+    back.join()
+    assert found == dict(images=3, unreadable={}) and len(list((tmp_path / "out/masks").iterdir())) == 3
 
 
 def test_masks_and_overlays_are_written_for_own_images_at_their_own_size(tmp_path, finished):
@@ -187,8 +226,12 @@ def test_a_run_without_a_segmenter_and_a_full_output_folder_are_refused(tmp_path
         apply(tmp_path, tmp_path / "a.png", tmp_path / "out")
     with pytest.raises(UserError, match="is there already and not an empty folder: name another"):
         apply(finished, tmp_path / "a.png", tmp_path)
-    with pytest.raises(UserError, match="and all below that is read as images: expected another folder"):
-        apply(finished, tmp_path, tmp_path / "out")
+    (tmp_path / "below").mkdir()
+    noise_image(9, 9).save(tmp_path / "below/b.png")
+    for out in (tmp_path / "out", tmp_path / "below/new/out"):
+        with pytest.raises(UserError, match="and all below that is read as images: expected another folder"):
+            apply(finished, tmp_path, out)
+        assert not out.exists()
 
 
 # ---------------------------------------------------------------- tools.evaluate
