@@ -226,6 +226,8 @@ def write_records(source, journal, workers, settings, here):
                 journal.add(block)
                 block = []
                 progress.tick(i)
+            if i == count:
+                del records                                             # ends its workers: nothing may cut in
             if signals.number:
                 leave(f"stopped: signal {signals.number}; {KEPT}", 128 + signals.number)
 

@@ -65,8 +65,8 @@ def keep_what_was_shown():
     """A cache that nobody empties, as sources have that keep what they decoded."""
     kept, view = [], views.Views.view
 
-    def keeping(self, image, epoch, index):
-        kept.append(view(self, image, epoch, index))
+    def keeping(self, *loaded):
+        kept.append(view(self, *loaded))
         return kept[-1] | {"image": kept[-1]["image"].clone()}
     views.Views.view = keeping
 

@@ -209,9 +209,9 @@ def runs_among_images(folder, quick):
     # Another run's folder that came to lie there is left out, and a resumed run goes on.
     other = folder / "other"
     tally.note(fine(fork(command("pretrain", other, "--data", flat, "--steps", 2)), 0))
-    whole.rename(flat / "runs")
+    whole.rename(flat / "moved")
     said = fork(command("pretrain", other, "--data", flat, "--steps", 4, "--allow-change", "steps"))
-    tally.note(fine(said, 0, "12 images of 2 classes", "runs (1) left out"))
+    tally.note(fine(said, 0, "12 images of 2 classes", "moved (1) left out"))
     return tally.outcome()
 
 

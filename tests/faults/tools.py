@@ -84,7 +84,7 @@ def killed_tools(folder, quick):
         wholes[name] = sorted(path.name for path in place.iterdir())
         seen = [what for what, _ in json.loads((folder / f"{name}.seen").read_text())]
         points = [seen.index("fsync"), *([] if quick else draw.sample(range(len(seen)), min(len(seen), 4)))]
-        trials += [(name, f"{point}-{int(sent)}", point, sent) for point in points
+        trials += [(name, f"{point}-{int(sent)}", point, sent) for point in dict.fromkeys(points)
                    for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)]
     share_out([lambda each=each: trial(*each) for each in trials], tally)
     return tally.outcome()
