@@ -116,7 +116,7 @@ def believe_the_path():
 
 def sweep():
     """All that looks temporary is deleted."""
-    def remove(folder):
+    def remove(folder, names=""):
         for path in folder.glob("*.tmp.*"):
             path.unlink()
     files.remove_leftovers = remove
