@@ -249,8 +249,9 @@ def segment(cfg, run):
             run.note_accuracy(step + 1, measure, shown)
 
     # ------------------------------------------------------------ evaluation
-    metrics = dict(step=schedule.stop, loss=run.loss, **measure(), seconds=time.monotonic() - began)
     final = measured()
+    found = evaluate(final, val_set, cfg, world, ops, dtype, run.bad_samples)
+    metrics = dict(step=schedule.stop, loss=run.loss, **found, seconds=time.monotonic() - began)
     if world.is_main:
         weights = {name: value.cpu() for name, value in final.state_dict().items()}
         config = asdict(cfg) | dict(model=pretrained.config["model"])

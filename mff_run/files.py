@@ -37,14 +37,16 @@ NO_PLAIN_FILE = ("{} is a link, or no plain file: nothing is written to it; expe
 # ---------------------------------------------------------------- writing
 
 
-def write_atomically(path, write, previous=None):
+def write_atomically(path, write, previous=None, sweep=True):
     """Let write(file) fill a new file, which takes the place of path when it is whole and on the disk.
 
-    What stood there takes the name previous, if that is given. An OSError names the path.
+    What stood there takes the name previous, if that is given. sweep=False is for many files in a new folder:
+    no killed process has left anything there, and it need not be listed for each. An OSError names the path.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    remove_leftovers(path.parent, re.escape(path.name))
+    if sweep:
+        remove_leftovers(path.parent, re.escape(path.name))
     try:
         with open(temporary, "wb") as file:
             take(file)

@@ -60,9 +60,8 @@ def scaled_box(mask, size, draws, scale=(0.5, 2.0), most=0.75, tries=10):
     crop and its longer side to at most four times as much; the part is a crop of this size out of it. It is
     drawn again, at most ten times, while one class has most of its labelled pixels or more.
     """
-    (H, W), side, r = mask.shape, min(size), draws.uniform(*scale)
-    factor = min(4 * side * r / max(H, W), side * r / min(H, W))
-    height, width = (max(int(length * factor + 0.5), 1) for length in (H, W))   # of the image, scaled
+    H, W = mask.shape
+    height, width = scaled_sides(H, W, min(size) * draws.uniform(*scale))
     h, w = min(size[0], height), min(size[1], width)
     part_h, part_w = max(round(h * H / height), 1), max(round(w * W / width), 1)
     for attempt in range(tries + 1):
@@ -70,6 +69,12 @@ def scaled_box(mask, size, draws, scale=(0.5, 2.0), most=0.75, tries=10):
         top, left = min(round(top * H / height), H - part_h), min(round(left * W / width), W - part_w)
         if attempt == tries or is_varied(mask[top:top + part_h, left:left + part_w], most):
             return (top, left, part_h, part_w), (h, w)
+
+
+def scaled_sides(H, W, side):
+    """(height, width) of an image whose shorter side becomes `side`, its longer 4 * side at most."""
+    factor = min(side / min(H, W), 4 * side / max(H, W))
+    return tuple(max(int(length * factor + 0.5), 1) for length in (H, W))
 
 
 def is_varied(mask, most):
@@ -147,8 +152,7 @@ def shift_colours(x, saturation, hue):
 def whole_image(image, side):
     """The pixels (C, h, w) of an image whose shorter side becomes `side`, its longer 4 * side at most."""
     H, W = crops.sides(image)
-    factor = min(side / min(H, W), 4 * side / max(H, W))
-    size = tuple(max(int(length * factor + 0.5), 1) for length in (H, W))
+    size = scaled_sides(H, W, side)
     return torch.from_numpy(crops.resized_part(image, (0, 0, H, W), size, "bilinear")).permute(2, 0, 1)
 
 

@@ -129,7 +129,7 @@ def segment(cfg, world, path, root, paths):
 def write_picture(path, picture):
     """Write a picture as a PNG, in a folder that is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    write_atomically(path, lambda file: picture.save(file, "PNG"), sweep=False)
 
 
 if __name__ == "__main__":
