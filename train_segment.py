@@ -254,7 +254,8 @@ def segment(cfg, run):
     metrics = dict(step=schedule.stop, loss=run.loss, **found, seconds=time.monotonic() - began)
     if world.is_main:
         weights = {name: value.cpu() for name, value in final.state_dict().items()}
-        config = asdict(cfg) | dict(model=pretrained.config["model"])
+        config = asdict(cfg) | {name: pretrained.config[name] for name in ("model", "out_indices")
+                                if name in pretrained.config}
         write_tensors(run.folder / "segmenter.pt",
                       {"model": weights, "config": config, "classes": classes})
     run.finish(metrics, shown(metrics))

@@ -149,6 +149,15 @@ def test_bad_input_gets_one_line_and_exit_code_2(pretrained, mae, tmp_path, cach
     assert not (tmp_path / "a").exists()
 
 
+def test_a_segmenter_of_other_fused_levels_is_built_again(segment, tmp_path, cache):
+    flags = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
+             "--data shapes:40 --global-batch 8 --batch-size 8 --steps 1 --out-indices 5,11 --device cpu")
+    flags = [*flags.split(), "--output-dir", str(tmp_path / "two"), "--cache-dir", str(cache)]
+    train_pretrain.main(parse(train_pretrain.Config, flags))
+    metrics = segment("--checkpoint", str(tmp_path / "two"), "--fused")
+    assert measure(tmp_path, cache)["mIoU"] == metrics["mIoU"]
+
+
 def test_the_fused_feature_may_take_the_place_of_the_last_level(segment, tmp_path):
     segment("--fused")
     assert {"fusion.proj_weights", "fusion.proj_layers.0.weight"} <= state_of(tmp_path / "a")["model"].keys()
