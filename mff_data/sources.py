@@ -353,7 +353,7 @@ def find_source(spec, split, cache_dir, say, reading):
     kind, _, argument = spec.partition(":")
     argument = os.path.expanduser(argument)                             # a shell leaves the ~ of cars:~/data
     if kind == "shapes":
-        arrays = load_embedded(load_shapes, spec, split, cache_dir, say)
+        arrays = open_embedded(load_shapes, spec, split, cache_dir, say)
         labels = {name: np.array(arrays[name]) for name in ("shape", "texture")}
         return ImageArray(Rows(arrays["images"]), labels, list(SHAPES), f"shapes {split}", spec)
     if kind in ("cifar10", "cifar100"):
@@ -370,11 +370,8 @@ def find_source(spec, split, cache_dir, say, reading):
     return packed or ImageFolder(folder, split, reading)
 
 
-def load_embedded(load, spec, split, cache_dir, say):
-    """What load draws of as many embedded images as shapes or shapes:COUNT asks for; val has a fifth of them.
-
-    load is load_shapes, or another of its kind. Raises UserError for a wrong COUNT and a damaged cache.
-    """
+def open_embedded(load, spec, split, cache_dir, say):
+    """The arrays of the embedded images that a spec, shapes or shapes:COUNT, means; load is load_shapes."""
     argument = spec.partition(":")[2]
     if argument and not (argument.isdecimal() and len(argument) < 10 and int(argument) >= 5):
         raise UserError(f"--data {spec[:40]}: expected shapes or shapes:COUNT with COUNT of at least 5")
@@ -385,7 +382,7 @@ def load_embedded(load, spec, split, cache_dir, say):
         raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"the embedded images in {cache_dir} are damaged ({error}): delete their folder, "
-                        f"shapes-* or scenes-*, and they are drawn again") from None
+                        f"{load.__name__.removeprefix('load_')}-*, and they are drawn again") from None
 
 
 def fingerprint(source):
