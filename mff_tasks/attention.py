@@ -94,7 +94,7 @@ class WindowAttention(Attention):
 
     def forward(self, x, first=0):
         """As in Attention: (B, L, D) -> (B, Q, D), Q = L - first. L is that of the grid."""
-        (rows, columns), grid = self.window, self.grid
+        (rows, columns), grid, d = self.window, self.grid, self.rel_pos_h.shape[1]
 
         # cut the padded grid into windows
         below, right = -grid[0] % rows, -grid[1] % columns
@@ -104,7 +104,6 @@ class WindowAttention(Attention):
 
         # scores of relative positions as channels of queries and keys
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        d = q.shape[-1]                                                 # of (n, h, y, x, d)
         vertical = torch.einsum("nhyxd,yjd->nhyxj", q, offsets(self.rel_pos_h, rows))
         horizontal = torch.einsum("nhyxd,xjd->nhyxj", q, offsets(self.rel_pos_w, columns))
         q = torch.cat([q * d ** -0.5, vertical, horizontal], dim=-1)
