@@ -100,7 +100,8 @@ class WindowAttention(Attention):
         below, right = -grid[0] % rows, -grid[1] % columns
         x = F.pad(x.unflatten(1, grid), (0, 0, 0, right, 0, below))
         x = x.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
-        shape, x = x.shape, x.flatten(0, 2)                             # (n, y, x, D)
+        shape = x.shape
+        x = x.flatten(0, 2)                                             # (n, y, x, D)
 
         # scores of relative positions as channels of queries and keys
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
