@@ -96,10 +96,13 @@ def colour(luma, chroma, hue):
     return np.clip(luma[:, None] + chroma[:, None] * (rgb - grey), 0, 1)
 
 
-def grating(u, luma, hue, wavelength, size):
-    """A sine wave between two related colours: (n, S, S, 3). u (n, 5) is noise, wavelength in image sides."""
+def grating(u, luma, hue, wavelength, size, vivid=1.0, spread=1.0):
+    """A sine wave between two related colours: (n, S, S, 3). u (n, 5) is noise, wavelength in image sides.
+
+    vivid multiplies the chroma, spread the difference of the two hues.
+    """
     angle, phase, depth, chroma, shift = u.T                            # (n,)
-    depth, chroma, shift = 0.05 + 0.05 * depth, 0.12 + 0.14 * chroma, 0.16 * (shift - 0.5)
+    depth, chroma, shift = 0.05 + 0.05 * depth, vivid * (0.12 + 0.14 * chroma), 0.16 * spread * (shift - 0.5)
     low, high = colour(luma - depth, chroma, hue - shift), colour(luma + depth, chroma, hue + shift)
     middle, swing = np.float32((low + high) / 2), np.float32((high - low) / 2)
 
@@ -162,25 +165,32 @@ def render(split, indices, size=64):
 # --- the cache ---
 
 def load_shapes(cache_dir, split, count, size=64, progress=print):
-    """Samples 0 ... count - 1 of a split as `render` returns them, memory-mapped from files under cache_dir.
+    """Samples 0 ... count - 1 of a split as `render` returns them, memory-mapped; see load_cached."""
+    return load_cached(cache_dir, f"shapes-v{VERSION}", render, split, count, size, progress)
 
-    The first call writes the files. VERSION rises with each change of `render`, so that none is out of date.
+
+def load_cached(cache_dir, name, draw, split, count, size, progress):
+    """Samples 0 ... count - 1 of a split as draw(split, indices, size) returns them, mapped from files.
+
+    The first call writes the files, below cache_dir. The name, which holds a version, changes with each
+    change of draw, so that none is out of date.
     """
-    empty = render(split, [], size)                                     # names and types; refuses bad input
+    empty = draw(split, [], size)                                       # names and types; refuses bad input
     if count < 1:
         raise ValueError(f"count {count} is not positive")
-    folder = Path(cache_dir) / f"shapes-v{VERSION}-{size}px" / f"{split}-{count}"
+    folder = Path(cache_dir) / f"{name}-{size}px" / f"{split}-{count}"
     if not folder.is_dir():
-        write_shapes(folder, empty, split, count, size, progress)
+        write_shapes(folder, empty, draw, split, count, size, progress)
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in empty}
 
 
-def write_shapes(folder, empty, split, count, size, progress):
+def write_shapes(folder, empty, draw, split, count, size, progress):
     """None. The folder gets its name in one step, when all files are on the disk: if it exists it is whole.
 
     Of two processes that race, the loser discards its own files, which hold the same. One that is killed
     leaves a hidden folder, which nothing reads, and which the next one here removes.
     """
+    what = folder.parent.name.partition("-")[0]                         # shapes or scenes
     ours = f".{folder.name}-{socket.gethostname()}-"                    # and the number of the process
     unfinished = folder.with_name(f"{ours}{os.getpid()}")
     for path in folder.parent.glob(f"{ours}*"):
@@ -198,13 +208,13 @@ def write_shapes(folder, empty, split, count, size, progress):
             start, shown = time.monotonic(), -np.inf
             for first in range(0, count, CHUNK):
                 done = min(first + CHUNK, count)
-                for name, array in render(split, range(first, done), size).items():
+                for name, array in draw(split, range(first, done), size).items():
                     files[name].write(array.tobytes())                  # if mapped, a full disk would kill
                 now = time.monotonic()
                 if now - shown > 2 or done == count:
                     rate, shown = done / (now - start), now
                     left = (count - done) / rate
-                    progress(f"shapes {split}: {done} / {count} images, {rate:.0f} img/s, {left:.0f} s left")
+                    progress(f"{what} {split}: {done} / {count} images, {rate:.0f} img/s, {left:.0f} s left")
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())

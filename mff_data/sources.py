@@ -353,16 +353,7 @@ def find_source(spec, split, cache_dir, say, reading):
     kind, _, argument = spec.partition(":")
     argument = os.path.expanduser(argument)                             # a shell leaves the ~ of cars:~/data
     if kind == "shapes":
-        if argument and not (argument.isdecimal() and len(argument) < 10 and int(argument) >= 5):
-            raise UserError(f"--data {spec[:40]}: expected shapes or shapes:COUNT with COUNT of at least 5")
-        count = int(argument or 10_000)
-        try:
-            arrays = load_shapes(cache_dir, split, count if split == "train" else count // 5, progress=say)
-        except OSError as error:
-            raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
-        except ValueError as error:
-            raise UserError(f"the embedded images in {cache_dir} are damaged ({error}): delete their folder, "
-                            f"shapes-*, and they are drawn again") from None
+        arrays = open_embedded(load_shapes, spec, split, cache_dir, say)
         labels = {name: np.array(arrays[name]) for name in ("shape", "texture")}
         return ImageArray(Rows(arrays["images"]), labels, list(SHAPES), f"shapes {split}", spec)
     if kind in ("cifar10", "cifar100"):
@@ -377,6 +368,21 @@ def find_source(spec, split, cache_dir, say, reading):
         say(f"warning: --white does not change a pack: {packed.path} was made with --white "
             f"{packed.header['white']}")
     return packed or ImageFolder(folder, split, reading)
+
+
+def open_embedded(load, spec, split, cache_dir, say):
+    """The arrays of the embedded images that a spec, shapes or shapes:COUNT, means; load is load_shapes."""
+    argument = spec.partition(":")[2]
+    if argument and not (argument.isdecimal() and len(argument) < 10 and int(argument) >= 5):
+        raise UserError(f"--data {spec[:40]}: expected shapes or shapes:COUNT with COUNT of at least 5")
+    count = int(argument or 10_000)
+    try:
+        return load(cache_dir, split, count if split == "train" else count // 5, progress=say)
+    except OSError as error:
+        raise UserError(f"the embedded images cannot be kept in {cache_dir}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"the embedded images in {cache_dir} are damaged ({error}): delete their folder, "
+                        f"{load.__name__.removeprefix('load_')}-*, and they are drawn again") from None
 
 
 def fingerprint(source):

@@ -14,7 +14,7 @@ import torch
 
 # One stream for each use: two uses that share (seed, epoch, sample) never share numbers. MASK is for masks,
 # or in fine-tuning, which has none, for drop path; ERASE is for boxes, and NOISE for what fills them.
-ORDER, CROP, MASK, REPLACE, SHAPE, AUGMENT, ERASE, MIX, NOISE = range(9)
+ORDER, CROP, MASK, REPLACE, SHAPE, AUGMENT, ERASE, MIX, NOISE, SCENE = range(10)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

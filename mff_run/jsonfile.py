@@ -22,14 +22,16 @@ NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"
 HINT = "restore it, or move it away"
 
 
-def parse_json(content):
+def parse_json(content, made=lambda found: found):
     """The value that bytes hold. ValueError with the reason where they hold none, or one that is a trap.
 
-    A whole number of more than 18 digits becomes a float.
+    A whole number of more than 18 digits becomes a float. made(found) takes the place of each object, the
+    innermost first, so that a large file need not be held as dicts.
     """
     try:
         text = content.decode("utf-8-sig")                              # some editors write a mark in front
-        value = json.loads(text, parse_int=whole_number, object_pairs_hook=named_once)
+        value = json.loads(text, parse_int=whole_number,
+                           object_pairs_hook=lambda pairs: made(named_once(pairs)))
     except UnicodeDecodeError:
         raise ValueError("it is no UTF-8") from None
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Images with index masks: ADE20K, one's own in the same layout, and the embedded shapes.
+"""Images with index masks: ADE20K, one's own in the same layout, and the embedded scenes.
 
 A source is one of mff_data's that also has open_mask(i): the label of each pixel, (H, W) uint8, in which 255
 (IGNORED) is no class. `classes` names the labels. For a damaged or wrong mask open_mask raises one of
@@ -17,9 +17,11 @@ import numpy as np
 from mff_data import crops
 from mff_data.decode import AS_THEY_ARE, DECODE_ERRORS, open_file, reason_of, suffixes
 from mff_data.lists import read_lines
-from mff_data.shapes import SHAPES, load_shapes
-from mff_data.sources import ImageArray, ImageFiles, counted_suffixes, files_below, find_source, spread
+from mff_data.scenes import load_scenes
+from mff_data.shapes import SHAPES
+from mff_data.sources import ImageArray, ImageFiles, counted_suffixes, files_below, open_embedded, spread
 from mff_data.splits import folders_in
+from mff_data.unchanged import Rows
 from mff_min.errors import UserError, listed, printable
 
 IGNORED = 255                                                           # of a mask: no class, or not known
@@ -92,15 +94,14 @@ class MaskFiles(ImageFiles):
 
 
 class MaskArray(ImageArray):
-    """The embedded images with their masks: 0 is the background, and the shapes follow."""
+    """The embedded scenes with their masks: 0 is the background, and the shapes follow."""
 
     def __init__(self, arrays, name, origin):
-        labels = {"shape": arrays["shape"]}
-        super().__init__(arrays["images"], labels, ["background", *SHAPES], name, origin)
-        self.masks = arrays["mask"]
+        super().__init__(Rows(arrays["images"]), {}, ["background", *SHAPES], name, origin)
+        self.masks = Rows(arrays["labels"])
 
     def open_mask(self, i):
-        return self.masks[i] * np.uint8(1 + self.label(i))              # (H, W)
+        return self.masks[i]                                            # (H, W)
 
 
 def open_index_mask(path, reading):
@@ -144,7 +145,7 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
                reading=AS_THEY_ARE, max_bad=0.01):
     """The source with masks that --data names, for split "train" or "val"; say(text) is told what was found.
 
-    shapes or shapes:COUNT      the embedded images: the background and ten shapes
+    shapes or shapes:COUNT      the embedded scenes: the background and ten shapes
     ade20k:DIR                  ADEChallengeData2016: 150 classes, and 0 is none of them
     masks:DIR                   the same layout with any 8-bit masks. names is a file with a class's name per
                                 line; without it there are num_classes, or as many as training labels ask for
@@ -160,9 +161,7 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
         flag = "--names" if names else "--reduce-zero-label"
         raise UserError(f"{flag} is for masks:DIR: --data {spec} has its own classes; expected no {flag}")
     if kind == "shapes":
-        array = find_source(spec, split, cache_dir, say, reading)
-        arrays = load_shapes(cache_dir, split, len(array), progress=say)
-        source = MaskArray(arrays, array.kind, array.origin)
+        source = MaskArray(open_embedded(load_scenes, spec, split, cache_dir, say), f"scene {split}", spec)
     else:
         source = open_tree(kind, Path(os.path.expanduser(argument)), split, say, num_classes, names,
                            reduce_zero_label or kind == "ade20k", reading, max_bad)

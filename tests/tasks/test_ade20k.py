@@ -14,6 +14,7 @@ from masks import Painted, blocks, open_tree, write_tree
 from PIL import Image
 
 from mff_data.decode import DECODE_ERRORS
+from mff_data.scenes import render_scenes
 from mff_data.sources import check_output, fingerprint
 from mff_data.views import advice_if_late, make_loader
 from mff_min import rng
@@ -63,11 +64,12 @@ def test_the_layouts_of_a_tree_are_found(tmp_path, splits, below, above):
     assert len(fingerprint(train)) == 4 and not torch.equal(fingerprint(train), fingerprint(val))
 
 
-def test_the_embedded_shapes_have_masks(tmp_path):
+def test_the_embedded_scenes_have_masks(tmp_path):
     train = open_masks("shapes:10", "train", tmp_path, len)
     assert train.classes[:2] == ["background", "circle"] and len(train.classes) == 11 and len(train) == 10
+    want = render_scenes("train", range(10))
     for i in range(10):
-        assert set(np.unique(train.open_mask(i))) == {0, 1 + train.label(i)}
+        assert (train.open_mask(i) == want["labels"][i]).all() and (train.open(i) == want["images"][i]).all()
         assert train.open_mask(i).dtype == np.uint8 and train.open_mask(i).shape == train.open(i).shape[:2]
     assert len(open_masks("shapes:10", "val", tmp_path, len, num_classes=11)) == 2
 
