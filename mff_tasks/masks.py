@@ -176,7 +176,7 @@ def decompress(text):
 
 
 def box_of(masks):
-    """The boxes (..., 4) int64 around masks (..., H, W) bool, half open (x0, y0, x1, y1); of an empty one 0."""
+    """The boxes (..., 4) int64 around masks (..., H, W) bool, half open; four zeros for an empty mask."""
     sides = []
     for axis in (-2, -1):
         line = masks.any(axis=axis)                                     # (..., W), then (..., H)

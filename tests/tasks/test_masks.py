@@ -137,7 +137,8 @@ def test_golden_rle():
 
 @pytest.mark.parametrize("rle, found", [
     (None, "without a size"), ({}, "without a size"),
-    *(({"size": size, "counts": [12]}, "without a size") for size in ([3], [3, 0], [3.0, 4], "34", [3, 10 ** 9])),
+    *(({"size": size, "counts": [12]}, "without a size")
+      for size in ([3], [3, 0], [3.0, 4], "34", [3, 10 ** 9])),
     ({"size": [3, 4]}, "without counts"),
     *(({"size": [3, 4], "counts": counts}, found) for counts, found in (
         ([5, 6], "of 11 pixels: expected the 12 of its size 3x4"), ([5, 6, 9], "of over 12 pixels"),
