@@ -211,7 +211,7 @@ ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to it
          "mff_data": "where images come from: folders, packs, CIFAR, embedded images",
          "mff_run": "what keeps a run alive: checkpoints, logs, processes, signals",
          "mff_weights": "weights of five families of names",
-         "mff_tasks": "what the paper's appendix adds: UPerNet for ADE20K, feature targets",
+         "mff_tasks": "what the paper's appendix adds: UPerNet for ADE20K, Mask R-CNN, feature targets",
          "tools": "everything that is no stage: figures, conversion, studies, benchmarks",
          "tests": "each test's name is the claim that it checks"}
 
