@@ -184,8 +184,11 @@ def class_colours():
     """The colour of every label (256, 3) uint8: a fixed function of it. Neighbours are far apart in hue.
 
     Nine labels on, saturation and value are the same, and the hue is a golden section on, which spreads it.
+    Label 0, which is often the background, is dark grey.
     """
     def colour(label):
+        if not label:
+            return 0.22, 0.22, 0.24
         hue = label * (5 + (math.sqrt(5) - 1) / 2) / 9 % 1
         return colorsys.hsv_to_rgb(hue, (0.9, 0.45, 0.7)[label % 3], (1, 0.6, 0.8)[label // 3 % 3])
     return np.rint(255 * np.array([colour(label) for label in range(256)])).astype(np.uint8)
@@ -251,21 +254,30 @@ def segmentation_sheet(rows, classes, title):
 
 def overlay(image, labels, classes):
     """An image (h, w, 3) under the colours of its labels (H, W), 256 to 1,024 pixels large, with a legend."""
-    H, W = labels.shape
-    factor = min(max(256 / max(H, W), 1), 1024 / max(H, W))
-    size = max(round(W * factor), 1), max(round(H * factor), 1)
+    size = overlay_size(*labels.shape)
     kinds = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
     image, mask = (np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, kind))
                    for pixels, kind in zip((image, labels), kinds, strict=True))
     return with_legend([[blended(image, mask)]], np.unique(mask), classes)
 
 
+def overlay_size(H, W):
+    """(width, height) of an image that is shown 256 to 1,024 pixels large."""
+    factor = min(max(256 / max(H, W), 1), 1024 / max(H, W))
+    return max(round(W * factor), 1), max(round(H * factor), 1)
+
+
+def tile_size(H, W, tile=TILE):
+    """(width, height) of an image at the height of a tile, or lower where it would be wider than two."""
+    factor = min(tile / H, 2 * tile / W)
+    return max(round(W * factor), 1), max(round(H * factor), 1)
+
+
 def scaled(pixels, is_mask=False):
-    """Pixels (H, W, 3) at the height of a tile, or lower where they would be wider than two."""
-    H, W = pixels.shape[:2]
-    factor = min(TILE / H, 2 * TILE / W)
-    size = max(round(W * factor), 1), max(round(H * factor), 1)
-    kind = Image.Resampling.NEAREST if is_mask or factor > 1 else Image.Resampling.BILINEAR
+    """Pixels (H, W, 3) at the size of a tile."""
+    size = tile_size(*pixels.shape[:2])
+    larger = size[0] > pixels.shape[1]
+    kind = Image.Resampling.NEAREST if is_mask or larger else Image.Resampling.BILINEAR
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, kind))
 
 
