@@ -326,7 +326,8 @@ class MaskRCNN(nn.Module):
 
         # choose regions of each image
         sizes = torch.tensor([self.img_size], device=images.device).expand(len(images), -1)     # (B, 2)
-        chosen = self.choose_regions(self.propose(logits, deltas, sizes, BEFORE_NMS * self.proposals), targets, region_noise)
+        proposals = self.propose(logits, deltas, sizes, BEFORE_NMS * self.proposals)
+        chosen = self.choose_regions(proposals, targets, region_noise)
         objects = [part["regions"][:len(part["index"])] for part in chosen]
         regions = [part["regions"] for part in chosen]
         labels = torch.cat([part["labels"] for part in chosen])         # (R,)
