@@ -321,7 +321,7 @@ class BoxFiles(ImageFiles):
         files = [annotations.files[i] for i in chosen]
         super().__init__(root, files, np.zeros(len(files), int), annotations.classes, reading=reading)
         self.annotations, self.chosen, self.content = annotations, chosen, annotations.digest
-        self.category_ids, self.image_ids = annotations.category_ids, annotations.image_ids[chosen]
+        self.category_ids, self.image_ids = annotations.category_ids.tolist(), annotations.image_ids[chosen]
         self.num_objects = len(annotations.rows)
 
     def objects(self, i):
@@ -338,7 +338,7 @@ class BoxArray(ImageArray):
         nothing = np.zeros(len(arrays["images"]), int)
         super().__init__(Rows(arrays["images"]), {"class": nothing}, list(SHAPES), kind, origin)
         self.scenes = np.array(arrays["objects"])                       # (n, 4, 5)
-        self.category_ids, self.image_ids = np.arange(1, len(SHAPES) + 1), np.arange(1, len(self) + 1)
+        self.category_ids, self.image_ids = [*range(1, len(SHAPES) + 1)], np.arange(1, len(self) + 1)
         self.num_objects = int((self.scenes[..., 0] >= 0).sum())
 
     def size(self, i):
@@ -488,7 +488,7 @@ def look_at_images(source, max_bad):
 
 def match_classes(train, val):
     """Raise UserError unless two sources have the same categories under the same ids."""
-    ours, theirs = (dict(zip(source.category_ids.tolist(), source.classes, strict=True))
+    ours, theirs = (dict(zip(source.category_ids, source.classes, strict=True))
                     for source in (train, val))
     differ = [f"{one}: {ours.get(one, 'none')} and {theirs.get(one, 'none')}"
               for one in sorted({*ours, *theirs}) if ours.get(one) != theirs.get(one)]

@@ -45,7 +45,7 @@ def test_objects_are_those_of_the_file_by_image(tmp_path):
         said = []
         source = open_tree(tmp_path, split, said.append)
         found = json.loads((tmp_path / f"annotations/instances_{split}2017.json").read_text())
-        assert source.classes == list(CATEGORIES.values()) and source.category_ids.tolist() == [1, 3, 4, 90]
+        assert source.classes == list(CATEGORIES.values()) and source.category_ids == [1, 3, 4, 90]
         entries = {entry["id"]: entry for entry in found["images"]}
         wanted = {image: [one for one in found["annotations"] if one["image_id"] == image
                           and (split == "val" or not one["iscrowd"])] for image in entries}
@@ -57,7 +57,7 @@ def test_objects_are_those_of_the_file_by_image(tmp_path):
             objects, entry = source.objects(i), entries[image]
             assert source.size(i) == objects.size == (entry["height"], entry["width"])
             assert source.name(i) == str(tmp_path / f"{split}2017" / entry["file_name"])
-            assert source.category_ids[objects.labels].tolist() == [one["category_id"] for one in ones]
+            assert [source.category_ids[label] for label in objects.labels] == [one["category_id"] for one in ones]
             assert objects.bbox.tolist() == [one["bbox"] for one in ones]
             assert objects.area.tolist() == [one["area"] for one in ones]
             assert objects.crowd.tolist() == [bool(one["iscrowd"]) for one in ones]
@@ -150,7 +150,7 @@ def test_the_embedded_scenes_have_objects(tmp_path):
     train = open_boxes("shapes:20", "train", tmp_path, len)
     val = open_boxes("shapes:20", "val", tmp_path, len, num_classes=10)
     assert len(train) == 20 and len(val) == 4 and train.classes == list(SHAPES)
-    assert train.category_ids.tolist() == list(range(1, 11)) and train.image_ids[0] == 1
+    assert train.category_ids == list(range(1, 11)) and train.image_ids[0] == 1
     assert train.num_objects == sum(len(train.objects(i).labels) for i in range(20)) > 20
     for i in range(20):
         objects = train.objects(i)
@@ -565,13 +565,13 @@ def test_a_batch_becomes_the_objects_of_each_image():
     items = [views[epoch, i] for epoch in range(3) for i in range(2)]
     nothing = {name: items[0][name][:0] for name in ("boxes", "labels", "masks")}
     items[2:4] = [items[2] | nothing, items[3] | nothing]
-    found = targets(collate(items), torch.device("cpu"))
+    found = targets(collate(items), 64, torch.device("cpu"))
     assert len(found) == 6
     for item, one in zip(items, found, strict=True):
         assert torch.equal(one["boxes"], item["boxes"]) and one["boxes"].dtype == torch.float32
         assert torch.equal(one["labels"], item["labels"]) and one["labels"].dtype == torch.int64
         assert torch.equal(one["masks"], unpacked(item["masks"], 64)) and one["masks"].shape[1:] == (64, 64)
-    empty = targets(collate([item | nothing for item in items]), torch.device("cpu"))
+    empty = targets(collate([item | nothing for item in items]), 64, torch.device("cpu"))
     assert [one["masks"].shape for one in empty] == [(0, 64, 64)] * 6
 
 
