@@ -166,7 +166,7 @@ def rpn_losses(logits, deltas, anchors, targets, noise):
         index = match(iou(target["boxes"], anchors), *RPN_IOU, allow_low_quality=True)      # (A,)
         positive, negative = sample(index, RPN_SAMPLES, RPN_POSITIVE, noise[i])
         chosen = torch.cat([positive, negative])
-        truth = (index[chosen] >= 0).float()
+        truth = (index[chosen] >= 0).to(logits)
         error = F.binary_cross_entropy_with_logits(logits[i, chosen], truth, reduction="sum")
         wanted = encode(target["boxes"][index[positive]], anchors[positive])
         objectness = objectness + error
@@ -234,8 +234,9 @@ class MaskRCNN(nn.Module):
                       tuple(-(-side // 2) for side in half)]
         found = [anchors((ANCHOR_STRIDES * stride,), RATIOS, stride, grid)
                  for stride, grid in zip(self.strides, self.grids, strict=True)]
-        self.num_anchors = [len(level) for level in found]
-        self.register_buffer("anchors", torch.cat(found), persistent=False)                 # (A, 4)
+        self.num_anchors = [len(level) for level in found]              # of each level
+        found = torch.cat(found)                                        # (A, 4)
+        self.register_buffer("anchors", found, persistent=False)
         self.noise_parts = 2 * len(encoder.blocks), sum(self.num_anchors), 2 * proposals
 
     @property
@@ -362,15 +363,14 @@ class MaskRCNN(nn.Module):
         found = []
         for size, probability, image_boxes in zip(sizes, scores.softmax(dim=1).split(counts),
                                                   boxes.split(counts), strict=True):
-            probability = probability[:, :-1]                           # (R, G), without background
-            image_boxes = clip(image_boxes, size)                       # (R, G, 4)
+            probability, image_boxes = probability[:, :-1], clip(image_boxes, size)     # without background
             row, label = ((probability > SCORE) & (areas(image_boxes) > 0)).nonzero(as_tuple=True)
             kept = nms(image_boxes[row, label], probability[row, label], NMS, label)[:DETECTIONS]
             row, label = row[kept], label[kept]
             found.append(dict(boxes=image_boxes[row, label], scores=probability[row, label], labels=label))
         maps = self.mask_head(self.pool(levels, [image["boxes"] for image in found], MASK_SIDE))
         labels = torch.cat([image["labels"] for image in found])
-        maps = of_class(maps, labels).float().sigmoid()                 # (R, 28, 28)
+        maps = of_class(maps, labels).float().sigmoid()
         for image, part in zip(found, maps.split([len(image["labels"]) for image in found]), strict=True):
             image["masks"] = part
         return found
