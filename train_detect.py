@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mff_data.decode import reading_of
 from mff_data.sources import describe_files, fingerprint
 from mff_data.views import advice_if_late, make_loader
-from mff_min.config import check_batches, check_ranges, knob, opt, parse, side_or_sides
+from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_min.optim import clip_grad_norm, make_schedule, param_groups, set_lr
 from mff_min.stream import Stream
@@ -35,8 +35,8 @@ from mff_run.run import Run, RunFlags
 from mff_run.sharded import check_sharding, shard, whole
 from mff_run.world import autocast, pick_dtype, pick_ops
 from mff_tasks.attention import add_windows
-from mff_tasks.box_views import BoxViews
-from mff_tasks.coco import open_boxes
+from mff_tasks.box_views import BoxViews, targets
+from mff_tasks.coco import match_classes, open_boxes
 from mff_tasks.detection import evaluate, picture, shown
 from mff_tasks.rcnn import MaskRCNN, detector_flops, step_lr
 from mff_weights.pretrained import (CheckpointFlags, build_fusion, build_like, load_for_tuning,
@@ -54,8 +54,12 @@ class Config(CheckpointFlags, RunFlags):
     num_classes: int | None = opt(None, "how many classes --data must have; not given: any number", above=0)
     img_size: tuple[int, int] | None = opt(None, "of the model's images, SIDE or HEIGHTxWIDTH; not given: "
                                                  "1024, of shapes 64", type=side_or_sides)
+    scale: tuple[float, ...] = opt((0.1, 2.0), "smallest and largest size of a training image, MIN,MAX: 1 "
+                                               "just fits --img-size", type=numbers)
     window: int = opt(14, "side of an attention window, in patches", above=0)
     width: int = opt(256, "channels of pyramid and heads", above=0)
+    proposals: int = opt(1000, "boxes of an image that the first stage proposes", above=0)
+    regions: int = opt(512, "boxes of an image that the second stage learns from, in a step", above=0)
     fused: bool = opt(False, "the pyramid is made of MFF's fused feature, not of the last block's output")
     schedule: float = opt(25.0, "epochs; the rate falls to a tenth at 8/9 and again at 26/27 of them", above=0)
     steps: int | None = opt(None, "steps of the schedule, in place of --schedule", above=0)
@@ -86,6 +90,9 @@ def check(cfg, world_size):
     check_ranges(cfg)
     if cfg.drop_path > 0.99:
         raise UserError(f"--drop-path {cfg.drop_path:g}: expected 0.99 or less")
+    if len(cfg.scale) != 2 or not 0 < cfg.scale[0] <= cfg.scale[1] <= 10:
+        raise UserError(f"--scale {','.join(f'{x:g}' for x in cfg.scale)}: expected MIN,MAX with 0 < MIN <= "
+                        f"MAX <= 10, such as 0.1,2")
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
     check_sharding(cfg.fsdp, world_size)
 
@@ -105,7 +112,8 @@ def build_model(cfg, pretrained, num_classes, ops, say):
         load_for_tuning(encoder, pretrained, say)
     add_windows(encoder, cfg.window)
     try:
-        return MaskRCNN(encoder, num_classes, cfg.width, fusion and fusion.requires_grad_(), ops)
+        return MaskRCNN(encoder, num_classes, cfg.width, fusion and fusion.requires_grad_(), ops,
+                        cfg.proposals, cfg.regions)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -134,9 +142,7 @@ def detect(cfg, run):
                                                                cfg.max_bad, cfg.num_classes))
                           for split in ("train", "val"))
     classes = train_set.classes
-    if val_set.category_ids != train_set.category_ids:
-        raise UserError(f"--data {cfg.data}: the categories of its train and val files differ; expected the "
-                        f"same ids in both")
+    match_classes(train_set, val_set)
     describe_files(say, train_set, val_set, output=cfg.output_dir)
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size,
@@ -152,28 +158,25 @@ def detect(cfg, run):
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     ops = pick_ops(cfg.ops, device)
     model = build_model(cfg, pretrained, len(classes), ops, say).to(device)
-    views = BoxViews(train_set, cfg.img_size, cfg.in_chans, model.num_noise, cfg.seed, cfg.mean)
+    views = BoxViews(train_set, cfg.img_size, cfg.in_chans, model.num_noise, cfg.seed, cfg.mean,
+                     cfg.scale)
 
     def to_device(batch):
         """Normalised images (B, C, H, W), the objects of each, and the noise for samples and drop path."""
         images, noise = (batch[name].to(device, non_blocking=True) for name in ("image", "noise"))
-        columns = [[one.to(device, non_blocking=True) for one in batch[name]]
-                   for name in ("boxes", "labels", "masks")]            # (N, 4), (N,), (N, H, W) of each image
-        targets = [dict(boxes=boxes, labels=labels, masks=masks)
-                   for boxes, labels, masks in zip(*columns, strict=True)]
-        return ops.prepare(images, mean, std), targets, noise
+        return ops.prepare(images, mean, std), targets(batch, device), noise
 
     # ------------------------------------------------------------ optimizer
     run.restore_model(model)
     if cfg.fsdp:                                                        # takes the parameters' place
         trained = shard(model, world, schedule.accumulation > 1, cfg.compile)
     else:
-        if cfg.compile:                                                 # boxes differ in number, blocks do not
-            for block in model.encoder.blocks:
-                block.compile(dynamic=False)
+        if cfg.compile:                                                 # later shapes depend on the boxes
+            model.encode = torch.compile(model.encode, dynamic=False)
         options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
         trained = DistributedDataParallel(model, **options) if world.size > 1 else model
-    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay, len(model.encoder.blocks))
+    groups = param_groups(model, cfg.weight_decay, cfg.layer_decay, len(model.encoder.blocks),
+                          undecayed=("encoder.pos_embed",))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run.restore_optimizer(optimizer, scaler)

@@ -130,16 +130,24 @@ def collate(items):
 
     `bad` becomes one flat list; `replaced` (B,) marks items whose own file could not be read.
     image is (B, C, H, W) with a pixel's channels side by side, as they are in files: none is moved twice. A
-    label may be a mask of uint8: all are of one size.
+    label may be a mask of uint8: all are of one size. boxes, labels and masks of objects stand one behind the
+    other, and count (B,) is how many an item has.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
     bad, noise, images = columns.pop("bad"), torch.stack(columns.pop("noise")), columns.pop("image")
-    masks = columns.pop("label") if isinstance(columns["label"][0], torch.Tensor) else []
+    masks = columns.pop("label") if isinstance(columns.get("label", [0])[0], torch.Tensor) else []
+    objects = {name: columns.pop(name) for name in ("boxes", "labels", "masks") if name in columns}
     C, H, W = images[0].shape
-    with room_for(len(images) * C * H * W + noise.nbytes + sum(mask.nbytes for mask in masks)):
+    of_masks = sum(mask.nbytes for mask in [*masks, *objects.get("masks", ())])
+    with room_for(len(images) * C * H * W + noise.nbytes + of_masks):
         pixels = blank(len(images), H, W, C)                            # (B, H, W, C)
         if masks:
             columns["label"] = torch.stack(masks, out=blank(len(masks), *masks[0].shape))
+        if objects:
+            columns["count"] = [len(labels) for labels in objects["labels"]]
+            room = blank(sum(columns["count"]), *objects["masks"][0].shape[1:])
+            columns["masks"] = torch.cat(objects["masks"], out=room)
+            columns |= {name: torch.cat(objects[name]) for name in ("boxes", "labels")}
         if get_worker_info() and noise.nbytes:
             noise.share_memory_()       # else a thread of the worker does, and an error there loses the batch
     for row, image in zip(pixels, images, strict=True):
@@ -212,7 +220,8 @@ def advice_if_late(source, workers):
     """What would help a run that waits for its data."""
     if not workers:
         return "--workers, as many as there are cores for this process, would help"
-    if isinstance(source, ImageFiles) and not hasattr(source, "open_mask"):     # packs hold no masks
+    in_packs = not (hasattr(source, "open_mask") or hasattr(source, "objects"))
+    if isinstance(source, ImageFiles) and in_packs:
         return "data packed by tools.pack would help, or more --workers"
     return "more --workers would help"
 

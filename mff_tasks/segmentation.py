@@ -184,8 +184,11 @@ def class_colours():
     """The colour of every label (256, 3) uint8: a fixed function of it. Neighbours are far apart in hue.
 
     Nine labels on, saturation and value are the same, and the hue is a golden section on, which spreads it.
+    Label 0, which is often the background, is dark grey.
     """
     def colour(label):
+        if not label:
+            return 0.22, 0.22, 0.24
         hue = label * (5 + (math.sqrt(5) - 1) / 2) / 9 % 1
         return colorsys.hsv_to_rgb(hue, (0.9, 0.45, 0.7)[label % 3], (1, 0.6, 0.8)[label // 3 % 3])
     return np.rint(255 * np.array([colour(label) for label in range(256)])).astype(np.uint8)

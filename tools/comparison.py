@@ -21,8 +21,9 @@ COLOURS = {"pixels": "ink", "random": "grey", "MAE": "blue", "PixMIM": "green", 
            "MFF_PixMIM": "red", "MFF_detach": "purple",
            "MFF_2": "teal", "MFF_4": "teal", "MFF_12": "teal"}          # the ablation has figures of its own
 ORDER = tuple(COLOURS)
-OTHERS = {"linear": ("LARS", "acc1"), "knn": ("k-NN", "acc1"), "finetune": ("fine-tuning", "acc1"),
-          "segment": ("segmentation", "mIoU")}                          # stages with one figure, and its name
+OTHERS = (("linear", "LARS", "acc1"), ("knn", "k-NN", "acc1"), ("finetune", "fine-tuning", "acc1"),
+          ("segment", "mIoU", "mIoU"), ("detect", "box AP", "box_AP"),
+          ("detect", "mask AP", "mask_AP"))                             # a stage, a figure of it and its name
 LEVELS = {"MAE": 1, "MFF_2": 2, "MFF_4": 4,
           "MFF_MAE": 6, "MFF_12": 12}                                   # fused levels (MFF, table 4)
 WEIGHTS_NOTE = ("A weight is no measure of what a level contributes: levels differ in norm, and all but the "
@@ -84,7 +85,7 @@ def difference(values, others):
 class Metric:
     """A measurement in percent: {method: {seed: value}}, on so many validation images, and chance.
 
-    chance is None of mIoU, which has none.
+    chance is None of mIoU and AP, which have none.
     """
     name: str
     values: dict
@@ -109,12 +110,12 @@ def metrics_of(results):
             elif row["kind"] == "pixels" or row["layer"] == last:
                 add(name, record, "pixels" if row["kind"] == "pixels" else record["method"], row["acc1"])
     main = next(iter(chance), "")                                       # the label that the other stages use
-    for stage, (text, figure) in OTHERS.items():
+    for stage, text, figure in OTHERS:
         for record in results["records"]:
             if record["stage"] == stage and main:
                 add(f"{main}, {text}", record, record["method"], record["metrics"][figure])
     return [Metric(name, {method: found[method] for method in ORDER if method in found}, images[name],
-                   None if name.endswith("segmentation") else chance[name.rpartition(", ")[0]])
+                   None if name.endswith(("mIoU", "AP")) else chance[name.rpartition(", ")[0]])
             for name, found in values.items()
             if name.rpartition(", ")[0] in chance]
 

@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+import train_detect
 import train_finetune
 import train_pretrain
 import train_probe
@@ -87,7 +88,9 @@ PRESETS = {
         knn="--knn 20 --pool avg",
         finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3",
         segment="--img-size 64 --width 32 --global-batch 32 --batch-size 32 --steps 800 --lr 4e-3 "
-                "--picture-images 1"),
+                "--picture-images 1",
+        detect="--img-size 64 --window 4 --width 32 --global-batch 16 --batch-size 16 --steps 600 --lr 2e-3 "
+               "--picture-images 1"),
     "gpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
         pretrain="--model vit_t --patch-size 8 --decoder-embed-dim 192 --decoder-depth 4 "
@@ -98,9 +101,10 @@ PRESETS = {
         linear="--pool avg --cache 1 --epochs 90 --global-batch 1024 --batch-size 512",
         finetune="--global-batch 256 --batch-size 256 --epochs 50"),
 }
+DENSE = "segment", "detect"                                             # stages on embedded scenes alone
 FORK = multiprocessing.get_context("fork")                              # nothing is imported again
 MODULES = {"pretrain": train_pretrain, "layers": probe_layers, "knn": train_probe, "linear": train_probe,
-           "finetune": train_finetune, "segment": train_segment}
+           "finetune": train_finetune, "segment": train_segment, "detect": train_detect}
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,9 @@ class Unit(NamedTuple):
 
 
 def preset_of(name, data):
-    """The flags of a preset's stages on this data: only the embedded images have masks to segment."""
+    """The flags of a preset's stages on this data: only with the embedded images come masks and boxes."""
     preset = PRESETS[name]
-    return preset if data == "shapes" else {key: value for key, value in preset.items() if key != "segment"}
+    return {key: value for key, value in preset.items() if data == "shapes" or key not in DENSE}
 
 
 def plan(preset, methods, seeds):
@@ -296,7 +300,8 @@ def read_results(path, name, images, cfg):
 def check_record(record, path, hint):
     """Raise UserError unless a record has what its stage measures, and rows as its flags make them."""
     needs = {"pretrain": {}, "layers": {"rows": ROWS, "val_images": is_count},
-             "segment": {"mIoU": is_percent, "val_images": is_count}}
+             "segment": {"mIoU": is_percent, "val_images": is_count},
+             "detect": {"box_AP": is_percent, "mask_AP": is_percent, "val_images": is_count}}
     other = {"acc1": is_percent, "val_images": is_count}
     problem = misfit(record["metrics"], needs.get(record["stage"], other))
     levels = len(comparison.blocks_of(record)) if record["stage"] == "pretrain" else 0
@@ -653,7 +658,7 @@ def measure(cfg, units, results, folder, jobs):
     shutil.rmtree(trial, ignore_errors=True)
     for seed in range(jobs):
         start(cfg, Unit("random", seed, "pretrain"), trial).join()
-    trained = ("MFF_12", "pretrain"), ("random", "finetune"), ("random", "segment")
+    trained = ("MFF_12", "pretrain"), *(("random", stage) for stage in ("finetune", *DENSE))
     for method, stage in [(method, stage) for method, stage in trained if stage in preset]:
         began = time.monotonic()
         line, given = try_out(cfg, [Unit(method, seed, stage) for seed in range(jobs)], trial)

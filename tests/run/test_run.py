@@ -17,6 +17,7 @@ from sources import ROOT
 from teachers import openai_state, random_tower
 from waits import waits_in_steps
 
+import train_detect
 import train_finetune
 import train_pretrain
 import train_probe
@@ -31,8 +32,9 @@ from mff_run.flops import classifier_flops, step_flops
 from mff_run.log import read_log
 from mff_run.process import Stopped, run
 from mff_run.world import World
-from mff_tasks.attention import add_relative_positions
+from mff_tasks.attention import add_relative_positions, add_windows
 from mff_tasks.features import flops_with_teacher, open_teacher
+from mff_tasks.rcnn import MaskRCNN, detector_flops
 from mff_tasks.upernet import Segmenter, segmenter_flops
 
 # 105 images are 6.6 steps. The 21 images for validation divide neither by two ranks nor by batches of eight.
@@ -78,6 +80,12 @@ def flops_of_a_segmenter(cfg):
     return segmenter_flops(Segmenter(model, 11, width=8))
 
 
+def flops_of_a_detector(cfg):
+    model = VisionTransformer((16, 16), **MODELS["vit_test"])
+    add_windows(model, 2)
+    return detector_flops(MaskRCNN(model, 10, width=8, regions=8))
+
+
 FROM = ["--checkpoint", "PRETRAINED"]
 MILAN = "--target clip --masking importance --decoder prompting".split()
 STAGES = {
@@ -92,6 +100,12 @@ STAGES = {
     "segment": Row(train_segment, [*FROM, *"--img-size 16 --width 8 --picture-every 99".split()],
                    "--lr 1e-3 --drop-path 0.3 --clip-grad 1 --eval-every 8 --picture-every 16",
                    ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_segmenter, at_once="--warmup-steps 0"),
+    # The losses of boxes are means over those of a rank.
+    "detect": Row(train_detect, [*FROM, *"--img-size 16 --window 2 --width 8 --proposals 16 --regions 8 "
+                                         "--picture-every 99".split()],
+                  "--lr 1e-3 --drop-path 0.3 --clip-grad 1 --eval-every 8 --picture-every 16",
+                  ("--clip-grad 0.1", "--dtype bfloat16"), flops_of_a_detector, sums=False,
+                  at_once="--warmup-steps 0"),
 }
 # Where a row has other parts in its loop than its stage's: for the tests with the mark of all ROWS.
 ROWS = STAGES | {"MILAN": Row(train_pretrain, [*STAGES["pretrain"].flags, "--teacher", "TEACHER", *MILAN],
@@ -105,7 +119,7 @@ def row(request):
     return ROWS[request.param]
 
 
-HAVE_EPOCHS = [name for name in STAGES if name != "segment"]            # its schedule ends with its steps
+HAVE_EPOCHS = [name for name in STAGES if name not in ("segment", "detect")]    # their schedules are others
 
 
 @pytest.fixture(scope="session")
@@ -370,7 +384,7 @@ BAD = [
     ("--log-every 0", "--log-every 0: expected more than 0"),
     ("--save-every 0", "--save-every 0: expected more than 0"),
 ]
-LACKING = {"segment": ("--epochs", "--data cifar", "--data /")}         # its flags and its data differ
+LACKING = dict.fromkeys(("segment", "detect"), ("--epochs", "--data cifar", "--data /"))    # theirs differ
 
 
 @pytest.mark.parametrize("row, flags, message", indirect=["row"], argvalues=[

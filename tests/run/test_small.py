@@ -11,6 +11,7 @@ import torch
 from run_folders import state_of
 from sources import ROOT
 
+import train_detect
 import train_finetune
 import train_pretrain
 import train_probe
@@ -23,7 +24,7 @@ from mff_run import small
 from mff_run.resume import already_a_run, check_same_settings
 from tools import study
 
-STAGES = [train_pretrain, train_probe, train_finetune, train_segment]
+STAGES = [train_pretrain, train_probe, train_finetune, train_segment, train_detect]
 LARGE = ["vit_s", "vit_b", "vit_l", "vit_h"]
 
 
@@ -37,7 +38,8 @@ def test_larger_models_keep_the_settings_of_the_paper(model):
     assert config("--model", model, "--no-small") == train_pretrain.Config(model=model)
 
 
-@pytest.mark.parametrize("stage, batch", [(train_probe, 64), (train_finetune, 64), (train_segment, 32)])
+@pytest.mark.parametrize("stage, batch", [(train_probe, 64), (train_finetune, 64), (train_segment, 32),
+                                          (train_detect, 16)])
 def test_the_other_stages_keep_the_settings_of_the_paper_until_they_are_asked(stage, batch):
     assert config(stage=stage) == stage.Config()
     asked = config("--small", stage=stage)

@@ -1,0 +1,160 @@
+"""Detection: that it learns, what it leaves, several ranks, bad input. See also test_run, tests/tasks."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from run_folders import state_of, torchrun
+from sources import ROOT
+
+import tools.evaluate
+import train_detect
+import train_pretrain
+from mff_data.shapes import SHAPES
+from mff_min.config import parse
+from mff_min.kernels.ops import TORCH
+from mff_min.optim import param_groups
+from mff_run.log import read_log
+from mff_run.process import run
+from mff_weights.pretrained import read_pretrained
+
+SMALL = ("--data shapes:40 --img-size 16 --window 2 --width 8 --proposals 32 --regions 16 --global-batch 8 "
+         "--batch-size 4 --log-every 1 --lr 1e-3 --steps 4 --picture-images 2 --picture-every 99 "
+         "--device cpu").split()
+LOSSES = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
+
+
+@pytest.fixture
+def detect(tmp_path, cache, pretrained):
+    """detect(*flags, to="a") runs the stage in this process, into the folder `to`; returns its metrics."""
+    def call(*flags, to="a"):
+        folders = ["--output-dir", str(tmp_path / to), "--cache-dir", str(cache)]
+        flags = ["--checkpoint", str(pretrained), *SMALL, *folders, *flags]
+        return train_detect.main(parse(train_detect.Config, flags))
+    return call
+
+
+def measure(tmp_path, cache, *flags):
+    """The metrics of tools.evaluate of the run in the folder a."""
+    flags = ["--checkpoint", str(tmp_path / "a"), "--output-dir", str(tmp_path / "measured"), "--cache-dir",
+             str(cache), *"--data shapes:40 --device cpu".split(), *flags]
+    return tools.evaluate.main(parse(tools.evaluate.Config, flags))
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_a_run_evaluates_draws_and_leaves_a_detector_that_is_measured_alike(detect, tmp_path, cache, capsys):
+    metrics = detect("--eval-every", "2")
+    log = read_log(tmp_path / "a" / "log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4] and log[-1]["done"]
+    assert {"box_AP", "mask_AP", "val_images"} < set(log[2])
+    assert {"loss", "lr", "grad_norm", *LOSSES} < set(log[0])
+    assert log[0]["loss"] == pytest.approx(sum(log[0][name] for name in LOSSES), rel=1e-5)
+    assert metrics["val_images"] == 8
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert found["box_AP"] == metrics["box_AP"] and "done: box AP" in capsys.readouterr().out
+    with Image.open(tmp_path / "a" / "detection.png") as sheet:
+        assert sheet.width > 2 * 16 and sheet.height > 2 * 16
+    kept = torch.load(tmp_path / "a" / "detector.pt", weights_only=True)
+    assert kept["classes"] == list(SHAPES) and len(kept["category_ids"]) == len(SHAPES)
+    again = measure(tmp_path, cache)
+    assert {name: again[name] for name in again if name.startswith(("box_", "mask_"))} == \
+        {name: metrics[name] for name in metrics if name.startswith(("box_", "mask_"))}
+
+
+LEARNS = ("--data shapes:400 --img-size 64 --window 8 --width 32 --proposals 200 --regions 64 --batch-size 8 "
+          "--warmup-steps 5 --drop-path 0 --layer-decay 0.9 --eval-every 1000 --picture-every 1000")
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_reach_an_ap50_of_20(detect):
+    metrics = detect(*LEARNS.split(), "--steps", "100", "--lr", "3e-3")
+    assert metrics["box_AP50"] > 20
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def test_layer_decay_makes_fourteen_groups_of_twelve_blocks(pretrained):
+    cfg = parse(train_detect.Config, ["--checkpoint", str(pretrained), "--width", "8", "--img-size", "16"])
+    model = train_detect.build_model(cfg, read_pretrained(pretrained), 10, TORCH, lambda text: None)
+    groups = param_groups(model, 0.1, 0.7, 12, undecayed=("encoder.pos_embed",))
+    scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert len({*scales.values()}) == 14 and set(scales) == dict(model.named_parameters()).keys()
+    assert scales["encoder.pos_embed"] == pytest.approx(0.7 ** 13) and decays["encoder.pos_embed"] == 0
+    assert scales["encoder.blocks.11.attn.rel_pos_h"] == pytest.approx(0.7)
+    assert decays["encoder.blocks.11.attn.rel_pos_h"] == 0.1
+    assert all(scale == 1 for name, scale in scales.items() if not name.startswith("encoder."))
+
+
+def test_the_published_schedule_has_46094_steps_of_64_images():
+    from mff_min.optim import make_schedule
+    cfg = train_detect.Config()
+    schedule = make_schedule(118_000, cfg.global_batch, 64, cfg.schedule, None, 0, None, cfg.lr, None)
+    assert schedule.stop == 46_094
+    assert [train_detect.step_lr(step, 1.0, 46_094, 250) for step in (40_972, 44_386, 44_387)] == \
+        pytest.approx([0.1, 0.1, 0.01])
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def test_two_sharded_ranks_train_as_one_process_and_evaluate_as_one(detect, tmp_path, cache, pretrained):
+    alone = detect()
+    words = ["--checkpoint", str(pretrained), *SMALL, "--cache-dir", str(cache)]
+    torchrun(2, "train_detect.py", *words, "--fsdp", "--output-dir", str(tmp_path / "two"))
+    one, two = (state_of(tmp_path / name)["model"] for name in ("a", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3)
+    together = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert together["val_images"] == alone["val_images"] == 8
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def mae(tmp_path_factory, cache):
+    """The folder of a pre-training run without a fusion."""
+    folder = tmp_path_factory.mktemp("mae")
+    flags = ("--model vit_test --img-size 16 --decoder-embed-dim 16 --decoder-depth 1 --decoder-num-heads 2 "
+             "--data shapes:40 --global-batch 8 --batch-size 8 --steps 1 --out-indices last --device cpu")
+    flags = [*flags.split(), "--output-dir", str(folder), "--cache-dir", str(cache)]
+    train_pretrain.main(parse(train_pretrain.Config, flags))
+    return folder
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--steps 0", "--steps 0: expected more than 0"),
+    ("--schedule 0", "--schedule 0.0: expected more than 0"),
+    ("--window 0", "--window 0: expected more than 0"),
+    ("--drop-path 1", "--drop-path 1: expected 0.99 or less"),
+    ("--fsdp", "--fsdp spreads the parameters over processes, and this is the only one"),
+    ("--fused --checkpoint MAE", "--fused: checkpoint MAE/last.pt holds no fusion; expected one that was "),
+    ("--data imagenet", "--data imagenet"),
+    ("--data coco:/nowhere", "/nowhere"),
+    ("--num-classes 7", "--num-classes 7"),
+    ("--img-size 4", "cannot be halved"),
+    ("--warmup-steps 4", "--warmup-steps 4: expected fewer than the run's 4 steps"),
+])
+def test_bad_input_gets_one_line_and_exit_code_2(pretrained, mae, tmp_path, cache, capfd, monkeypatch, flags,
+                                                 message):
+    monkeypatch.chdir(ROOT)
+    flags = ["--checkpoint", str(pretrained), *SMALL, "--output-dir", str(tmp_path / "a"), "--cache-dir",
+             str(cache), *flags.replace("MAE", str(mae)).split()]
+    with pytest.raises(SystemExit) as stop:
+        run(train_detect.main, parse(train_detect.Config, flags))
+    error, = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and error.startswith("error: ") and message.replace("MAE", str(mae)) in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_fused_feature_may_make_the_pyramid(detect, tmp_path, cache):
+    metrics = detect("--fused")
+    assert {"fusion.proj_weights", "fusion.proj_layers.0.weight"} <= state_of(tmp_path / "a")["model"].keys()
+    assert torch.load(tmp_path / "a" / "detector.pt", weights_only=True)["config"]["fused"]
+    assert measure(tmp_path, cache)["box_AP"] == metrics["box_AP"]
