@@ -423,7 +423,7 @@ def test_a_sheet_shows_truth_and_detections_with_masks_boxes_names_and_scores():
         assert 0 <= left and right <= tile.width and 0 <= top and bottom <= tile.height, text
     pixels = np.asarray(sheet).reshape(-1, 3).astype(int)
     for label in (0, 1):
-        assert (pixels == detection.class_colours()[label]).all(axis=1).sum() > 50      # outlines
+        assert (pixels == detection.class_colours()[label + 1]).all(axis=1).sum() > 50      # outlines
     assert len(above(found).labels) == 1 and above(found, 0.9).masks == []
 
 
