@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo record-demo probe record-probe finetune record-finetune segment record-segment study record-study figures \
-    gpu gpu-study record-gpu-study test test-rest test-all claims test-oldest \
+.PHONY: demo record-demo probe record-probe finetune record-finetune segment record-segment detect record-detect \
+    study record-study figures gpu gpu-study record-gpu-study test test-rest test-all claims test-oldest \
     faults faults-caused faults-noticed faults-long record-faults lint clean
 
 SMALL = --model vit_test
@@ -52,7 +52,7 @@ record-finetune: $(VENV)/figures-installed
 	cp runs/finetune-random/metrics.json results/finetune_random_cpu.json
 	$(BIN)/python tests/generated.py
 
-# The demo's encoder trained to segment the embedded images, against the same network from random weights, all layers
+# The demo's encoder trained to segment the embedded scenes, against the same network from random weights, all layers
 # of which get one learning rate.
 segment: $(VENV)/demo-installed
 	test -f runs/demo/encoder.pt || $(MAKE) demo
@@ -63,9 +63,21 @@ segment: $(VENV)/demo-installed
 	    print(segmented("runs/segment/metrics.json", "runs/segment-random/metrics.json"))'
 
 record-segment: $(VENV)/figures-installed
-	mkdir -p results
+	mkdir -p results docs/figures
 	cp runs/segment/metrics.json results/segmentation_shapes_cpu.json
 	cp runs/segment-random/metrics.json results/segmentation_random_cpu.json
+	cp runs/segment/segmentation.png docs/figures/segmentation.png
+	$(BIN)/python tests/generated.py
+
+# The demo's encoder trained to detect the shapes of the embedded scenes.
+detect: $(VENV)/demo-installed
+	test -f runs/demo/encoder.pt || $(MAKE) demo
+	$(BIN)/python train_detect.py --checkpoint runs/demo --small --resume auto --output-dir runs/detect
+
+record-detect: $(VENV)/figures-installed
+	mkdir -p results docs/figures
+	cp runs/detect/metrics.json results/detection_shapes_cpu.json
+	cp runs/detect/detection.png docs/figures/detection.png
 	$(BIN)/python tests/generated.py
 
 # Five methods, three seeds, the number of fused levels: tiny encoders on two cores. The same command goes on with it.

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mff_data.decode import reading_of
 from mff_data.sources import describe_files, fingerprint
 from mff_data.views import advice_if_late, make_loader
-from mff_min.config import check_batches, check_ranges, knob, opt, parse, side_or_sides
+from mff_min.config import check_batches, check_ranges, knob, numbers, opt, parse, side_or_sides
 from mff_min.errors import UserError
 from mff_min.optim import clip_grad_norm, make_schedule, param_groups, set_lr
 from mff_min.stream import Stream
@@ -54,6 +54,8 @@ class Config(CheckpointFlags, RunFlags):
     num_classes: int | None = opt(None, "how many classes --data must have; not given: any number", above=0)
     img_size: tuple[int, int] | None = opt(None, "of the model's images, SIDE or HEIGHTxWIDTH; not given: "
                                                  "1024, of shapes 64", type=side_or_sides)
+    scale: tuple[float, ...] = opt((0.1, 2.0), "smallest and largest size of a training image, MIN,MAX: 1 "
+                                               "just fits --img-size", type=numbers)
     window: int = opt(14, "side of an attention window, in patches", above=0)
     width: int = opt(256, "channels of pyramid and heads", above=0)
     proposals: int = opt(1000, "boxes of an image that the first stage proposes", above=0)
@@ -88,6 +90,9 @@ def check(cfg, world_size):
     check_ranges(cfg)
     if cfg.drop_path > 0.99:
         raise UserError(f"--drop-path {cfg.drop_path:g}: expected 0.99 or less")
+    if len(cfg.scale) != 2 or not 0 < cfg.scale[0] <= cfg.scale[1] <= 10:
+        raise UserError(f"--scale {','.join(f'{x:g}' for x in cfg.scale)}: expected MIN,MAX with 0 < MIN <= "
+                        f"MAX <= 10, such as 0.1,2")
     check_batches(cfg.global_batch, cfg.batch_size, world_size)
     check_sharding(cfg.fsdp, world_size)
 
@@ -153,7 +158,8 @@ def detect(cfg, run):
     torch.manual_seed(cfg.seed)                                         # for weights: the loop draws nothing
     ops = pick_ops(cfg.ops, device)
     model = build_model(cfg, pretrained, len(classes), ops, say).to(device)
-    views = BoxViews(train_set, cfg.img_size, cfg.in_chans, model.num_noise, cfg.seed, cfg.mean)
+    views = BoxViews(train_set, cfg.img_size, cfg.in_chans, model.num_noise, cfg.seed, cfg.mean,
+                     cfg.scale)
 
     def to_device(batch):
         """Normalised images (B, C, H, W), the objects of each, and the noise for samples and drop path."""
@@ -246,7 +252,7 @@ def detect(cfg, run):
 
     # ------------------------------------------------------------ evaluation
     final = measured()
-    found = evaluate(final, val_set, cfg, world, ops, dtype, run.bad_samples)
+    found = evaluate(final, val_set, cfg, world, ops, dtype, run.bad_samples, run.folder / "results.json")
     metrics = dict(step=schedule.stop, loss=run.loss, **found, seconds=time.monotonic() - began)
     if world.is_main:
         weights = {name: value.cpu() for name, value in final.state_dict().items()}

@@ -26,7 +26,8 @@ DATA = ("data", "num_classes", "names", "reduce_zero_label")             # flags
 PROBE = dict(global_batch=64)                                           # lr by its blr
 FINETUNE = dict(global_batch=64, lr=1e-3)
 SEGMENT = dict(img_size=(32, 32), width=32, global_batch=32, lr=4e-3, steps=800)
-DETECT = dict(img_size=(64, 64), window=8, width=32, proposals=200, regions=64, global_batch=16, lr=2e-3, steps=400)
+DETECT = dict(img_size=(64, 64), scale=(0.8, 1.25), window=8, width=32, proposals=200, regions=64,
+              global_batch=16, lr=2e-3, steps=400)
 
 
 def of_model(name):

@@ -19,6 +19,7 @@ from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
 from mff_min.probe import shown  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
+from mff_tasks.detection import shown as shown_detect  # noqa: E402
 from mff_tasks.segmentation import shown as shown_segment  # noqa: E402
 from tools import analyze, comparison, study  # noqa: E402
 from tools.figures import save  # noqa: E402
@@ -103,6 +104,17 @@ def segmentation_shapes_cpu(result):
     return f"{segmented(*(ROOT / path for path in paths))} The figures stand in {' and '.join(paths)}."
 
 
+def detection_shapes_cpu(result):
+    """What `make detect` reached, from its metrics.json."""
+    threads = result["environment"]["threads"]
+    return (f"`make detect` trains the encoder of `make demo` for {result['step']} steps of "
+            f"{result['config']['global_batch']} images, on {threads} CPU thread{'s' * (threads > 1)} in "
+            f"{result['seconds'] / 60:.1f} minutes. On {result['val_images']} validation images it reaches "
+            f"{result['box_AP']:.1f} % box AP and {result['mask_AP']:.1f} % mask AP "
+            f"({result['box_AP50']:.1f} % and {result['mask_AP50']:.1f} % at an overlap of a half). The figures "
+            f"stand in results/detection_shapes_cpu.json.")
+
+
 PROMISES = 12                                                           # of docs/reliability.md
 
 
@@ -182,12 +194,14 @@ def table(group):
 
 def stages():
     """The last line of each stage, as the runs in results/ ended."""
-    names = "demo", "probe_protocol_cpu", "finetune_shapes_cpu", "segmentation_shapes_cpu"
-    demo, probe, finetune, segment = (json.loads((ROOT / "results" / f"{name}.json").read_text())
+    names = ("demo", "probe_protocol_cpu", "finetune_shapes_cpu", "segmentation_shapes_cpu",
+             "detection_shapes_cpu")
+    demo, probe, finetune, segment, detect = (json.loads((ROOT / "results" / f"{name}.json").read_text())
                                       for name in names)
     return (f"```\ntrain_pretrain.py  {last_line(demo)}\ntrain_probe.py     done: {shown(probe)}\n"
             f"train_finetune.py  done: {shown(finetune)}\n"
-            f"train_segment.py   done: {shown_segment(segment)}\n```")
+            f"train_segment.py   done: {shown_segment(segment)}\n"
+            f"train_detect.py    done: {shown_detect(detect)}\n```")
 
 
 ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to its evaluation",
@@ -197,7 +211,7 @@ ROOMS = {"train_*.py": "the stages: each is a whole recipe, from its flags to it
          "mff_data": "where images come from: folders, packs, CIFAR, embedded images",
          "mff_run": "what keeps a run alive: checkpoints, logs, processes, signals",
          "mff_weights": "weights of five families of names",
-         "mff_tasks": "what the paper's appendix adds: UPerNet for ADE20K, feature targets",
+         "mff_tasks": "what the paper's appendix adds: UPerNet for ADE20K, Mask R-CNN, feature targets",
          "tools": "everything that is no stage: figures, conversion, studies, benchmarks",
          "tests": "each test's name is the claim that it checks"}
 
@@ -215,6 +229,7 @@ def rooms():
 SUMMARIES = {"stages": stages, "rooms": rooms}                          # of several files
 BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each from results/<name>.json
           "finetune_shapes_cpu": finetune_shapes_cpu, "segmentation_shapes_cpu": segmentation_shapes_cpu,
+          "detection_shapes_cpu": detection_shapes_cpu,
           "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")

@@ -310,7 +310,7 @@ def test_a_recipe_gives_its_stages_what_they_accept(name, tmp_path):
     """Its commands for eight processes, with a torchrun that only writes down what it is given."""
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" END >> "$SAID"\n')
     (tmp_path / "torchrun").chmod(0o755)
-    given = dict(IMAGENET="/data", ADE20K="/data", DATA="/data", CHECKPOINT="runs/mff_mae",
+    given = dict(IMAGENET="/data", ADE20K="/data", COCO="/data", DATA="/data", CHECKPOINT="runs/mff_mae",
                  LIST="1percent.txt", TEACHER="clip.pth")
     said, path = tmp_path / "said", f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(["bash", f"recipes/{name}"], cwd=ROOT, check=True,
