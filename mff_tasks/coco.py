@@ -8,6 +8,7 @@ Shapes: n images, N objects of an image, m corners of a polygon, H W.
 """
 
 import hashlib
+import itertools
 import os
 from array import array
 from collections import Counter
@@ -29,7 +30,7 @@ from mff_tasks.masks import counts_of, decode, rasterise
 
 LAYOUT = "annotations/instances_{train,val}*.json, {train,val}*/*"
 MOST_BYTES = 2 ** 31                                                    # of a file; COCO's has 450 MB
-MOST_SIDE = 2 ** 31                                                     # of an image
+FARTHEST = 1e6                                                          # pixels, of a corner or a side
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def mask_of(segment, size):
 
 
 def is_side(value):
-    """a whole number above 0"""
-    return type(value) is int and 0 < value < MOST_SIDE
+    """a whole number of pixels, 1 or more"""
+    return type(value) is int and 0 < value < FARTHEST
 
 
 def is_flag(value):
@@ -217,6 +218,7 @@ class Annotations:
                         f"the {what} of all; these are the annotations' ids")
         image_at = order[image_at] if len(order) else image_at
         parts, lengths = np.array(columns.parts), np.array(columns.lengths)
+        self.ids = ids
         self.numbers = np.frombuffer(columns.numbers) if columns.numbers else np.zeros(0)
         self.part_of = np.cumsum(parts) - parts                         # the first part of each
         self.start_of = np.append(0, np.cumsum(lengths))                # of each part, in numbers
@@ -239,7 +241,7 @@ class Annotations:
 
     def find_faults(self, ids, image_at, columns):
         """{annotation id: why the object is of no use}. Raises UserError for numbers that are none."""
-        huge = ~(np.abs(np.column_stack([self.bbox, self.area])) < LARGEST).all(axis=1)
+        huge = ~((np.abs(self.bbox) < FARTHEST).all(axis=1) & (np.abs(self.area) < LARGEST))
         self.refuse("has a bbox or an area that is not finite, or huge", ids[huge], "pixels; these are the "
                     "annotations' ids")
         why = {int(ids[place]): reason for place, reason in columns.broken.items()}
@@ -255,10 +257,10 @@ class Annotations:
             at = self.start_of[self.part_of[whole]] // 2
             (x0, x1), (y0, y1) = [[np.minimum.reduceat(values, at), np.maximum.reduceat(values, at)]
                                   for values in (self.numbers[::2], self.numbers[1::2])]
-            finite = np.all([np.abs(value) < LARGEST for value in (x0, x1, y0, y1)], axis=0)
-            self.refuse("has a segmentation with numbers that are not finite, or huge", ids[whole[~finite]],
-                        "pixels; these are the annotations' ids")
             drawn, rle = ~self.is_rle[whole], whole[self.is_rle[whole]]
+            huge = drawn & ~np.all([np.abs(value) < FARTHEST for value in (x0, x1, y0, y1)], axis=0)
+            self.refuse("has a segmentation with numbers that are not finite, or huge", ids[whole[huge]],
+                        "pixels; these are the annotations' ids")
             note(whole[drawn & ((x1 <= x0) | (y1 <= y0))], "a polygon of no area")
             beside = is_outside(x0, y0, x1, y1, H[whole], W[whole])
             note(whole[drawn & beside], "a polygon outside the image")
@@ -272,20 +274,18 @@ class Annotations:
         if len(names):
             raise UserError(f"{self.path} {what}: {listed(map(str, names))}; expected {expected}")
 
-    def values(self, part):
-        """The numbers of a polygon or an RLE."""
-        numbers = self.numbers[self.start_of[part]:self.start_of[part + 1]]
-        return numbers / self.scale if self.scale > 1 else numbers
+    def parts_of(self, row):
+        """The polygons (m, 2) of an object; of an RLE its run lengths, in pairs."""
+        bounds = self.start_of[self.part_of[row]:self.part_of[row] + self.parts[row] + 1]
+        found = [self.numbers[start:end].reshape(-1, 2) for start, end in itertools.pairwise(bounds)]
+        return [numbers / self.scale for numbers in found] if self.scale > 1 else found
 
     def objects(self, image):
         """The Objects of the image at this place of the file's list."""
         rows, size = self.rows[self.first[image]:self.first[image + 1]], tuple(self.sizes[image].tolist())
-        segments = []
-        for row in rows:
-            first = self.part_of[row]
-            found = [self.values(first + i) for i in range(self.parts[row])]
-            segments.append(dict(size=list(size), counts=found[0].astype(int).tolist()) if self.is_rle[row]
-                            else [polygon.reshape(-1, 2) for polygon in found])     # each (m, 2)
+        segments = [self.parts_of(row) for row in rows]
+        for i in np.flatnonzero(self.is_rle[rows]):
+            segments[i] = dict(size=list(size), counts=segments[i][0].ravel().astype(int).tolist())
         return Objects(size, self.label[rows], self.bbox[rows], self.crowd[rows], self.area[rows], segments)
 
 
@@ -403,7 +403,11 @@ def open_coco(root, split, say, reading, max_bad):
     """The BoxFiles of a split of coco:DIR. Raises UserError."""
     path, folder = find_split(root, split)
     annotations = Annotations(path)
+    large = np.flatnonzero(annotations.sizes.prod(axis=1) > reading.max_pixels)
+    annotations.refuse(f"lists images of more than {reading.max_pixels} pixels",
+                       [annotations.files[i] for i in large], "fewer, or a larger --max-pixels")
     count_faults(annotations, say, split, max_bad)
+    count_crossed(annotations, say, split)
     present, places, _ = files_below(folder)
     check_present(annotations, folder, set(present), say, split, max_bad)
     chosen = np.arange(len(annotations.files))
@@ -456,6 +460,26 @@ def count_faults(annotations, say, split, max_bad):
                         f"--max-bad {max_bad:g} allows ({named}); expected of each a box and a mask within "
                         f"its image: correct or remove these annotations")
     say(f"warning: {split}: {len(why)} of {total} objects are of no use and left out ({named})")
+
+
+def count_crossed(annotations, say, split, most=512):
+    """Say how many of some objects have polygons whose lines cross, which are kept."""
+    looked = annotations.rows[spread(len(annotations.rows), most)]
+    crossed = [str(annotations.ids[row]) for row in looked if not annotations.is_rle[row]
+               and any(map(crosses_itself, annotations.parts_of(row)))]
+    if crossed:
+        say(f"{split}: {len(crossed)} of {counted(len(looked), 'object')} looked at have polygons that cross "
+            f"themselves: annotation {listed(crossed)}; they are filled by COCO's rule: what a line goes "
+            f"around twice is outside")
+
+
+def crosses_itself(polygon):
+    """Whether two sides of a polygon (m, 2) cross; those that only touch do not."""
+    x, y = polygon.T
+    along_x, along_y = np.roll(x, -1) - x, np.roll(y, -1) - y           # each (m,)
+    side = along_x[:, None] * (y - y[:, None]) - along_y[:, None] * (x - x[:, None])    # (m, m)
+    apart = side * np.roll(side, -1, axis=1) < 0                        # of line i, the ends of side j
+    return bool((apart & apart.T).any())
 
 
 def check_present(annotations, folder, present, say, split, max_bad):

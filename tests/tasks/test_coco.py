@@ -200,8 +200,8 @@ REFUSED = {
     "absent category": (altered("annotations", category_id=2), "of categories that it does not list: "),
     "box of three": (altered("annotations", bbox=[1, 2, 3]), "annotations[0].bbox: a list: expected four nu"),
     "box of text": (altered("annotations", bbox=[1, 2, "3", 4]), "bbox: a list: expected four numbers, x, y"),
-    "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "has a bbox or an area that is not fini"),
-    "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "has a bbox or an area that is not fini"),
+    "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "has a bbox or an area that is not fin"),
+    "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "has a bbox or an area that is not fin"),
     "area of NaN": (altered("annotations", area=math.nan), "has a bbox or an area that is not finite, or hu"),
     "area of text": (altered("annotations", area="5"), 'annotations[0].area: "5": expected a number'),
     "no area": (lambda found: found["annotations"][0].pop("area"), "annotations[0] without area: expected"),
@@ -216,7 +216,11 @@ REFUSED = {
     "image id twice": (added("images", file_name="b.png"), "uses an image id more than once: 7 (1); expect"),
     "file twice": (added("images", id=99), "uses a file_name of an image more than once: 000007.png (1)"),
     "image without id": (lambda found: found["images"][0].pop("id"), "images[0] without id: expected one"),
-    "height 0": (altered("images", height=0), "images[0].height: 0: expected a whole number above 0"),
+    "height 0": (altered("images", height=0), "images[0].height: 0: expected a whole number of pixels, 1"),
+    "height of a million": (altered("images", height=10 ** 6), "height: 1000000: expected a whole number"),
+    "more than max_pixels": (altered("images", height=10 ** 5, width=10 ** 5), "lists images of more than 8"),
+    "corner far away": (altered("annotations", segmentation=[[*CORNERS[2:], 9, -1e6]]), "finite, or huge: "),
+    "box far away": (altered("annotations", bbox=[0, 0, 1e6, 5]), "has a bbox or an area that is not finite"),
     "path up": (altered("images", file_name="../a.png"), "a file_name that leaves the folder of the images:"),
     "absolute path": (altered("images", file_name="/a.png"), "has a file_name that leaves the folder of the"),
     "zero byte": (altered("images", file_name="a\0.png"), "images[0].file_name: "),
@@ -298,6 +302,23 @@ def test_an_object_that_is_partly_outside_is_kept(tmp_path):
     assert objects.boxes.tolist() == [[-4, 10, 40, 40]]
     coco = pytest.importorskip("pycocotools.mask")
     assert np.array_equal(objects.masks()[0], coco.decode(coco.frPyObjects([crossed], 72, 96))[..., 0])
+
+
+def test_polygons_that_cross_themselves_are_counted_named_and_filled_by_cocos_rule(tmp_path):
+    """What a line goes around twice is outside; lines that touch or go back do not cross."""
+    bow, twice = [10, 10, 40, 40, 40, 10, 10, 40], [*CORNERS, *polygon(1, 24, 20, 9)]
+    kept = [CORNERS, [10, 10, 40, 10, 40, 40, 25, 10], [10, 10, 40, 10, 40, 40, 40, 10, 10, 40]]
+
+    def change(found):
+        every = [bow, *kept, twice]
+        found["annotations"] = [annotation(i, 7, 3, corners) for i, corners in enumerate(every, 1)]
+    said = []
+    source = open_tree(write_tree(tmp_path, change=change), say=said.append)
+    told = "train: 2 of 5 objects looked at have polygons that cross themselves: annotation 1, 5 (2); they a"
+    assert any(text.startswith(told) for text in said)
+    masks = source.objects(0).masks()
+    assert masks.shape == (5, 72, 96) and masks[0, 25, 12] and masks[0, 25, 38] and not masks[0, 38, 25]
+    assert not masks[4, 20, 22] and masks[4, 20, 12] and masks[4, 20, 32]
 
 
 def test_five_are_named_of_many(tmp_path):
