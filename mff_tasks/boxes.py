@@ -118,7 +118,7 @@ def nms(boxes, scores, threshold, group=None):
     order = by_score if group is None else by_score[group[by_score].argsort(stable=True)]
     group = torch.zeros_like(order) if group is None else group[order]
     boxes, R = boxes[order], len(order)
-    size = BLOCK if boxes.device.type == "cpu" else 4 * BLOCK           # a GPU wants few launches
+    size = BLOCK if boxes.device.type == "cpu" else 2 * BLOCK           # a GPU wants few launches
     first = torch.searchsorted(group, group[::size].contiguous()).tolist()      # of each block's first group
     limit = below(threshold, boxes.dtype)
     keep = torch.ones(R, dtype=torch.bool, device=boxes.device)

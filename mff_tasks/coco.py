@@ -23,7 +23,7 @@ from mff_data.shapes import SHAPES
 from mff_data.sources import ImageArray, ImageFiles, files_below, open_embedded, spread
 from mff_data.unchanged import Rows
 from mff_min.errors import UserError, listed, printable
-from mff_run.jsonfile import LARGEST, is_path, misfit, opened, parse_json
+from mff_run.jsonfile import LARGEST, is_number, is_path, misfit, opened, parse_json
 from mff_tasks.ade20k import LOOKED_AT, is_name
 from mff_tasks.masks import counts_of, decode, rasterise
 
@@ -79,6 +79,11 @@ def is_flag(value):
     return value in (0, 1)
 
 
+def is_box(value):
+    """four numbers, x, y, width and height"""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
 def is_class(value):
     """a name of at most 200 letters, without control characters"""
     return isinstance(value, str) and is_name(value)
@@ -95,8 +100,8 @@ def is_annotation(value):
 IMAGE = {"id": int, "file_name": is_path, "height": is_side, "width": is_side}
 CATEGORY = {"id": int, "name": is_class}
 FILE = {"images": [IMAGE], "annotations": [is_annotation], "categories": [CATEGORY]}
-ANNOTATION = {"id": int, "image_id": int, "category_id": int, "iscrowd?": is_flag, "bbox": [float],
-              "area": float, "segmentation": (dict, list)}
+ANNOTATION = {"id": int, "image_id": int, "category_id": int, "iscrowd?": is_flag, "bbox": is_box,
+              "area": float, "segmentation": (dict, [[float]])}
 FEW_CORNERS = "a polygon of fewer than three points, or of an odd number of values"
 
 
@@ -112,47 +117,44 @@ class Columns:
         self.id, self.image, self.category, self.parts, self.lengths = (array("q") for _ in range(5))
         self.box, self.area, self.numbers, self.of = (array("d") for _ in range(4))
         self.crowd, self.is_rle = array("b"), array("b")
-        self.broken = {}                                                # {place: why it is of no use}
+        self.taken, self.broken = 0, {}                                 # {place: why it is of no use}
 
     def take(self, entry):
         """Note an annotation and return TAKEN; any other object is returned as it is. Raises UserError."""
         if "image_id" not in entry:
             return entry
-        name = f"annotations[{len(self.id)}]"
-        problem = misfit(entry, ANNOTATION, name)
-        if not problem and len(entry["bbox"]) != 4:
-            problem = f"{name}.bbox of {len(entry['bbox'])} numbers: expected four, x, y, width and height"
-        segment = not problem and entry["segmentation"]
         try:
-            if not problem:
-                self.take_segment(segment, isinstance(segment, dict))
-        except (TypeError, OverflowError):
-            problem = misfit(segment, [[float]], f"{name}.segmentation") or f"{name}.segmentation is none"
-        if problem:
-            raise UserError(f"{self.path} holds {problem}; correct the file")
-        self.id.append(entry["id"])
-        self.image.append(entry["image_id"])
-        self.category.append(entry["category_id"])
-        self.crowd.append(int(entry.get("iscrowd", 0)))
-        self.area.append(entry["area"])
-        self.box.extend(entry["bbox"])
+            segment, crowd, count = entry["segmentation"], entry.get("iscrowd", 0), len(entry["bbox"])
+            if not isinstance(segment, dict | list) or not is_flag(crowd) or count != 4:
+                raise TypeError
+            self.take_segment(segment, isinstance(segment, dict))
+            self.crowd.append(int(crowd))
+            self.id.append(entry["id"])
+            self.image.append(entry["image_id"])
+            self.category.append(entry["category_id"])
+            self.area.append(entry["area"])
+            self.box.extend(entry["bbox"])
+        except (KeyError, TypeError, OverflowError):                    # only now: misfit takes a while
+            problem = misfit(entry, ANNOTATION, f"annotations[{self.taken}]")
+            raise UserError(f"{self.path} holds {problem}; correct the file") from None
+        self.taken += 1
         return TAKEN
 
     def take_segment(self, segment, is_rle):
         """Note polygons or an RLE. Raises TypeError where a polygon is no list of numbers."""
-        place, size, parts = len(self.id), (0, 0), []
+        size, parts = (0, 0), []
         if is_rle:
             try:
                 counts, size = counts_of(segment).tolist(), segment["size"]
                 parts = [counts + [0] * (len(counts) % 2)]              # all are pairs
             except ValueError as error:
-                self.broken[place] = str(error)
+                self.broken[self.taken] = str(error)
         else:
             parts = [array("d", part) for part in segment]
             if not parts:
-                self.broken[place] = "no polygon"
+                self.broken[self.taken] = "no polygon"
             elif any(len(part) < 6 or len(part) % 2 for part in parts):
-                self.broken[place], parts = FEW_CORNERS, []
+                self.broken[self.taken], parts = FEW_CORNERS, []
         for part in parts:
             self.numbers.extend(part)
             self.lengths.append(len(part))
@@ -179,7 +181,7 @@ class Annotations:
             raise UserError(f"{path} cannot be read: {error}; expected COCO's annotations as JSON") from None
         del content
         problem = misfit(found, FILE)
-        if not problem and len(found["annotations"]) != len(columns.id):
+        if not problem and len(found["annotations"]) != columns.taken:
             problem = "objects with image_id outside annotations: expected none"
         problem = problem or not found["categories"] and "no categories: expected one or more"
         if problem:
@@ -237,6 +239,9 @@ class Annotations:
 
     def find_faults(self, ids, image_at, columns):
         """{annotation id: why the object is of no use}. Raises UserError for numbers that are none."""
+        huge = ~(np.abs(np.column_stack([self.bbox, self.area])) < LARGEST).all(axis=1)
+        self.refuse("has a bbox or an area that is not finite, or huge", ids[huge], "pixels; these are the "
+                    "annotations' ids")
         why = {int(ids[place]): reason for place, reason in columns.broken.items()}
         H, W = self.sizes[image_at].T if len(ids) else np.zeros((2, 0))
 
@@ -321,7 +326,7 @@ class BoxFiles(ImageFiles):
         files = [annotations.files[i] for i in chosen]
         super().__init__(root, files, np.zeros(len(files), int), annotations.classes, reading=reading)
         self.annotations, self.chosen, self.content = annotations, chosen, annotations.digest
-        self.category_ids, self.image_ids = annotations.category_ids, annotations.image_ids[chosen]
+        self.category_ids, self.image_ids = annotations.category_ids.tolist(), annotations.image_ids[chosen]
         self.num_objects = len(annotations.rows)
 
     def objects(self, i):
@@ -338,7 +343,7 @@ class BoxArray(ImageArray):
         nothing = np.zeros(len(arrays["images"]), int)
         super().__init__(Rows(arrays["images"]), {"class": nothing}, list(SHAPES), kind, origin)
         self.scenes = np.array(arrays["objects"])                       # (n, 4, 5)
-        self.category_ids, self.image_ids = np.arange(1, len(SHAPES) + 1), np.arange(1, len(self) + 1)
+        self.category_ids, self.image_ids = [*range(1, len(SHAPES) + 1)], np.arange(1, len(self) + 1)
         self.num_objects = int((self.scenes[..., 0] >= 0).sum())
 
     def size(self, i):
@@ -488,7 +493,7 @@ def look_at_images(source, max_bad):
 
 def match_classes(train, val):
     """Raise UserError unless two sources have the same categories under the same ids."""
-    ours, theirs = (dict(zip(source.category_ids.tolist(), source.classes, strict=True))
+    ours, theirs = (dict(zip(source.category_ids, source.classes, strict=True))
                     for source in (train, val))
     differ = [f"{one}: {ours.get(one, 'none')} and {theirs.get(one, 'none')}"
               for one in sorted({*ours, *theirs}) if ours.get(one) != theirs.get(one)]

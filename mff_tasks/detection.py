@@ -377,7 +377,7 @@ def with_instances(image, size, objects, classes):
     kind = Image.Resampling.NEAREST if W > image.shape[1] else Image.Resampling.BILINEAR
     tile = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, kind))
     order = np.argsort(-objects.boxes[:, 2] * objects.boxes[:, 3], kind="stable")
-    shades = [int(label) % IGNORED for label in objects.labels]         # which have a colour
+    shades = [1 + int(label) % (IGNORED - 1) for label in objects.labels]       # 0 is the background's
     shade, edge = np.full((H, W), IGNORED, np.uint8), np.zeros((H, W), bool)
     for i in order:
         mask = np.asarray(Image.fromarray(decode(objects.masks[i])).resize(size, Image.Resampling.NEAREST))
@@ -392,12 +392,11 @@ def with_instances(image, size, objects, classes):
         colour, (rows, columns) = tuple(class_colours()[shades[i]].tolist()), objects.masks[i]["size"]
         x, y, width, height = objects.boxes[i] * np.tile([W / columns, H / rows], 2)
         draw.rectangle((x, y, max(x + width - 1, x), max(y + height - 1, y)), outline=colour)
-        left, top, right, bottom = draw.textbbox((x, y - TEXT - 2), texts[i], font=font)
-        right, down = min(max(W - right - 2, -x), 0), max(-top, 0)      # into the picture
-        spot = draw.textbbox((x + right + 1, y - TEXT - 2 + down), texts[i], font=font)
-        draw.rectangle((spot[0] - 1, spot[1] - 1, spot[2] + 1, spot[3] + 1), fill=colour)
+        x = max(min(x, W - font.getlength(texts[i]) - 2), 0)            # where it is in the picture
+        y = min(max(y - TEXT - 4, 0), H - TEXT - 4)
+        draw.rectangle((x, y, x + font.getlength(texts[i]) + 1, y + TEXT + 3), fill=colour)
         ink = (0, 0, 0) if sum(colour) > 380 else (255, 255, 255)
-        draw.text((x + right + 1, y - TEXT - 2 + down), texts[i], ink, font=font)
+        draw.text((x + 1, y + 1), texts[i], ink, font=font)
     return np.asarray(picture)
 
 

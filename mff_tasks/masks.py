@@ -91,18 +91,29 @@ def crossings(points, H, W):
 
 def encode(mask):
     """The compressed RLE of a mask (H, W) bool: {"size": [H, W], "counts": text}."""
-    return encode_all(torch.as_tensor(mask)[None])[0]
+    flat = np.asarray(mask).ravel(order="F")
+    return from_turns(np.flatnonzero(np.append(flat[:1], flat[1:] != flat[:-1])), mask.shape)
 
 
 def encode_all(masks):
-    """The compressed RLE of each of the masks (N, H, W) bool, a tensor on any device."""
-    N, H, W = masks.shape
-    flat = masks.transpose(1, 2).reshape(N, H * W)
+    """The compressed RLE of each of the masks (N, H, W) bool, a tensor. A GPU finds the runs itself."""
+    if masks.device.type == "cpu":
+        return [encode(mask) for mask in masks.numpy()]
+    return [from_turns(turns, masks.shape[1:]) for turns in turns_of(masks)]
+
+
+def turns_of(masks):
+    """Where the runs of each of the masks (N, H, W) begin, found where the masks are: N arrays."""
+    flat = masks.mT.flatten(1)                                          # (N, W * H)
     turns = torch.cat([flat[:, :1], flat[:, 1:] != flat[:, :-1]], dim=1)
-    owner, place = (x.cpu().numpy() for x in turns.nonzero(as_tuple=True))
-    places = np.split(place, np.searchsorted(owner, np.arange(1, N))) if N else []
-    return [dict(size=[H, W], counts=compress(np.diff(np.concatenate([[0], each, [H * W]]))))
-            for each in places]
+    owner, place = turns.nonzero().T.cpu().numpy()
+    return np.split(place, np.searchsorted(owner, np.arange(1, len(masks))))[:len(masks)]
+
+
+def from_turns(turns, size):
+    """The RLE of a mask of this size, from where its values change; a 1 at the beginning is a change."""
+    counts = np.diff(np.concatenate([[0], turns, [size[0] * size[1]]]))
+    return dict(size=list(size), counts=compress(counts))
 
 
 def decode(rle):

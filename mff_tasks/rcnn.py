@@ -31,9 +31,9 @@ RATIOS = 0.5, 1.0, 2.0                                                  # height
 ANCHOR_STRIDES = 8                                                      # their side: 32 ... 512 for P = 16
 RPN_IOU = 0.3, 0.7                                                      # background below, object from there
 RPN_SAMPLES, RPN_POSITIVE = 256, 0.5                                    # anchors of an image's loss
-PRE_NMS, PRE_NMS_TEST = 2000, 1000                                      # proposals of a level
 RPN_NMS = 0.7
 PROPOSALS = 1000                                                        # of an image
+BEFORE_NMS = 2                                                          # times as many of a level, in training
 ROI_IOU = 0.5                                                           # from here on a region is an object
 REGIONS, ROI_POSITIVE = 512, 0.25                                       # of an image's loss
 BOX_WEIGHTS = 10.0, 10.0, 5.0, 5.0                                      # of a region's four deltas
@@ -330,7 +330,8 @@ class MaskRCNN(nn.Module):
 
         # choose regions of each image
         sizes = torch.tensor([self.img_size], device=images.device).expand(len(images), -1)     # (B, 2)
-        chosen = self.choose_regions(self.propose(logits, deltas, sizes, PRE_NMS), targets, region_noise)
+        proposals = self.propose(logits, deltas, sizes, BEFORE_NMS * self.proposals)
+        chosen = self.choose_regions(proposals, targets, region_noise)
         objects = [part["regions"][:len(part["index"])] for part in chosen]
         regions = [part["regions"] for part in chosen]
         labels = torch.cat([part["labels"] for part in chosen])         # (R,)
@@ -359,7 +360,7 @@ class MaskRCNN(nn.Module):
         """
         sizes = torch.as_tensor(sizes, device=images.device)
         levels = self.encode(images)
-        proposals = self.propose(*self.rpn_head(levels), sizes, PRE_NMS_TEST)
+        proposals = self.propose(*self.rpn_head(levels), sizes, self.proposals)
         scores, deltas = self.classify(levels, proposals)
         boxes = decode(deltas, torch.cat(proposals)[:, None], BOX_WEIGHTS)      # (R, G, 4)
         owner, scores = owners(proposals), scores.softmax(dim=1)[:, :-1]        # (R,), (R, G)

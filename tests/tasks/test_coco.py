@@ -45,7 +45,7 @@ def test_objects_are_those_of_the_file_by_image(tmp_path):
         said = []
         source = open_tree(tmp_path, split, said.append)
         found = json.loads((tmp_path / f"annotations/instances_{split}2017.json").read_text())
-        assert source.classes == list(CATEGORIES.values()) and source.category_ids.tolist() == [1, 3, 4, 90]
+        assert source.classes == list(CATEGORIES.values()) and source.category_ids == [1, 3, 4, 90]
         entries = {entry["id"]: entry for entry in found["images"]}
         wanted = {image: [one for one in found["annotations"] if one["image_id"] == image
                           and (split == "val" or not one["iscrowd"])] for image in entries}
@@ -57,7 +57,8 @@ def test_objects_are_those_of_the_file_by_image(tmp_path):
             objects, entry = source.objects(i), entries[image]
             assert source.size(i) == objects.size == (entry["height"], entry["width"])
             assert source.name(i) == str(tmp_path / f"{split}2017" / entry["file_name"])
-            assert source.category_ids[objects.labels].tolist() == [one["category_id"] for one in ones]
+            ids = [source.category_ids[label] for label in objects.labels]
+            assert ids == [one["category_id"] for one in ones]
             assert objects.bbox.tolist() == [one["bbox"] for one in ones]
             assert objects.area.tolist() == [one["area"] for one in ones]
             assert objects.crowd.tolist() == [bool(one["iscrowd"]) for one in ones]
@@ -150,7 +151,7 @@ def test_the_embedded_scenes_have_objects(tmp_path):
     train = open_boxes("shapes:20", "train", tmp_path, len)
     val = open_boxes("shapes:20", "val", tmp_path, len, num_classes=10)
     assert len(train) == 20 and len(val) == 4 and train.classes == list(SHAPES)
-    assert train.category_ids.tolist() == list(range(1, 11)) and train.image_ids[0] == 1
+    assert train.category_ids == list(range(1, 11)) and train.image_ids[0] == 1
     assert train.num_objects == sum(len(train.objects(i).labels) for i in range(20)) > 20
     for i in range(20):
         objects = train.objects(i)
@@ -197,11 +198,12 @@ REFUSED = {
                     "an object with image_id"),
     "absent image": (altered("annotations", image_id=8), "annotations of images that it does not list: "),
     "absent category": (altered("annotations", category_id=2), "of categories that it does not list: "),
-    "box of three": (altered("annotations", bbox=[1, 2, 3]), "annotations[0].bbox of 3 numbers: expect"),
-    "box of text": (altered("annotations", bbox=[1, 2, "3", 4]), 'annotations[0].bbox[2]: "3": expected a n'),
-    "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "annotations[0].bbox[1]: NaN: expected"),
-    "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "bbox[2]: Infinity: expected a number"),
-    "area of NaN": (altered("annotations", area=math.nan), "annotations[0].area: NaN: expected a number"),
+    "box of three": (altered("annotations", bbox=[1, 2, 3]), "annotations[0].bbox: a list: expected four nu"),
+    "box of text": (altered("annotations", bbox=[1, 2, "3", 4]), "bbox: a list: expected four numbers, x, y"),
+    "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "has a bbox or an area that is not fini"),
+    "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "has a bbox or an area that is not fini"),
+    "area of NaN": (altered("annotations", area=math.nan), "has a bbox or an area that is not finite, or hu"),
+    "area of text": (altered("annotations", area="5"), 'annotations[0].area: "5": expected a number'),
     "no area": (lambda found: found["annotations"][0].pop("area"), "annotations[0] without area: expected"),
     "no mask": (lambda found: found["annotations"][0].pop("segmentation"), "without segmentation: expected"),
     "mask is null": (altered("annotations", segmentation=None), "segmentation: null: expected a list"),
@@ -565,13 +567,13 @@ def test_a_batch_becomes_the_objects_of_each_image():
     items = [views[epoch, i] for epoch in range(3) for i in range(2)]
     nothing = {name: items[0][name][:0] for name in ("boxes", "labels", "masks")}
     items[2:4] = [items[2] | nothing, items[3] | nothing]
-    found = targets(collate(items), torch.device("cpu"))
+    found = targets(collate(items), 64, torch.device("cpu"))
     assert len(found) == 6
     for item, one in zip(items, found, strict=True):
         assert torch.equal(one["boxes"], item["boxes"]) and one["boxes"].dtype == torch.float32
         assert torch.equal(one["labels"], item["labels"]) and one["labels"].dtype == torch.int64
         assert torch.equal(one["masks"], unpacked(item["masks"], 64)) and one["masks"].shape[1:] == (64, 64)
-    empty = targets(collate([item | nothing for item in items]), torch.device("cpu"))
+    empty = targets(collate([item | nothing for item in items]), 64, torch.device("cpu"))
     assert [one["masks"].shape for one in empty] == [(0, 64, 64)] * 6
 
 

@@ -13,10 +13,12 @@ from mff_tasks.masks import (
     decode,
     encode,
     encode_all,
+    from_turns,
     paste,
     rasterise,
     sample_weights,
     targets,
+    turns_of,
 )
 
 # ---------------------------------------------------------------- polygons
@@ -115,7 +117,9 @@ def test_rle_both_ways_as_in_pycocotools():
         want = coco.encode(np.asfortranarray(found.transpose(1, 2, 0).astype(np.uint8)))
         assert [rle["counts"].decode() for rle in want] == [rle["counts"] for rle in
                                                             encode_all(torch.tensor(found))]
-        for mask, rle in zip(found, want, strict=True):
+        on_device = turns_of(torch.tensor(found))
+        for mask, rle, turns in zip(found, want, on_device, strict=True):
+            assert from_turns(turns, mask.shape) == encode(mask)
             assert np.array_equal(decode(rle), mask) and np.array_equal(decode(encode(mask)), mask)
             assert area(rle) == mask.sum() == coco.area(rle)
             plain = dict(size=[H, W], counts=counts_of(rle).tolist())   # uncompressed
@@ -133,6 +137,7 @@ def test_golden_rle():
     assert masks.compress(np.array(large["counts"])) == short["counts"]
     assert counts_of(short).tolist() == large["counts"]
     assert area(large) == 2999000 and encode_all(torch.zeros(0, 3, 4, dtype=torch.bool)) == []
+    assert turns_of(torch.zeros(0, 3, 4, dtype=torch.bool)) == []
 
 
 @pytest.mark.parametrize("rle, found", [
