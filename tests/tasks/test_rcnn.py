@@ -234,6 +234,7 @@ def test_the_published_model_has_113_9_million_parameters(published):
         encoder, pyramid, rpn, box, predictor, mask]
     assert weights(published) == encoder + pyramid + rpn + box + predictor + mask == 113_894_581 - 4357 + 768
     assert f"{(encoder + pyramid - D) / 1e6:.2f}" == "94.44"
+    assert f"{(weights(published) - (64 * 64 - 14 * 14) * D) / 1e6:.1f}" == "110.9"     # detectron2's positions
 
 
 def test_the_published_model_has_its_shapes(published):
@@ -261,6 +262,15 @@ def test_layers_have_detectron2s_names(published):
             "encoder.blocks.11.attn.rel_pos_w"]:
         assert name in names, name
     assert not [name for name in names if "cls_token" in name or name.startswith("encoder.norm")]
+
+
+def test_settings_are_the_published_ones():
+    """detectron2's mask_rcnn_vitdet."""
+    assert rcnn.RPN_IOU == (0.3, 0.7) and (rcnn.RPN_SAMPLES, rcnn.RPN_POSITIVE) == (256, 0.5)
+    assert (rcnn.PRE_NMS, rcnn.PRE_NMS_TEST, rcnn.PROPOSALS, rcnn.RPN_NMS) == (2000, 1000, 1000, 0.7)
+    assert (rcnn.ROI_IOU, rcnn.REGIONS, rcnn.ROI_POSITIVE) == (0.5, 512, 0.25)
+    assert (rcnn.BOX_SIDE, rcnn.MASK_SIDE, rcnn.BOX_WEIGHTS) == (7, 14, (10, 10, 5, 5))
+    assert (rcnn.SCORE, rcnn.NMS, rcnn.DETECTIONS) == (0.05, 0.5, 100)
 
 
 def test_anchors_are_8_strides_large_and_of_three_ratios():
