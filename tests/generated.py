@@ -233,7 +233,7 @@ BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each f
           "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
-SUBJECTS = "step", "segment", "data", "imports"
+SUBJECTS = "step", "segment", "detect", "data", "imports"
 MACHINES = {"bench": (bench, SUBJECTS)}                                 # each from <subject>_<device>.json
 
 
