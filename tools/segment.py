@@ -129,7 +129,6 @@ def segment(cfg, world, path, root, paths):
                         cfg.batch_size, world.device, ops, pick_dtype(cfg.dtype, world.device))
     make_folder("--output-dir", out)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-
     progress, bad = Progress(len(paths), 0, world), {}
 
     def read(image):
