@@ -164,7 +164,7 @@ def detect(cfg, run):
     def to_device(batch):
         """Normalised images (B, C, H, W), the objects of each, and the noise for samples and drop path."""
         images, noise = (batch[name].to(device, non_blocking=True) for name in ("image", "noise"))
-        return ops.prepare(images, mean, std), targets(batch, device), noise
+        return ops.prepare(images, mean, std), targets(batch, cfg.img_size[1], device), noise
 
     # ------------------------------------------------------------ optimizer
     run.restore_model(model)
@@ -252,7 +252,7 @@ def detect(cfg, run):
 
     # ------------------------------------------------------------ evaluation
     final = measured()
-    found = evaluate(final, val_set, cfg, world, ops, dtype, run.bad_samples)
+    found = evaluate(final, val_set, cfg, world, ops, dtype, run.bad_samples, run.folder / "results.json")
     metrics = dict(step=schedule.stop, loss=run.loss, **found, seconds=time.monotonic() - began)
     if world.is_main:
         weights = {name: value.cpu() for name, value in final.state_dict().items()}

@@ -131,12 +131,12 @@ def unpacked(bits, width):
     return (bits[..., None] >> shifts & 1).bool().flatten(2)[..., :width]       # (M, H, W)
 
 
-def targets(batch, device):
-    """The objects of each image of a batch, on a device: dicts of boxes, labels and masks.
+def targets(batch, width, device):
+    """The objects of each image of a batch of this width, on a device: dicts of boxes, labels and masks.
 
     boxes (N, 4) are float32, x0, y0, x1, y1 in pixels of the view; labels (N,) int64; masks (N, H, W) bool.
     """
-    counts, width = batch["count"].tolist(), batch["image"].shape[-1]
+    counts = batch["count"].tolist()
     moved = {name: batch[name].to(device, non_blocking=True) for name in ("boxes", "labels", "masks")}
     moved["masks"] = unpacked(moved["masks"], width)                    # (M, H, W)
     columns = [column.split(counts) for column in moved.values()]

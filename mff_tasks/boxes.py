@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 LARGEST_GROWTH = math.log(1000 / 16)                                    # of a side, in decode
-BLOCK = 512                                                             # boxes that NMS decides at once
+BLOCK = 256                                                             # boxes that NMS decides at once
 
 # ---------------------------------------------------------------- overlap
 
@@ -29,8 +29,9 @@ def areas(boxes):
 
 def intersection(a, b):
     """The area that each pair of boxes shares: a (..., R, 4), b (..., S, 4) -> (..., R, S)."""
-    x0, y0, x1, y1 = a[..., :, None, :].unbind(dim=-1)                  # each (..., R, 1)
-    u0, v0, u1, v1 = b[..., None, :, :].unbind(dim=-1)                  # each (..., 1, S)
+    # one coordinate after the other in memory: a CPU takes eight pairs at once
+    x0, y0, x1, y1 = a.movedim(-1, 0).contiguous()[..., None]           # each (..., R, 1)
+    u0, v0, u1, v1 = b.movedim(-1, 0).contiguous()[..., None, :]        # each (..., 1, S)
     width = torch.minimum(x1, u1).sub_(torch.maximum(x0, u0)).clamp_(min=0)     # (..., R, S)
     return width.mul_(torch.minimum(y1, v1).sub_(torch.maximum(y0, v0)).clamp_(min=0))
 
@@ -115,20 +116,25 @@ def nms(boxes, scores, threshold, group=None):
     """
     by_score = scores.argsort(descending=True, stable=True)             # (R,)
     order = by_score if group is None else by_score[group[by_score].argsort(stable=True)]
-    boxes, R = boxes[order], len(order)
     group = torch.zeros_like(order) if group is None else group[order]
-    first = torch.searchsorted(group, group[::BLOCK].contiguous()).tolist()     # of each block's first group
+    boxes, R = boxes[order], len(order)
+    size = BLOCK if boxes.device.type == "cpu" else 2 * BLOCK           # a GPU wants few launches
+    first = torch.searchsorted(group, group[::size].contiguous()).tolist()      # of each block's first group
     limit = below(threshold, boxes.dtype)
     keep = torch.ones(R, dtype=torch.bool, device=boxes.device)
-    for start, begin in zip(range(0, R, BLOCK), first, strict=True):
-        here = slice(start, start + BLOCK)
-        earlier = begin + keep[begin:start].nonzero()[:, 0]             # kept boxes of that group
-        drops = (iou(boxes[earlier], boxes[here]) > limit) & (group[earlier, None] == group[here])
-        alive = ~drops.any(dim=0)
-        drops = (iou(boxes[here], boxes[here]) > limit) & (group[here, None] == group[here])
-        drops, kept, before = drops.triu(1), alive, None
+
+    def drops(a, b):
+        """1 where a box of a may drop one of b, else 0: as numbers, since comparisons to bool are slow."""
+        return iou(a, b).gt_(limit)
+    for start, begin in zip(range(0, R, size), first, strict=True):
+        here = slice(start, start + size)
+        block, groups = boxes[here], group[here]
+        earlier = boxes[begin:start][keep[begin:start]]                 # kept, of the block's first group
+        alive = (drops(earlier, block).sum(dim=0) == 0) | (groups != groups[0])
+        among = drops(block, block).triu_(1).mul_(groups[:, None] == groups)
+        kept, before = alive, None
         while before is None or not torch.equal(kept, before):
-            before, kept = kept, alive & ~drops[kept].any(dim=0)
+            before, kept = kept, alive & (kept.to(among.dtype) @ among == 0)
         keep[here] = kept
     found = torch.empty_like(keep)
     found[order] = keep

@@ -8,6 +8,7 @@ Shapes: n images, N objects of an image, m corners of a polygon, H W.
 """
 
 import hashlib
+import itertools
 import os
 from array import array
 from collections import Counter
@@ -23,13 +24,13 @@ from mff_data.shapes import SHAPES
 from mff_data.sources import ImageArray, ImageFiles, files_below, open_embedded, spread
 from mff_data.unchanged import Rows
 from mff_min.errors import UserError, listed, printable
-from mff_run.jsonfile import LARGEST, is_path, misfit, opened, parse_json
+from mff_run.jsonfile import LARGEST, is_number, is_path, misfit, opened, parse_json
 from mff_tasks.ade20k import LOOKED_AT, is_name
 from mff_tasks.masks import counts_of, decode, rasterise
 
 LAYOUT = "annotations/instances_{train,val}*.json, {train,val}*/*"
 MOST_BYTES = 2 ** 31                                                    # of a file; COCO's has 450 MB
-MOST_SIDE = 2 ** 31                                                     # of an image
+FARTHEST = 1e6                                                          # pixels, of a corner or a side
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,18 @@ def mask_of(segment, size):
 
 
 def is_side(value):
-    """a whole number above 0"""
-    return type(value) is int and 0 < value < MOST_SIDE
+    """a whole number of pixels, 1 or more"""
+    return type(value) is int and 0 < value < FARTHEST
 
 
 def is_flag(value):
     """0 or 1"""
     return value in (0, 1)
+
+
+def is_box(value):
+    """four numbers, x, y, width and height"""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def is_class(value):
@@ -95,8 +101,8 @@ def is_annotation(value):
 IMAGE = {"id": int, "file_name": is_path, "height": is_side, "width": is_side}
 CATEGORY = {"id": int, "name": is_class}
 FILE = {"images": [IMAGE], "annotations": [is_annotation], "categories": [CATEGORY]}
-ANNOTATION = {"id": int, "image_id": int, "category_id": int, "iscrowd?": is_flag, "bbox": [float],
-              "area": float, "segmentation": (dict, list)}
+ANNOTATION = {"id": int, "image_id": int, "category_id": int, "iscrowd?": is_flag, "bbox": is_box,
+              "area": float, "segmentation": (dict, [[float]])}
 FEW_CORNERS = "a polygon of fewer than three points, or of an odd number of values"
 
 
@@ -112,47 +118,44 @@ class Columns:
         self.id, self.image, self.category, self.parts, self.lengths = (array("q") for _ in range(5))
         self.box, self.area, self.numbers, self.of = (array("d") for _ in range(4))
         self.crowd, self.is_rle = array("b"), array("b")
-        self.broken = {}                                                # {place: why it is of no use}
+        self.taken, self.broken = 0, {}                                 # {place: why it is of no use}
 
     def take(self, entry):
         """Note an annotation and return TAKEN; any other object is returned as it is. Raises UserError."""
         if "image_id" not in entry:
             return entry
-        name = f"annotations[{len(self.id)}]"
-        problem = misfit(entry, ANNOTATION, name)
-        if not problem and len(entry["bbox"]) != 4:
-            problem = f"{name}.bbox of {len(entry['bbox'])} numbers: expected four, x, y, width and height"
-        segment = not problem and entry["segmentation"]
         try:
-            if not problem:
-                self.take_segment(segment, isinstance(segment, dict))
-        except (TypeError, OverflowError):
-            problem = misfit(segment, [[float]], f"{name}.segmentation") or f"{name}.segmentation is none"
-        if problem:
-            raise UserError(f"{self.path} holds {problem}; correct the file")
-        self.id.append(entry["id"])
-        self.image.append(entry["image_id"])
-        self.category.append(entry["category_id"])
-        self.crowd.append(int(entry.get("iscrowd", 0)))
-        self.area.append(entry["area"])
-        self.box.extend(entry["bbox"])
+            segment, crowd, count = entry["segmentation"], entry.get("iscrowd", 0), len(entry["bbox"])
+            if not isinstance(segment, dict | list) or not is_flag(crowd) or count != 4:
+                raise TypeError
+            self.take_segment(segment, isinstance(segment, dict))
+            self.crowd.append(int(crowd))
+            self.id.append(entry["id"])
+            self.image.append(entry["image_id"])
+            self.category.append(entry["category_id"])
+            self.area.append(entry["area"])
+            self.box.extend(entry["bbox"])
+        except (KeyError, TypeError, OverflowError):                    # only now: misfit takes a while
+            problem = misfit(entry, ANNOTATION, f"annotations[{self.taken}]")
+            raise UserError(f"{self.path} holds {problem}; correct the file") from None
+        self.taken += 1
         return TAKEN
 
     def take_segment(self, segment, is_rle):
         """Note polygons or an RLE. Raises TypeError where a polygon is no list of numbers."""
-        place, size, parts = len(self.id), (0, 0), []
+        size, parts = (0, 0), []
         if is_rle:
             try:
                 counts, size = counts_of(segment).tolist(), segment["size"]
                 parts = [counts + [0] * (len(counts) % 2)]              # all are pairs
             except ValueError as error:
-                self.broken[place] = str(error)
+                self.broken[self.taken] = str(error)
         else:
             parts = [array("d", part) for part in segment]
             if not parts:
-                self.broken[place] = "no polygon"
+                self.broken[self.taken] = "no polygon"
             elif any(len(part) < 6 or len(part) % 2 for part in parts):
-                self.broken[place], parts = FEW_CORNERS, []
+                self.broken[self.taken], parts = FEW_CORNERS, []
         for part in parts:
             self.numbers.extend(part)
             self.lengths.append(len(part))
@@ -179,7 +182,7 @@ class Annotations:
             raise UserError(f"{path} cannot be read: {error}; expected COCO's annotations as JSON") from None
         del content
         problem = misfit(found, FILE)
-        if not problem and len(found["annotations"]) != len(columns.id):
+        if not problem and len(found["annotations"]) != columns.taken:
             problem = "objects with image_id outside annotations: expected none"
         problem = problem or not found["categories"] and "no categories: expected one or more"
         if problem:
@@ -215,6 +218,7 @@ class Annotations:
                         f"the {what} of all; these are the annotations' ids")
         image_at = order[image_at] if len(order) else image_at
         parts, lengths = np.array(columns.parts), np.array(columns.lengths)
+        self.ids = ids
         self.numbers = np.frombuffer(columns.numbers) if columns.numbers else np.zeros(0)
         self.part_of = np.cumsum(parts) - parts                         # the first part of each
         self.start_of = np.append(0, np.cumsum(lengths))                # of each part, in numbers
@@ -237,6 +241,9 @@ class Annotations:
 
     def find_faults(self, ids, image_at, columns):
         """{annotation id: why the object is of no use}. Raises UserError for numbers that are none."""
+        huge = ~((np.abs(self.bbox) < FARTHEST).all(axis=1) & (np.abs(self.area) < LARGEST))
+        self.refuse("has a bbox or an area that is not finite, or huge", ids[huge], "pixels; these are the "
+                    "annotations' ids")
         why = {int(ids[place]): reason for place, reason in columns.broken.items()}
         H, W = self.sizes[image_at].T if len(ids) else np.zeros((2, 0))
 
@@ -250,10 +257,10 @@ class Annotations:
             at = self.start_of[self.part_of[whole]] // 2
             (x0, x1), (y0, y1) = [[np.minimum.reduceat(values, at), np.maximum.reduceat(values, at)]
                                   for values in (self.numbers[::2], self.numbers[1::2])]
-            finite = np.all([np.abs(value) < LARGEST for value in (x0, x1, y0, y1)], axis=0)
-            self.refuse("has a segmentation with numbers that are not finite, or huge", ids[whole[~finite]],
-                        "pixels; these are the annotations' ids")
             drawn, rle = ~self.is_rle[whole], whole[self.is_rle[whole]]
+            huge = drawn & ~np.all([np.abs(value) < FARTHEST for value in (x0, x1, y0, y1)], axis=0)
+            self.refuse("has a segmentation with numbers that are not finite, or huge", ids[whole[huge]],
+                        "pixels; these are the annotations' ids")
             note(whole[drawn & ((x1 <= x0) | (y1 <= y0))], "a polygon of no area")
             beside = is_outside(x0, y0, x1, y1, H[whole], W[whole])
             note(whole[drawn & beside], "a polygon outside the image")
@@ -267,20 +274,18 @@ class Annotations:
         if len(names):
             raise UserError(f"{self.path} {what}: {listed(map(str, names))}; expected {expected}")
 
-    def values(self, part):
-        """The numbers of a polygon or an RLE."""
-        numbers = self.numbers[self.start_of[part]:self.start_of[part + 1]]
-        return numbers / self.scale if self.scale > 1 else numbers
+    def parts_of(self, row):
+        """The polygons (m, 2) of an object; of an RLE its run lengths, in pairs."""
+        bounds = self.start_of[self.part_of[row]:self.part_of[row] + self.parts[row] + 1]
+        found = [self.numbers[start:end].reshape(-1, 2) for start, end in itertools.pairwise(bounds)]
+        return [numbers / self.scale for numbers in found] if self.scale > 1 else found
 
     def objects(self, image):
         """The Objects of the image at this place of the file's list."""
         rows, size = self.rows[self.first[image]:self.first[image + 1]], tuple(self.sizes[image].tolist())
-        segments = []
-        for row in rows:
-            first = self.part_of[row]
-            found = [self.values(first + i) for i in range(self.parts[row])]
-            segments.append(dict(size=list(size), counts=found[0].astype(int).tolist()) if self.is_rle[row]
-                            else [polygon.reshape(-1, 2) for polygon in found])     # each (m, 2)
+        segments = [self.parts_of(row) for row in rows]
+        for i in np.flatnonzero(self.is_rle[rows]):
+            segments[i] = dict(size=list(size), counts=segments[i][0].ravel().astype(int).tolist())
         return Objects(size, self.label[rows], self.bbox[rows], self.crowd[rows], self.area[rows], segments)
 
 
@@ -321,7 +326,7 @@ class BoxFiles(ImageFiles):
         files = [annotations.files[i] for i in chosen]
         super().__init__(root, files, np.zeros(len(files), int), annotations.classes, reading=reading)
         self.annotations, self.chosen, self.content = annotations, chosen, annotations.digest
-        self.category_ids, self.image_ids = annotations.category_ids, annotations.image_ids[chosen]
+        self.category_ids, self.image_ids = annotations.category_ids.tolist(), annotations.image_ids[chosen]
         self.num_objects = len(annotations.rows)
 
     def objects(self, i):
@@ -338,7 +343,7 @@ class BoxArray(ImageArray):
         nothing = np.zeros(len(arrays["images"]), int)
         super().__init__(Rows(arrays["images"]), {"class": nothing}, list(SHAPES), kind, origin)
         self.scenes = np.array(arrays["objects"])                       # (n, 4, 5)
-        self.category_ids, self.image_ids = np.arange(1, len(SHAPES) + 1), np.arange(1, len(self) + 1)
+        self.category_ids, self.image_ids = [*range(1, len(SHAPES) + 1)], np.arange(1, len(self) + 1)
         self.num_objects = int((self.scenes[..., 0] >= 0).sum())
 
     def size(self, i):
@@ -398,7 +403,11 @@ def open_coco(root, split, say, reading, max_bad):
     """The BoxFiles of a split of coco:DIR. Raises UserError."""
     path, folder = find_split(root, split)
     annotations = Annotations(path)
+    large = np.flatnonzero(annotations.sizes.prod(axis=1) > reading.max_pixels)
+    annotations.refuse(f"lists images of more than {reading.max_pixels} pixels",
+                       [annotations.files[i] for i in large], "fewer, or a larger --max-pixels")
     count_faults(annotations, say, split, max_bad)
+    count_crossed(annotations, say, split)
     present, places, _ = files_below(folder)
     check_present(annotations, folder, set(present), say, split, max_bad)
     chosen = np.arange(len(annotations.files))
@@ -453,6 +462,26 @@ def count_faults(annotations, say, split, max_bad):
     say(f"warning: {split}: {len(why)} of {total} objects are of no use and left out ({named})")
 
 
+def count_crossed(annotations, say, split, most=512):
+    """Say how many of some objects have polygons whose lines cross, which are kept."""
+    looked = annotations.rows[spread(len(annotations.rows), most)]
+    crossed = [str(annotations.ids[row]) for row in looked if not annotations.is_rle[row]
+               and any(map(crosses_itself, annotations.parts_of(row)))]
+    if crossed:
+        say(f"{split}: {len(crossed)} of {counted(len(looked), 'object')} looked at have polygons that cross "
+            f"themselves: annotation {listed(crossed)}; they are filled by COCO's rule: what a line goes "
+            f"around twice is outside")
+
+
+def crosses_itself(polygon):
+    """Whether two sides of a polygon (m, 2) cross; those that only touch do not."""
+    x, y = polygon.T
+    along_x, along_y = np.roll(x, -1) - x, np.roll(y, -1) - y           # each (m,)
+    side = along_x[:, None] * (y - y[:, None]) - along_y[:, None] * (x - x[:, None])    # (m, m)
+    apart = side * np.roll(side, -1, axis=1) < 0                        # of line i, the ends of side j
+    return bool((apart & apart.T).any())
+
+
 def check_present(annotations, folder, present, say, split, max_bad):
     """Say which images are listed and absent. UserError where they are more than a share max_bad of all."""
     absent = [name for name in annotations.files if os.path.normpath(name) not in present]
@@ -488,7 +517,7 @@ def look_at_images(source, max_bad):
 
 def match_classes(train, val):
     """Raise UserError unless two sources have the same categories under the same ids."""
-    ours, theirs = (dict(zip(source.category_ids.tolist(), source.classes, strict=True))
+    ours, theirs = (dict(zip(source.category_ids, source.classes, strict=True))
                     for source in (train, val))
     differ = [f"{one}: {ours.get(one, 'none')} and {theirs.get(one, 'none')}"
               for one in sorted({*ours, *theirs}) if ours.get(one) != theirs.get(one)]

@@ -31,9 +31,9 @@ RATIOS = 0.5, 1.0, 2.0                                                  # height
 ANCHOR_STRIDES = 8                                                      # their side: 32 ... 512 for P = 16
 RPN_IOU = 0.3, 0.7                                                      # background below, object from there
 RPN_SAMPLES, RPN_POSITIVE = 256, 0.5                                    # anchors of an image's loss
-PRE_NMS, PRE_NMS_TEST = 2000, 1000                                      # proposals of a level
 RPN_NMS = 0.7
 PROPOSALS = 1000                                                        # of an image
+BEFORE_NMS = 2                                                          # times as many of a level, in training
 ROI_IOU = 0.5                                                           # from here on a region is an object
 REGIONS, ROI_POSITIVE = 512, 0.25                                       # of an image's loss
 BOX_WEIGHTS = 10.0, 10.0, 5.0, 5.0                                      # of a region's four deltas
@@ -152,6 +152,11 @@ def of_class(x, labels):
     """What x (R, G, ...) holds of each region's own class, labels (R,): (R, ...)."""
     return x[torch.arange(len(x), device=x.device), labels]
 
+
+def owners(parts):
+    """The image of each row of a list of tensors, one for each image: (R,) int64."""
+    return torch.cat([torch.full((len(part),), i, device=part.device) for i, part in enumerate(parts)])
+
 # ---------------------------------------------------------------- losses
 
 
@@ -166,7 +171,7 @@ def rpn_losses(logits, deltas, anchors, targets, noise):
         index = match(iou(target["boxes"], anchors), *RPN_IOU, allow_low_quality=True)      # (A,)
         positive, negative = sample(index, RPN_SAMPLES, RPN_POSITIVE, noise[i])
         chosen = torch.cat([positive, negative])
-        truth = (index[chosen] >= 0).float()
+        truth = (index[chosen] >= 0).to(logits)
         error = F.binary_cross_entropy_with_logits(logits[i, chosen], truth, reduction="sum")
         wanted = encode(target["boxes"][index[positive]], anchors[positive])
         objectness = objectness + error
@@ -234,8 +239,9 @@ class MaskRCNN(nn.Module):
                       tuple(-(-side // 2) for side in half)]
         found = [anchors((ANCHOR_STRIDES * stride,), RATIOS, stride, grid)
                  for stride, grid in zip(self.strides, self.grids, strict=True)]
-        self.num_anchors = [len(level) for level in found]
-        self.register_buffer("anchors", torch.cat(found), persistent=False)                 # (A, 4)
+        self.num_anchors = [len(level) for level in found]              # of each level
+        found = torch.cat(found)                                        # (A, 4)
+        self.register_buffer("anchors", found, persistent=False)
         self.noise_parts = 2 * len(encoder.blocks), sum(self.num_anchors), 2 * proposals
 
     @property
@@ -275,14 +281,13 @@ class MaskRCNN(nn.Module):
         logits = logits.gather(1, best)
         boxes = decode(deltas.gather(1, best[..., None].expand(-1, -1, 4)), self.anchors[best])
         boxes = clip(boxes, sizes[:, None])
-        found = []
-        for image_boxes, scores in zip(boxes, logits, strict=True):
-            # NaN, of weights that diverged, is no box: the loss says so
-            chosen = (areas(image_boxes) > 0) & scores.isfinite()
-            image_boxes = image_boxes[chosen]
-            kept = nms(image_boxes, scores[chosen], RPN_NMS, level[chosen])
-            found.append(image_boxes[kept[:self.proposals]])
-        return found
+
+        # NaN, of weights that diverged, is no box: the loss says so
+        image, place = ((areas(boxes) > 0) & logits.isfinite()).nonzero(as_tuple=True)
+        boxes, logits = boxes[image, place], logits[image, place]
+        kept = nms(boxes, logits, RPN_NMS, image * len(self.num_anchors) + level[place])
+        boxes, image = boxes[kept], image[kept]
+        return [boxes[image == i][:self.proposals] for i in range(len(sizes))]
 
     def choose_regions(self, proposals, targets, noise):
         """A step's regions of each image, objects first: dicts of regions (R, 4), labels (R,) and index (N,).
@@ -303,8 +308,7 @@ class MaskRCNN(nn.Module):
 
     def pool(self, levels, boxes, side):
         """(R, E, side, side) of boxes, a list of (R, 4) for each image, from the first four levels."""
-        index = torch.cat([torch.full((len(part),), i, device=part.device) for i, part in enumerate(boxes)])
-        return roi_align(levels[:4], torch.cat(boxes), index, self.strides[:4], side,
+        return roi_align(levels[:4], torch.cat(boxes), owners(boxes), self.strides[:4], side,
                          canonical_size=CANONICAL * self.encoder.patch_size)
 
     def classify(self, levels, boxes):
@@ -326,7 +330,8 @@ class MaskRCNN(nn.Module):
 
         # choose regions of each image
         sizes = torch.tensor([self.img_size], device=images.device).expand(len(images), -1)     # (B, 2)
-        chosen = self.choose_regions(self.propose(logits, deltas, sizes, PRE_NMS), targets, region_noise)
+        proposals = self.propose(logits, deltas, sizes, BEFORE_NMS * self.proposals)
+        chosen = self.choose_regions(proposals, targets, region_noise)
         objects = [part["regions"][:len(part["index"])] for part in chosen]
         regions = [part["regions"] for part in chosen]
         labels = torch.cat([part["labels"] for part in chosen])         # (R,)
@@ -355,23 +360,23 @@ class MaskRCNN(nn.Module):
         """
         sizes = torch.as_tensor(sizes, device=images.device)
         levels = self.encode(images)
-        proposals = self.propose(*self.rpn_head(levels), sizes, PRE_NMS_TEST)
+        proposals = self.propose(*self.rpn_head(levels), sizes, self.proposals)
         scores, deltas = self.classify(levels, proposals)
-        counts = [len(part) for part in proposals]
         boxes = decode(deltas, torch.cat(proposals)[:, None], BOX_WEIGHTS)      # (R, G, 4)
-        found = []
-        for size, probability, image_boxes in zip(sizes, scores.softmax(dim=1).split(counts),
-                                                  boxes.split(counts), strict=True):
-            probability = probability[:, :-1]                           # (R, G), without background
-            image_boxes = clip(image_boxes, size)                       # (R, G, 4)
-            row, label = ((probability > SCORE) & (areas(image_boxes) > 0)).nonzero(as_tuple=True)
-            kept = nms(image_boxes[row, label], probability[row, label], NMS, label)[:DETECTIONS]
-            row, label = row[kept], label[kept]
-            found.append(dict(boxes=image_boxes[row, label], scores=probability[row, label], labels=label))
+        owner, scores = owners(proposals), scores.softmax(dim=1)[:, :-1]        # (R,), (R, G)
+        boxes = clip(boxes, sizes[owner, None])
+
+        # drop what is unlikely, and doubles of a class
+        row, label = ((scores > SCORE) & (areas(boxes) > 0)).nonzero(as_tuple=True)
+        boxes, scores, owner = boxes[row, label], scores[row, label], owner[row]
+        kept = nms(boxes, scores, NMS, owner * self.num_classes + label)
+        chosen = [kept[owner[kept] == i][:DETECTIONS] for i in range(len(images))]
+        found = [dict(boxes=boxes[one], scores=scores[one], labels=label[one]) for one in chosen]
+
+        # find the masks of the others
         maps = self.mask_head(self.pool(levels, [image["boxes"] for image in found], MASK_SIDE))
-        labels = torch.cat([image["labels"] for image in found])
-        maps = of_class(maps, labels).float().sigmoid()                 # (R, 28, 28)
-        for image, part in zip(found, maps.split([len(image["labels"]) for image in found]), strict=True):
+        maps = of_class(maps, label[torch.cat(chosen)]).float().sigmoid()
+        for image, part in zip(found, maps.split(list(map(len, chosen))), strict=True):
             image["masks"] = part
         return found
 

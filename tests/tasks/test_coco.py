@@ -45,7 +45,7 @@ def test_objects_are_those_of_the_file_by_image(tmp_path):
         said = []
         source = open_tree(tmp_path, split, said.append)
         found = json.loads((tmp_path / f"annotations/instances_{split}2017.json").read_text())
-        assert source.classes == list(CATEGORIES.values()) and source.category_ids.tolist() == [1, 3, 4, 90]
+        assert source.classes == list(CATEGORIES.values()) and source.category_ids == [1, 3, 4, 90]
         entries = {entry["id"]: entry for entry in found["images"]}
         wanted = {image: [one for one in found["annotations"] if one["image_id"] == image
                           and (split == "val" or not one["iscrowd"])] for image in entries}
@@ -57,7 +57,8 @@ def test_objects_are_those_of_the_file_by_image(tmp_path):
             objects, entry = source.objects(i), entries[image]
             assert source.size(i) == objects.size == (entry["height"], entry["width"])
             assert source.name(i) == str(tmp_path / f"{split}2017" / entry["file_name"])
-            assert source.category_ids[objects.labels].tolist() == [one["category_id"] for one in ones]
+            ids = [source.category_ids[label] for label in objects.labels]
+            assert ids == [one["category_id"] for one in ones]
             assert objects.bbox.tolist() == [one["bbox"] for one in ones]
             assert objects.area.tolist() == [one["area"] for one in ones]
             assert objects.crowd.tolist() == [bool(one["iscrowd"]) for one in ones]
@@ -150,7 +151,7 @@ def test_the_embedded_scenes_have_objects(tmp_path):
     train = open_boxes("shapes:20", "train", tmp_path, len)
     val = open_boxes("shapes:20", "val", tmp_path, len, num_classes=10)
     assert len(train) == 20 and len(val) == 4 and train.classes == list(SHAPES)
-    assert train.category_ids.tolist() == list(range(1, 11)) and train.image_ids[0] == 1
+    assert train.category_ids == list(range(1, 11)) and train.image_ids[0] == 1
     assert train.num_objects == sum(len(train.objects(i).labels) for i in range(20)) > 20
     for i in range(20):
         objects = train.objects(i)
@@ -197,11 +198,12 @@ REFUSED = {
                     "an object with image_id"),
     "absent image": (altered("annotations", image_id=8), "annotations of images that it does not list: "),
     "absent category": (altered("annotations", category_id=2), "of categories that it does not list: "),
-    "box of three": (altered("annotations", bbox=[1, 2, 3]), "annotations[0].bbox of 3 numbers: expect"),
-    "box of text": (altered("annotations", bbox=[1, 2, "3", 4]), 'annotations[0].bbox[2]: "3": expected a n'),
-    "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "annotations[0].bbox[1]: NaN: expected"),
-    "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "bbox[2]: Infinity: expected a number"),
-    "area of NaN": (altered("annotations", area=math.nan), "annotations[0].area: NaN: expected a number"),
+    "box of three": (altered("annotations", bbox=[1, 2, 3]), "annotations[0].bbox: a list: expected four nu"),
+    "box of text": (altered("annotations", bbox=[1, 2, "3", 4]), "bbox: a list: expected four numbers, x, y"),
+    "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "has a bbox or an area that is not fin"),
+    "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "has a bbox or an area that is not fin"),
+    "area of NaN": (altered("annotations", area=math.nan), "has a bbox or an area that is not finite, or hu"),
+    "area of text": (altered("annotations", area="5"), 'annotations[0].area: "5": expected a number'),
     "no area": (lambda found: found["annotations"][0].pop("area"), "annotations[0] without area: expected"),
     "no mask": (lambda found: found["annotations"][0].pop("segmentation"), "without segmentation: expected"),
     "mask is null": (altered("annotations", segmentation=None), "segmentation: null: expected a list"),
@@ -214,7 +216,11 @@ REFUSED = {
     "image id twice": (added("images", file_name="b.png"), "uses an image id more than once: 7 (1); expect"),
     "file twice": (added("images", id=99), "uses a file_name of an image more than once: 000007.png (1)"),
     "image without id": (lambda found: found["images"][0].pop("id"), "images[0] without id: expected one"),
-    "height 0": (altered("images", height=0), "images[0].height: 0: expected a whole number above 0"),
+    "height 0": (altered("images", height=0), "images[0].height: 0: expected a whole number of pixels, 1"),
+    "height of a million": (altered("images", height=10 ** 6), "height: 1000000: expected a whole number"),
+    "more than max_pixels": (altered("images", height=10 ** 5, width=10 ** 5), "lists images of more than 8"),
+    "corner far away": (altered("annotations", segmentation=[[*CORNERS[2:], 9, -1e6]]), "finite, or huge: "),
+    "box far away": (altered("annotations", bbox=[0, 0, 1e6, 5]), "has a bbox or an area that is not finite"),
     "path up": (altered("images", file_name="../a.png"), "a file_name that leaves the folder of the images:"),
     "absolute path": (altered("images", file_name="/a.png"), "has a file_name that leaves the folder of the"),
     "zero byte": (altered("images", file_name="a\0.png"), "images[0].file_name: "),
@@ -296,6 +302,23 @@ def test_an_object_that_is_partly_outside_is_kept(tmp_path):
     assert objects.boxes.tolist() == [[-4, 10, 40, 40]]
     coco = pytest.importorskip("pycocotools.mask")
     assert np.array_equal(objects.masks()[0], coco.decode(coco.frPyObjects([crossed], 72, 96))[..., 0])
+
+
+def test_polygons_that_cross_themselves_are_counted_named_and_filled_by_cocos_rule(tmp_path):
+    """What a line goes around twice is outside; lines that touch or go back do not cross."""
+    bow, twice = [10, 10, 40, 40, 40, 10, 10, 40], [*CORNERS, *polygon(1, 24, 20, 9)]
+    kept = [CORNERS, [10, 10, 40, 10, 40, 40, 25, 10], [10, 10, 40, 10, 40, 40, 40, 10, 10, 40]]
+
+    def change(found):
+        every = [bow, *kept, twice]
+        found["annotations"] = [annotation(i, 7, 3, corners) for i, corners in enumerate(every, 1)]
+    said = []
+    source = open_tree(write_tree(tmp_path, change=change), say=said.append)
+    told = "train: 2 of 5 objects looked at have polygons that cross themselves: annotation 1, 5 (2); they a"
+    assert any(text.startswith(told) for text in said)
+    masks = source.objects(0).masks()
+    assert masks.shape == (5, 72, 96) and masks[0, 25, 12] and masks[0, 25, 38] and not masks[0, 38, 25]
+    assert not masks[4, 20, 22] and masks[4, 20, 12] and masks[4, 20, 32]
 
 
 def test_five_are_named_of_many(tmp_path):
@@ -565,13 +588,13 @@ def test_a_batch_becomes_the_objects_of_each_image():
     items = [views[epoch, i] for epoch in range(3) for i in range(2)]
     nothing = {name: items[0][name][:0] for name in ("boxes", "labels", "masks")}
     items[2:4] = [items[2] | nothing, items[3] | nothing]
-    found = targets(collate(items), torch.device("cpu"))
+    found = targets(collate(items), 64, torch.device("cpu"))
     assert len(found) == 6
     for item, one in zip(items, found, strict=True):
         assert torch.equal(one["boxes"], item["boxes"]) and one["boxes"].dtype == torch.float32
         assert torch.equal(one["labels"], item["labels"]) and one["labels"].dtype == torch.int64
         assert torch.equal(one["masks"], unpacked(item["masks"], 64)) and one["masks"].shape[1:] == (64, 64)
-    empty = targets(collate([item | nothing for item in items]), torch.device("cpu"))
+    empty = targets(collate([item | nothing for item in items]), 64, torch.device("cpu"))
     assert [one["masks"].shape for one in empty] == [(0, 64, 64)] * 6
 
 

@@ -23,8 +23,9 @@ from mff_min.kernels import ops as kernels
 from mff_run import flops
 from mff_run.flops import product_tflops
 from mff_run.world import World
+from mff_tasks.boxes import levels_of
 from tools.bench import __main__ as bench
-from tools.bench import attention, contenders, data, everything, imports, measure, ops, segment, step
+from tools.bench import attention, contenders, data, detect, everything, imports, measure, ops, segment, step
 
 pytest.importorskip("triton")
 
@@ -380,6 +381,87 @@ def test_layers_that_do_other_work_are_named(change, reason):
         segment.check_equal(peer, ours, tokens, side)
 
 
+DETECT = "detect --sizes tiny --dtypes float32 --rounds 2 --minutes 5 --threads 1"
+
+
+def test_detect_records_ours_beside_torchvisions(benched):
+    pytest.importorskip("torchvision")
+    found = benched(DETECT)
+    ours, peer, *parts = check_record(found, "detect")
+    group, = found["groups"]
+    assert (ours["name"], peer["name"]) == (detect.OURS, detect.PEER) and group["rounds"] == 2
+    assert group["baseline"] == f"{detect.PEER} float32"
+    assert peer["speed_over_baseline"] == ours["time_over_ours"] == {"median": 1, "quartiles": [1, 1]}
+    assert all(row["img_per_s"] == group["batch"] / row["median"] for row in (ours, peer))
+    assert [row["name"] for row in parts] == ["NMS of ours", "RoIAlign of ours"]
+    assert all(0 < row["share"] == row["median"] / ours["median"] for row in parts)
+
+
+def test_detect_without_torchvision_says_so(benched, monkeypatch):
+    without(monkeypatch, "torchvision")
+    ours, peer, *parts = check_record(benched(DETECT), "detect")
+    assert peer["not_run"] == "torchvision is not installed"
+    assert all("median" in row for row in (ours, *parts))
+
+
+def tiny_detectors():
+    """(ours, torchvision's, images, objects, noise) of the smallest size."""
+    ours = detect.build("tiny")
+    return ours, detect.peer_of(ours, 8, 3), *detect.make_inputs("tiny", ours, "cpu")
+
+
+def test_torchvisions_detector_has_our_anchors_pooling_and_numbers():
+    image_list = pytest.importorskip("torchvision.models.detection.image_list")
+    ours, peer, images, targets, _ = tiny_detectors()
+    losses = peer(*detect.arguments_of(detect.PEER, images, targets, None))
+    assert len(losses) == 5 and all(loss.isfinite() for loss in losses.values())
+    trained = [sum(p.numel() for p in module.parameters()) for module in (ours, peer)]
+    assert trained[1] - trained[0] == 4 * (4 * 8 + 1) + (8 + 1)        # boxes and masks of the background
+    levels, regions = ours.encode(images), ours.anchors[::7]
+    made = peer.rpn.anchor_generator(image_list.ImageList(images, [(16, 16)] * 2), levels)[0]
+    assert torch.equal(made, ours.anchors.round())
+    strides = torch.tensor(ours.strides)[levels_of(regions, 4, 56)]     # its RoIAlign is half a cell off
+    names, moved = dict(zip("0123", levels, strict=False)), regions - 0.5 * strides[:, None]
+    found = peer.roi_heads.box_roi_pool(names, [moved] * 2, [(16, 16)] * 2)
+    torch.testing.assert_close(found, ours.pool(levels, [regions] * 2, 7), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda peer: torch.nn.init.zeros_(peer.rpn.head.cls_logits.weight), "its objectness logits are"),
+    (lambda peer: torch.nn.init.ones_(peer.roi_heads.box_head[5].bias), "its class logits are"),
+    (lambda peer: torch.nn.init.ones_(peer.roi_heads.mask_predictor.mask_fcn_logits.bias), "its mask logits"),
+])
+def test_a_detector_that_does_other_work_is_named(change, reason):
+    pytest.importorskip("torchvision")
+    ours, peer, images, *_ = tiny_detectors()
+    detect.check_equal(peer, ours, images)
+    change(peer)
+    with pytest.raises(measure.NotRun, match=f"unequal work: {reason}"):
+        detect.check_equal(peer, ours, images)
+
+
+def test_the_bytes_of_a_detectors_step_are_what_can_be_derived():
+    ours, found = detect.build("tiny"), detect.step_bytes("tiny", torch.float32)
+    levels, R, D = sum(rows * columns for rows, columns in ours.grids[:4]), 16, 8
+    features = 4 * R * 7 * 7 * D                            # of RoIAlign, in bytes
+    tables = 8 * R * 7 * 7 * 16                             # an index and a weight for each of 16 cells
+    forward, backward = found["RoIAlign of boxes"]
+    assert forward > 3 * 4 * levels * D + features + tables
+    assert backward >= 4 * levels * D + features + tables
+    assert found["AdamW"] == [28 * sum(p.numel() for p in ours.parameters()), 0]
+    assert all(forward > 0 for forward, _ in found.values())
+
+
+def test_the_share_of_boxes_in_the_documentation_is_what_the_results_hold():
+    result = json.loads((ROOT / "results/detect_bytes.json").read_text())
+    assert documented("detect") == list(detect.byte_table(result))
+    for dtype, together in (("bfloat16", 0.07), ("float32", 0.04)):
+        shares = {row["part"]: row["share"] for row in result["rows"] if row["dtype"] == dtype}
+        assert math.isclose(sum(shares.values()), 1)
+        boxes = shares["NMS"], shares["RoIAlign of boxes"] + shares["RoIAlign of masks"]
+        assert max(boxes) < 0.05 and round(sum(boxes), 2) == together
+
+
 def test_data_records_every_pipeline(benched):
     pytest.importorskip("torchvision")
     found = benched("data --rounds 1 --images 2")
@@ -658,6 +740,7 @@ def test_flops_are_those_of_visible_tokens():
     ("step --stages sleep", "--stages sleep: expected"), ("data --minutes 0", "expected a number above 0"),
     ("step --rounds few", "--rounds"), ("segment --sizes huge", "--sizes huge: expected some of"),
     ("segment --dtypes int8", "--dtypes int8: expected some of"),
+    ("detect --sizes huge", "--sizes huge: expected some of"),
     ("sing", "invalid choice: 'sing'"), ("data --speed 3", "--speed"),
 ])
 def test_bad_flags_are_one_line(flags, complaint):

@@ -5,6 +5,8 @@
     python -m tools.bench attention   # each form of attention at our shapes: time, error, PyTorch's choice
     python -m tools.bench step      # a training step of each stage: ours, timm, Transformers, lightly
     python -m tools.bench segment   # UPerNet's neck and heads: ours, mmsegmentation's layers
+    python -m tools.bench detect    # a step of Mask R-CNN: ours, torchvision's
+    python -m tools.bench detect_bytes   # the bytes of its parts, by count: results/detect_bytes.json
     python -m tools.bench data      # from files to crops on one core: ours, torchvision, timm
     python -m tools.bench imports   # how long a fresh process takes to import each
     python -m tools.bench all       # all of it, smaller, within nine minutes
@@ -18,7 +20,7 @@ import os
 
 from mff_min.errors import UserError
 from mff_run.process import run
-from tools.bench import attention, contenders, data, everything, imports, ops, segment, step
+from tools.bench import attention, contenders, data, detect, everything, imports, ops, segment, step
 
 
 def names(text):
@@ -91,6 +93,15 @@ def parser():
                                                   "bfloat16")
     new.add_argument("--compile", action="store_true", help="torch.compile, too")
     new.add_argument("--threads", type=positive(int), help="of PyTorch on a CPU; not given: every core")
+
+    new = subject("detect", detect.bench_detect, "a step of Mask R-CNN: ours, torchvision's", 8.0, 7)
+    new.add_argument("--sizes", type=names, help=f"some of {','.join(detect.SIZES)}; not given: vit_test, "
+                                                 f"vit_t and vit_b_256, on a GPU vit_b")
+    new.add_argument("--dtypes", type=names, help="types of matrix products; not given: float32, on a GPU "
+                                                  "bfloat16")
+    new.add_argument("--threads", type=positive(int), help="of PyTorch on a CPU; not given: every core")
+    subject("detect_bytes", lambda args: detect.bench_bytes(args.output_dir),
+            "bytes moved by count: the parts of a step of Mask R-CNN", 0, 0)
 
     new = subject("data", data.bench_data, "from files to crops on one core, beside the peers'", 3.0, 7)
     new.add_argument("--images", type=positive(int), default=64, help="JPEGs that are read in a round")

@@ -16,10 +16,10 @@ GRACE = 60                                                              # second
 
 # Shares of the time that is left when their turn comes. On a GPU the step is first, and compiling takes most
 # of its time; the bytes need no GPU.
-SHARES = {"cpu": {"imports": 0.08, "data": 0.12, "attention": 0.1, "segment": 0.15, "step": 0.6, "ops": 0.6,
-                  "bytes": 1.0},
-          "cuda": {"step": 0.75, "attention": 0.4, "segment": 0.3, "data": 0.4, "ops": 0.6, "imports": 1.0,
-                   "bytes": 1.0}}
+SHARES = {"cpu": {"imports": 0.08, "data": 0.12, "attention": 0.1, "segment": 0.15, "detect": 0.2, "step": 0.6,
+                  "ops": 0.6, "bytes": 1.0},
+          "cuda": {"step": 0.75, "attention": 0.4, "segment": 0.3, "detect": 0.3, "data": 0.4, "ops": 0.6,
+                   "imports": 1.0, "bytes": 1.0}}
 
 
 def flags_of(subject, args, minutes, on_gpu):
@@ -27,7 +27,7 @@ def flags_of(subject, args, minutes, on_gpu):
     flags = ["--output-dir", os.path.relpath(args.output_dir, ROOT)]
     if subject != "bytes":
         flags += ["--minutes", f"{minutes:.2f}", "--device", args.device]
-    if subject in ("imports", "data", "step", "segment"):
+    if subject in ("imports", "data", "step", "segment", "detect"):
         flags += ["--rounds", str(args.rounds)]
     if subject == "data":
         flags += ["--images", "32"]

@@ -103,7 +103,7 @@ class ByteCount(TorchDispatchMode):
         written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         memory = {t.untyped_storage()._cdata for t in read}
         view = not func._schema.is_mutable and any(t.untyped_storage()._cdata in memory for t in written)
-        if not view and "empty" not in func.__name__:
+        if not view and "empty" not in func.__name__ and func.namespace != "prim":
             self.total += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in read + written)
         return out
 
