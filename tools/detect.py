@@ -71,7 +71,8 @@ def detect(cfg, world, path, root, paths):
     progress, bad, images, results = Progress(len(paths), 0, world), {}, [], []
 
     def read(image):
-        return fitted_image(image, finished.img_size), crops.sides(image)           # (C, h, w)
+        size = crops.sides(image)                                       # a large JPEG is decoded smaller
+        return fitted_image(image, finished.img_size), size             # (C, h, w), (H, W)
     for name, (pixels, (H, W)) in each_image(cfg, finished, root, paths, read, bad, progress):
         [found] = find(padded(pixels, finished.img_size, fill)[None], [pixels.shape[1:]], [(H, W)])
         images.append(dict(id=len(images) + 1, file_name=name, height=H, width=W))
