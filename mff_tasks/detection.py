@@ -410,9 +410,9 @@ def detection_sheet(rows, classes, title):
     return with_legend(tiles, (), classes, title, ("image", "truth", "detections"))
 
 
-def overlay(image, found, classes):
-    """A picture of an image (h, w, 3) with its detections, 256 to 1,024 pixels large."""
-    return Image.fromarray(with_instances(image, overlay_size(*image.shape[:2]), found, classes))
+def overlay(image, original, found, classes):
+    """A picture of an image (h, w, 3), originally (H, W), with its detections: 256 to 1,024 pixels large."""
+    return Image.fromarray(with_instances(image, overlay_size(*original), found, classes))
 
 
 def picture(model, source, count, cfg, device, ops, dtype, title):

@@ -50,7 +50,7 @@ class Config(DataFlags):
 
 
 def main(cfg):
-    """Find the objects; returns how many images and detections there are, and {name: reason} of unreadable."""
+    """Find the objects; returns how many images and detections there are, and what is unreadable and why."""
     paths, root, path = check(cfg, "pictures", find_detector, f"{FILE}: expected a finished run of "
                                                               f"train_detect.py, or that file")
     with start_world(cfg.device) as world:
@@ -71,12 +71,13 @@ def detect(cfg, world, path, root, paths):
     progress, bad, images, results = Progress(len(paths), 0, world), {}, [], []
 
     def read(image):
-        return fitted_image(image, finished.img_size), crops.sides(image)           # (C, h, w)
+        size = crops.sides(image)                                       # a large JPEG is decoded smaller
+        return fitted_image(image, finished.img_size), size             # (C, h, w), (H, W)
     for name, (pixels, (H, W)) in each_image(cfg, finished, root, paths, read, bad, progress):
         [found] = find(padded(pixels, finished.img_size, fill)[None], [pixels.shape[1:]], [(H, W)])
         images.append(dict(id=len(images) + 1, file_name=name, height=H, width=W))
         results += entries(found, len(images), category_ids)
-        picture = overlay(as_rgb(pixels), above(found, cfg.least_score), classes)
+        picture = overlay(as_rgb(pixels), (H, W), above(found, cfg.least_score), classes)
         write_picture(out / "pictures" / f"{os.path.splitext(name)[0]}.png", picture)
     categories = [dict(id=number, name=name) for number, name in zip(category_ids, classes, strict=True)]
     write_results(out / "results.json", results)

@@ -129,11 +129,11 @@ def segment(cfg, world, path, root, paths):
                         cfg.batch_size, world.device, ops, pick_dtype(cfg.dtype, world.device))
     make_folder("--output-dir", out)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-
     progress, bad = Progress(len(paths), 0, world), {}
 
     def read(image):
-        return whole_image(image, min(finished.img_size)), crops.sides(image)       # (C, h, w)
+        size = crops.sides(image)                                       # a large JPEG is decoded smaller
+        return whole_image(image, min(finished.img_size)), size         # (C, h, w), (H, W)
     for name, (pixels, size) in each_image(cfg, finished, root, paths, read, bad, progress):
         labels = predict(pixels[None], size).cpu().numpy().astype(np.uint8)         # (H, W)
         stem = os.path.splitext(name)[0]
