@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from coco_trees import CATEGORIES, COLOURS, annotation, content, polygon, write_tree
 from PIL import Image
+from sources import ROOT
 
 from mff_data.shapes import SHAPES
 from mff_data.sources import check_output, fingerprint
@@ -93,6 +95,23 @@ def test_the_layouts_of_a_tree_are_found(tmp_path, splits, images):
     assert train.origin == str(tmp_path / images / splits[0]) and len(train) == 5 and len(val) == 6
     assert train.open(0).size == train.size(0)[::-1]
     match_classes(train, val)
+
+
+def test_an_export_with_a_file_beside_the_images_is_read_after_the_lines_of_the_documents(
+        tmp_path, monkeypatch):
+    """Such exports count annotations from 0."""
+    write_tree(tmp_path, splits=("train", "valid"))
+    for split in ("train", "valid"):
+        path = tmp_path / f"annotations/instances_{split}.json"
+        found = json.loads(path.read_text())
+        for one in found["annotations"]:
+            one["id"] -= 1
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(found))
+        path.unlink()
+    lines, = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/detect.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(lines, "docs/detect.md", "exec"), {})
+    assert len(open_tree(tmp_path)) == 5 and len(open_tree(tmp_path, "val")) == 6
 
 
 def test_masks_are_those_of_pycocotools(tmp_path):
