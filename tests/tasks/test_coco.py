@@ -18,7 +18,16 @@ from mff_data.views import advice_if_late, collate, make_loader
 from mff_min import rng
 from mff_min.errors import UserError
 from mff_min.stream import Stream
-from mff_tasks.box_views import BoxViews, WholeBoxes, fitted, jittered_box, packed, targets, unpacked
+from mff_tasks.box_views import (
+    BoxViews,
+    WholeBoxes,
+    fitted,
+    jittered_box,
+    packed,
+    seen_mask,
+    targets,
+    unpacked,
+)
 from mff_tasks.coco import Objects, match_classes, open_boxes
 from mff_tasks.masks import box_of, encode, rasterise
 
@@ -42,7 +51,7 @@ def refusal(work, *arguments, **options):
 
 
 def test_objects_are_those_of_the_file_by_image(tmp_path):
-    write_tree(tmp_path, count=8)
+    write_tree(tmp_path, count=8, change=lambda found: found["images"].reverse())
     for split in ("train", "val"):
         said = []
         source = open_tree(tmp_path, split, said.append)
@@ -530,6 +539,18 @@ def test_masks_and_boxes_stay_on_their_objects(size, rle):
             outside += len(rest)
             assert (torch.cdist(rest, colours) > 60).all()
     assert inside > 10_000 and outside > 100_000
+
+
+def test_a_polygon_is_moved_by_what_the_pixels_are():
+    """On each axis by the scale of the part, which is a whole number of the file's pixels; then mirrored."""
+    square = np.array([[14, 12], [24, 12], [24, 17], [14, 17]])
+    box, size = (2, 4, 20, 40), (40, 60)                                # twice as high, half as wide again
+    moved = rasterise([[15, 20, 30, 20, 30, 30, 15, 30]], 40, 60)
+    assert np.array_equal(seen_mask([square], box, size, False), moved) and moved.sum() == 150
+    assert np.array_equal(seen_mask([square], box, size, True)[:, ::-1], moved)
+    whole = rasterise([square], 30, 50)
+    assert np.array_equal(seen_mask(encode(whole), box, (20, 40), False), whole[2:22, 4:44])
+    assert np.array_equal(seen_mask(encode(whole), box, (20, 40), True), whole[2:22, 4:44][:, ::-1])
 
 
 def test_the_jitter_is_the_published_one():
