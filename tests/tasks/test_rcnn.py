@@ -289,6 +289,18 @@ def test_anchors_are_8_strides_large_and_of_three_ratios():
     assert begin == len(model.anchors)
 
 
+def test_the_encoder_sees_patches_with_their_positions_and_no_class_token():
+    encoder = VisionTransformer((32, 48), 4, 8, 4, 2)
+    torch.nn.init.normal_(encoder.pos_embed)
+    images = torch.randn(2, 3, 32, 48)
+    tokens = encoder.embed(images)[:, 1:]
+    add_windows(encoder, 3)
+    model = MaskRCNN(encoder, 3, 4)
+    x = encoder.forward_blocks(tokens, [3])[0].transpose(1, 2).reshape(2, 8, 8, 12)
+    for found, want in zip(model.encode(images), model.backbone(x), strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def test_what_cannot_be_detected_is_refused():
     with pytest.raises(ValueError, match="1x6 patches cannot be halved: expected 2 or more"):
         build(img_size=(4, 24))
@@ -499,7 +511,7 @@ def test_boxes_are_read_from_the_level_of_their_size():
     for i, (stride, (rows, columns)) in enumerate(zip(model.strides, model.grids, strict=True)):
         x = (torch.arange(columns) + 0.5).expand(rows, -1) * stride     # in pixels
         levels.append(torch.stack([torch.full((rows, columns), float(i)), x])[None].expand(2, -1, -1, -1))
-    levels[0] = levels[0] * torch.tensor([1.0, -1.0])[:, None, None, None]      # of the second image: negative
+    levels[0] = levels[0] * torch.tensor([1.0, -1.0])[:, None, None, None]      # another one of each image
     boxes = [torch.tensor([[20.0, 4, 76, 60], [20, 10, 48, 38]]), torch.tensor([[30.0, 10, 44, 24]])]
     pooled = model.pool(levels, boxes, 7)
     assert pooled.shape == (3, 2, 7, 7)
