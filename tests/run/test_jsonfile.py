@@ -7,7 +7,7 @@ import pytest
 
 from mff_min.errors import UserError
 from mff_run import jsonfile
-from mff_run.jsonfile import is_path, misfit, read_json, read_lines
+from mff_run.jsonfile import is_path, misfit, parse_json, read_json, read_lines
 from mff_run.log import Log, read_log
 from mff_run.world import World
 
@@ -101,3 +101,10 @@ def test_lines_of_others_stay_in_a_resumed_log_to_the_byte_and_a_torn_one_does_n
     assert path.read_bytes().split(b"\n") == [ours[0], *FOREIGN, ours[1], b""]
     log.write(step=3, lr=0.1)
     assert [line["step"] for line in read_log(path) if line.get("lr")] == [1, 2, 3]
+
+
+def test_objects_can_be_replaced_while_they_are_parsed():
+    """The innermost first: what takes their place is what the outer ones hold."""
+    content = b'{"a": {"b": 1}, "c": [{"d": 2}, 3]}'
+    assert parse_json(content, made=lambda found: [*found.values()]) == [[1], [[2], 3]]
+    assert parse_json(content) == {"a": {"b": 1}, "c": [{"d": 2}, 3]}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from coco_trees import CATEGORIES, COLOURS, annotation, content, polygon, write_tree
 from PIL import Image
+from sources import ROOT
 
 from mff_data.shapes import SHAPES
 from mff_data.sources import check_output, fingerprint
@@ -16,7 +18,16 @@ from mff_data.views import advice_if_late, collate, make_loader
 from mff_min import rng
 from mff_min.errors import UserError
 from mff_min.stream import Stream
-from mff_tasks.box_views import BoxViews, WholeBoxes, fitted, jittered_box, packed, targets, unpacked
+from mff_tasks.box_views import (
+    BoxViews,
+    WholeBoxes,
+    fitted,
+    jittered_box,
+    packed,
+    seen_mask,
+    targets,
+    unpacked,
+)
 from mff_tasks.coco import Objects, match_classes, open_boxes
 from mff_tasks.masks import box_of, encode, rasterise
 
@@ -40,7 +51,7 @@ def refusal(work, *arguments, **options):
 
 
 def test_objects_are_those_of_the_file_by_image(tmp_path):
-    write_tree(tmp_path, count=8)
+    write_tree(tmp_path, count=8, change=lambda found: found["images"].reverse())
     for split in ("train", "val"):
         said = []
         source = open_tree(tmp_path, split, said.append)
@@ -93,6 +104,23 @@ def test_the_layouts_of_a_tree_are_found(tmp_path, splits, images):
     assert train.origin == str(tmp_path / images / splits[0]) and len(train) == 5 and len(val) == 6
     assert train.open(0).size == train.size(0)[::-1]
     match_classes(train, val)
+
+
+def test_an_export_with_a_file_beside_the_images_is_read_after_the_lines_of_the_documents(
+        tmp_path, monkeypatch):
+    """Such exports count annotations from 0."""
+    write_tree(tmp_path, splits=("train", "valid"))
+    for split in ("train", "valid"):
+        path = tmp_path / f"annotations/instances_{split}.json"
+        found = json.loads(path.read_text())
+        for one in found["annotations"]:
+            one["id"] -= 1
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(found))
+        path.unlink()
+    lines, = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/detect.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(lines, "docs/detect.md", "exec"), {})
+    assert len(open_tree(tmp_path)) == 5 and len(open_tree(tmp_path, "val")) == 6
 
 
 def test_masks_are_those_of_pycocotools(tmp_path):
@@ -511,6 +539,18 @@ def test_masks_and_boxes_stay_on_their_objects(size, rle):
             outside += len(rest)
             assert (torch.cdist(rest, colours) > 60).all()
     assert inside > 10_000 and outside > 100_000
+
+
+def test_a_polygon_is_moved_by_what_the_pixels_are():
+    """On each axis by the scale of the part, which is a whole number of the file's pixels; then mirrored."""
+    square = np.array([[14, 12], [24, 12], [24, 17], [14, 17]])
+    box, size = (2, 4, 20, 40), (40, 60)                                # twice as high, half as wide again
+    moved = rasterise([[15, 20, 30, 20, 30, 30, 15, 30]], 40, 60)
+    assert np.array_equal(seen_mask([square], box, size, False), moved) and moved.sum() == 150
+    assert np.array_equal(seen_mask([square], box, size, True)[:, ::-1], moved)
+    whole = rasterise([square], 30, 50)
+    assert np.array_equal(seen_mask(encode(whole), box, (20, 40), False), whole[2:22, 4:44])
+    assert np.array_equal(seen_mask(encode(whole), box, (20, 40), True), whole[2:22, 4:44][:, ::-1])
 
 
 def test_the_jitter_is_the_published_one():
