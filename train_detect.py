@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained encoder for detection and instance segmentation on COCO (MFF, arXiv 2308.00261, A.3).
+"""Fine-tune a pre-trained encoder for detection and instance segmentation (MFF, arXiv 2308.00261, A.3).
 
     python train_detect.py --checkpoint runs/demo --small               on the embedded scenes
     torchrun --nproc-per-node=8 train_detect.py --checkpoint runs/mff --data coco:DIR --workers 4
@@ -61,7 +61,7 @@ class Config(CheckpointFlags, RunFlags):
     proposals: int = opt(1000, "boxes of an image that the first stage proposes", above=0)
     regions: int = opt(512, "boxes of an image that the second stage learns from, in a step", above=0)
     fused: bool = opt(False, "the pyramid is made of MFF's fused feature, not of the last block's output")
-    schedule: float = opt(25.0, "epochs; the rate falls to a tenth at 8/9 and again at 26/27 of them", above=0)
+    schedule: float = opt(25.0, "epochs; the rate falls to a tenth at 8/9 and 26/27 of them", above=0)
     steps: int | None = opt(None, "steps of the schedule, in place of --schedule", above=0)
     batch_size: int = opt(1, "images of one micro-batch in one process", above=0)
     global_batch: int = opt(64, "images of a step, over all processes and micro-batches", above=0)

@@ -146,6 +146,13 @@ def targets(batch, width, device):
 # ---------------------------------------------------------------- evaluation
 
 
+def fitted_image(image, size):
+    """The pixels (C, h, w) of an image, scaled to fit into size."""
+    sides = crops.sides(image)
+    pixels = crops.resized_part(image, (0, 0, *sides), fitted(sides, size), "bilinear")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 class WholeBoxes(Dataset):
     """Whole images for evaluation, scaled to fit into size and padded: image (C, H, W) uint8.
 
@@ -173,7 +180,4 @@ class WholeBoxes(Dataset):
     def whole(self, index):
         """The pixels (C, h, w) of an image."""
         image, _ = open_pair(self.source, index)
-        image = crops.to_mode(image, self.in_chans)
-        sides = crops.sides(image)
-        pixels = crops.resized_part(image, (0, 0, *sides), fitted(sides, self.size), "bilinear")
-        return torch.from_numpy(pixels).permute(2, 0, 1)                # (C, h, w)
+        return fitted_image(crops.to_mode(image, self.in_chans), self.size)

@@ -4,7 +4,8 @@ The measures are those of pycocotools: the detections of a class and image are m
 by falling score, at ten IoU thresholds. An ignored object, which is a crowd or outside of a range of areas,
 makes neither a hit nor a miss.
 
-Shapes: R detections of an image, N objects, D detections of one class, A ranges of areas, T thresholds.
+Shapes: B images, C H W, h w of the part that an image fills, R detections of an image, N objects, D
+detections of one class, G classes, A ranges of areas, T thresholds.
 """
 
 import json
@@ -308,7 +309,8 @@ def evaluate(model, source, cfg, world, ops, dtype, bad_samples, path=None):
     An unreadable image is one without detections. With a path, the detections are written there.
     """
     detect = detector(model, cfg.mean, cfg.std, world.device, ops, dtype)
-    keys = each_once(len(source), cfg.batch_size, world)
+    batch_size = min(cfg.batch_size, max(2 ** 24 // math.prod(cfg.img_size), 1))        # 16 of 1024 x 1024
+    keys = each_once(len(source), batch_size, world)
     views = WholeBoxes(source, cfg.img_size, cfg.in_chans, cfg.mean)
     matches, results = {}, {}
     for chosen, batch in zip(keys, make_loader(views, keys, cfg.workers, world.device.type == "cuda",
@@ -325,27 +327,26 @@ def evaluate(model, source, cfg, world, ops, dtype, bad_samples, path=None):
     if path:
         results = {index: each for part in world.all_gather(results) for index, each in part.items()}
         if world.is_main:
-            write_results(path, results, source)
+            write_results(path, (entry for index in sorted(results) for entry in
+                                 entries(results[index], source.image_ids[index], source.category_ids)))
     order = sorted(range(len(source)), key=lambda index: source.image_ids[index])       # as in pycocotools
     return measures([matches[index] for index in order], source.classes)
 
 
-def write_results(path, results, source):
-    """Write {index: Found} in COCO's format of results, with the original ids of images and categories.
-
-    For masks, pycocotools takes the areas of boxes where both are given: delete each "bbox" for it.
-    """
-    lines = [json.dumps(entry) for index in sorted(results) for entry in
-             entries(results[index], int(source.image_ids[index]), source.category_ids)]
-    text = ",\n".join(lines)
-    write_atomically(path, lambda file: file.write(f"[{text}]\n".encode()))
-
-
 def entries(found, image_id, category_ids):
-    """The entries of an image's detections in COCO's format of results."""
+    """The entries of an image's detections in COCO's format of results, with the original ids."""
     for label, score, box, rle in zip(found.labels, found.scores, found.boxes, found.masks, strict=True):
-        yield dict(image_id=image_id, category_id=int(category_ids[label]), bbox=box.tolist(),
+        yield dict(image_id=int(image_id), category_id=int(category_ids[label]), bbox=box.tolist(),
                    score=float(score), segmentation=rle)
+
+
+def write_results(path, results):
+    """Write entries in COCO's format of results, one per line.
+
+    For masks, pycocotools takes the areas of boxes where it is given both: delete each "bbox" before.
+    """
+    text = ",\n".join(map(json.dumps, results))
+    write_atomically(path, lambda file: file.write(f"[{text}]\n".encode()))
 
 
 # ---------------------------------------------------------------- pictures
@@ -409,9 +410,9 @@ def detection_sheet(rows, classes, title):
     return with_legend(tiles, (), classes, title, ("image", "truth", "detections"))
 
 
-def overlay(image, found, classes):
-    """A picture of an image (h, w, 3) with its detections, 256 to 1,024 pixels large."""
-    return Image.fromarray(with_instances(image, overlay_size(*image.shape[:2]), found, classes))
+def overlay(image, original, found, classes):
+    """A picture of an image (h, w, 3), originally (H, W), with its detections: 256 to 1,024 pixels large."""
+    return Image.fromarray(with_instances(image, overlay_size(*original), found, classes))
 
 
 def picture(model, source, count, cfg, device, ops, dtype, title):

@@ -22,6 +22,7 @@ from torch import nn
 from mff_min.kernels.ops import TORCH
 from mff_min.kernels.reference import patchify
 from mff_min.mim import fuse
+from mff_min.probe import check_measured
 from mff_run.flops import block_flops
 from mff_tasks import masks
 from mff_tasks.attention import WindowAttention
@@ -33,7 +34,7 @@ RPN_IOU = 0.3, 0.7                                                      # backgr
 RPN_SAMPLES, RPN_POSITIVE = 256, 0.5                                    # anchors of an image's loss
 RPN_NMS = 0.7
 PROPOSALS = 1000                                                        # of an image
-BEFORE_NMS = 2                                                          # times as many of a level, in training
+BEFORE_NMS = 2                                                          # in training, twice these of a level
 ROI_IOU = 0.5                                                           # from here on a region is an object
 REGIONS, ROI_POSITIVE = 512, 0.25                                       # of an image's loss
 BOX_WEIGHTS = 10.0, 10.0, 5.0, 5.0                                      # of a region's four deltas
@@ -156,6 +157,11 @@ def of_class(x, labels):
 def owners(parts):
     """The image of each row of a list of tensors, one for each image: (R,) int64."""
     return torch.cat([torch.full((len(part),), i, device=part.device) for i, part in enumerate(parts)])
+
+
+def sums(x, parts):
+    """The sums over each image's rows of x (R, ...), of which parts are as long: (B, 1)."""
+    return torch.stack([rows.sum() for rows in x.split(list(map(len, parts)))])[:, None]
 
 # ---------------------------------------------------------------- losses
 
@@ -356,12 +362,16 @@ class MaskRCNN(nn.Module):
 
         sizes (B, 2): the (height, width) of the part that the image fills, from its upper left corner. boxes
         (R, 4) are in pixels of that part, scores (R,) probabilities, labels (R,) int64, and masks (R, 28, 28)
-        probabilities inside the boxes; R is 100 at most.
+        probabilities inside the boxes; R is 100 at most. Raises Fault where a number of the model is not
+        finite: it would be an image without detections.
         """
         sizes = torch.as_tensor(sizes, device=images.device)
         levels = self.encode(images)
-        proposals = self.propose(*self.rpn_head(levels), sizes, self.proposals)
+        logits, deltas = self.rpn_head(levels)
+        check_measured(logits.sum(dim=1, keepdim=True) + deltas.sum(dim=1), "the scores of anchors")
+        proposals = self.propose(logits, deltas, sizes, self.proposals)
         scores, deltas = self.classify(levels, proposals)
+        check_measured(sums(scores, proposals) + sums(deltas, proposals), "the scores of regions")
         boxes = decode(deltas, torch.cat(proposals)[:, None], BOX_WEIGHTS)      # (R, G, 4)
         owner, scores = owners(proposals), scores.softmax(dim=1)[:, :-1]        # (R,), (R, G)
         boxes = clip(boxes, sizes[owner, None])
@@ -375,8 +385,9 @@ class MaskRCNN(nn.Module):
 
         # find the masks of the others
         maps = self.mask_head(self.pool(levels, [image["boxes"] for image in found], MASK_SIDE))
-        maps = of_class(maps, label[torch.cat(chosen)]).float().sigmoid()
-        for image, part in zip(found, maps.split(list(map(len, chosen))), strict=True):
+        maps = of_class(maps, label[torch.cat(chosen)]).float()
+        check_measured(sums(maps, chosen), "the masks")
+        for image, part in zip(found, maps.sigmoid().split(list(map(len, chosen))), strict=True):
             image["masks"] = part
         return found
 

@@ -111,8 +111,8 @@ def detection_shapes_cpu(result):
             f"{result['config']['global_batch']} images, on {threads} CPU thread{'s' * (threads > 1)} in "
             f"{result['seconds'] / 60:.1f} minutes. On {result['val_images']} validation images it reaches "
             f"{result['box_AP']:.1f} % box AP and {result['mask_AP']:.1f} % mask AP "
-            f"({result['box_AP50']:.1f} % and {result['mask_AP50']:.1f} % at an overlap of a half). The figures "
-            f"stand in results/detection_shapes_cpu.json.")
+            f"({result['box_AP50']:.1f} % and {result['mask_AP50']:.1f} % at an overlap of a half). The "
+            f"figures stand in results/detection_shapes_cpu.json.")
 
 
 PROMISES = 12                                                           # of docs/reliability.md
@@ -233,7 +233,7 @@ BLOCKS = {"demo": demo, "probe_shapes_cpu": probe_shapes_cpu,           # each f
           "faults_cpu": faults_cpu}
 STUDIES = ("study_shapes_cpu", "study_imagenette_cpu", "study_imagenette_gpu", "study_shapes_cpu_minutes",
            "study_imagenette_cpu_minutes")
-SUBJECTS = "step", "segment", "data", "imports"
+SUBJECTS = "step", "segment", "detect", "data", "imports"
 MACHINES = {"bench": (bench, SUBJECTS)}                                 # each from <subject>_<device>.json
 
 

@@ -1,11 +1,13 @@
-"""Measure a classifier as it is, on validation images or on a robustness set of ImageNet; or a segmenter.
+"""Measure a classifier as it is, on validation images or a robustness set; or a segmenter, or a detector.
 
     python -m tools.evaluate --checkpoint runs/finetune --data IMAGENET --img-size 384 --workers 12
     torchrun --nproc-per-node=8 -m tools.evaluate --checkpoint runs/finetune --robustness imagenet-a:DIR
     python -m tools.evaluate --checkpoint runs/segment --data ade20k:DIR --batch-size 4 --workers 12
+    python -m tools.evaluate --checkpoint runs/detect --data coco:DIR --batch-size 4 --workers 12
 
 The checkpoint is a run of train_finetune.py, its classifier.pt, or a file with timm's names and a head. For a
 run of train_segment.py, or its segmenter.pt, it measures mIoU; then --batch-size counts windows of an image.
+For a run of train_detect.py, or its detector.pt, it measures AP and writes results.json, COCO's format.
 """
 
 from dataclasses import dataclass, replace
@@ -23,9 +25,9 @@ from mff_run.log import BadSamples
 from mff_run.process import run
 from mff_run.resume import open_measuring_folder, record
 from mff_run.world import pick_dtype, pick_ops, start_world
-from mff_tasks import segmentation
+from mff_tasks import detection, detector, segmentation, segmenter
 from mff_tasks.ade20k import open_masks
-from mff_tasks.segmenter import FILE, find_segmenter, load_segmenter
+from mff_tasks.coco import open_boxes
 from mff_weights.pretrained import CheckpointFlags, build_like, load_classifier, open_pretrained, white_of
 from tools.robustness import RobustnessSet, open_robustness, summarise, table
 from train_finetune import count_on
@@ -57,21 +59,29 @@ def main(cfg):
     """Measure as cfg says; returns the metrics: acc1, acc5 and so on, or those of `robustness.summarise`."""
     check_ranges(cfg)
     with start_world(cfg.device, timeout=cfg.timeout) as world:
-        path = find_segmenter(cfg.checkpoint) if cfg.checkpoint else None
-        return measure_segmenter(cfg, world, path) if path else measure(cfg, world)
+        path = segmenter.find_segmenter(cfg.checkpoint) if cfg.checkpoint else None
+        if path:
+            return measure_segmenter(cfg, world, path)
+        path = detector.find_detector(cfg.checkpoint) if cfg.checkpoint else None
+        return measure_detector(cfg, world, path) if path else measure(cfg, world)
+
+
+def as_trained(cfg, finished, kind):
+    """cfg with the settings of a Finished model's run. Raises UserError where others are given."""
+    given = [name for name in OF_CLASSIFIERS if getattr(cfg, name)]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')}: {finished.path} is a {kind}, which has the "
+                        f"settings of its run; expected no such flag")
+    return replace(cfg, img_size=finished.img_size, in_chans=finished.in_chans, mean=finished.mean,
+                   std=finished.std, white=cfg.white or white_of(finished.config))
 
 
 def measure_segmenter(cfg, world, path):
     """The metrics of segmentation.iou of the segmenter in a file, on --data with masks."""
-    given = [name for name in OF_CLASSIFIERS if getattr(cfg, name)]
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')}: {path} is a segmenter, which has the settings "
-                        f"of its run; expected no such flag")
     ops, dtype = pick_ops(cfg.ops, world.device), pick_dtype(cfg.dtype, world.device)
-    finished = load_segmenter(path, world.device, ops)
+    finished = segmenter.load_segmenter(path, world.device, ops)
+    cfg = as_trained(cfg, finished, "segmenter")
     told, classes = finished.config, finished.classes
-    cfg = replace(cfg, img_size=finished.img_size, in_chans=finished.in_chans, mean=finished.mean,
-                  std=finished.std, white=cfg.white or white_of(told))
     labels = None, "", False
     if cfg.data.startswith("masks:"):                                   # which has no names of its own
         labels = len(classes), "", bool(told.get("reduce_zero_label"))
@@ -91,12 +101,33 @@ def measure_segmenter(cfg, world, path):
     return metrics
 
 
+def measure_detector(cfg, world, path):
+    """The metrics of detection.measures of the detector in a file, on --data with objects."""
+    ops, dtype = pick_ops(cfg.ops, world.device), pick_dtype(cfg.dtype, world.device)
+    finished, _ = detector.load_detector(path, world.device, ops)
+    cfg = as_trained(cfg, finished, "detector")
+    source = world.local_main_first(lambda: open_boxes(cfg.data, "val", cfg.cache_dir, world.say,
+                                                       reading_of(cfg), cfg.max_bad))
+    if source.classes != finished.classes:
+        raise UserError(f"--data {cfg.data} has {len(source.classes)} classes, {listed(source.classes)}, and "
+                        f"{path} has {listed(finished.classes)}: expected the data it was trained on")
+    describe_files(world.say, source, output=cfg.output_dir)
+    folder = open_measuring_folder(cfg, world)
+    bad_samples = BadSamples(folder, world, len(source), cfg.max_bad)
+    metrics = detection.evaluate(finished.model, source, cfg, world, ops, dtype, bad_samples,
+                                 folder / "results.json")
+    world.say(detection.shown(metrics))
+    record(folder, cfg, world, metrics)
+    return metrics
+
+
 def measure(cfg, world):
     pretrained, cfg = open_pretrained(cfg, world.say)
     if "head.weight" not in pretrained.encoder:
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
                         f"writes, timm's names with head.weight among them, or a finished run of "
-                        f"train_segment.py, whose folder has {FILE}")
+                        f"train_segment.py or train_detect.py, whose folder has {segmenter.FILE} or "
+                        f"{detector.FILE}")
     num_classes = len(pretrained.encoder["head.weight"])
     model = build_like(pretrained, cfg.img_size, num_classes=num_classes,
                        global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")

@@ -12,7 +12,6 @@ Shapes: C h w of what the model sees of an image, H W its own.
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,25 +51,35 @@ class Config(DataFlags):
 
 def main(cfg):
     """Segment the images; returns {"images": how many, "unreadable": {name: reason}}."""
-    check_ranges(cfg)
-    paths, root, places = list_images(Path(cfg.images))
-    path = find_segmenter(cfg.run)
-    if not path:
-        raise UserError(f"{cfg.run} has no {FILE}: expected a finished run of train_segment.py, or that file")
-    out = Path(cfg.output_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--output-dir {out} is there already and not an empty folder: name another")
-    check_output(out, [SimpleNamespace(folders=set(map(os.fsencode, places)))])
+    paths, root, path = check(cfg, "masks", find_segmenter, f"{FILE}: expected a finished run of "
+                                                            f"train_segment.py, or that file")
     with start_world(cfg.device) as world:
         if world.size > 1:
             raise UserError("tools.segment runs in one process: expected no --nproc-per-node")
         return segment(cfg, world, path, root, paths)
 
 
-def list_images(path):
+def check(cfg, what, find, expected):
+    """(paths of the images, the folder they are seen from, the file of the run). Raises UserError.
+
+    what is written for each of them, find is what finds the file of a run, and expected what it has.
+    """
+    check_ranges(cfg)
+    paths, root, places = list_images(Path(cfg.images), what)
+    path = find(cfg.run)
+    if not path:
+        raise UserError(f"{cfg.run} has no {expected}")
+    out = Path(cfg.output_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--output-dir {out} is there already and not an empty folder: name another")
+    check_output(out, [SimpleNamespace(folders=set(map(os.fsencode, places)))])
+    return paths, root, path
+
+
+def list_images(path, what):
     """(paths of the images in a folder, or of one image; the folder they are seen from; those looked into).
 
-    Raises UserError where there is none, and where two masks would have one name.
+    Raises UserError where there is none, and where two of what is written for them would have one name.
     """
     if path.is_file():
         return [path.name], path.parent, ()
@@ -84,43 +93,52 @@ def list_images(path):
     counts = Counter(os.path.splitext(name)[0] for name in paths)
     twice = [name for name in paths if counts[os.path.splitext(name)[0]] > 1]
     if twice:
-        raise UserError(f"{path} has images that differ in their endings alone: {listed(twice)}; their masks "
-                        f"would have one name: rename them")
+        raise UserError(f"{path} has images that differ in their endings alone: {listed(twice)}; their "
+                        f"{what} would have one name: rename them")
     return paths, path, places
 
 
-def segment(cfg, world, path, root, paths):
-    ops = pick_ops(cfg.ops, world.device)
-    finished = load_segmenter(path, world.device, ops)
-    cfg = replace(cfg, white=cfg.white or white_of(finished.config))
-    reading, classes, out = reading_of(cfg), finished.classes, Path(cfg.output_dir)
-    predict = predictor(finished.model, len(classes), finished.img_size, finished.mean, finished.std,
-                        cfg.batch_size, world.device, ops, pick_dtype(cfg.dtype, world.device))
-    make_folder("--output-dir", out)
-    (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
-    progress, bad = Progress(len(paths), 0, world), {}
-    source = ImageFiles(root, paths, {}, classes, reading=reading)
-    patience = Patience(source, source.open)
+def each_image(cfg, finished, root, paths, read, bad, progress):
+    """(name, read(image)) of each image that can be read; bad gets {name: reason} of the others.
 
-    def read(i):
-        image = crops.to_mode(source.open(i), finished.in_chans)
-        return whole_image(image, min(finished.img_size)), crops.sides(image)       # (C, h, w)
+    Raises UserError where none can be.
+    """
+    source = ImageFiles(root, paths, {}, finished.classes, reading=reading_of(cfg))
+    patience = Patience(source, source.open)
     for i, name in enumerate(paths):
         try:
-            pixels, size = patience.read(i, partial(read, i))
+            found = patience.read(i, lambda i=i: read(crops.to_mode(source.open(i), finished.in_chans)))
         except DECODE_ERRORS as error:
             bad[name] = reason_of(error, os.path.join(root, name))
             continue
-        labels = predict(pixels[None], size).cpu().numpy().astype(np.uint8)         # (H, W)
-        stem = os.path.splitext(name)[0]
-        write_picture(out / "masks" / f"{stem}.png", Image.fromarray(labels))
-        write_picture(out / "overlays" / f"{stem}.png", overlay(as_rgb(pixels), labels, classes))
+        yield name, found
         progress.tick(i + 1)
     if len(bad) == len(paths):
         raise UserError(f"none of the {len(paths)} images in {root} can be read: the first is "
                         f"{printable(paths[0])} ({bad[paths[0]]})")
     for name, reason in sorted(bad.items())[:5]:
         progress.say(f"warning: {printable(name)} cannot be read ({reason})")
+
+
+def segment(cfg, world, path, root, paths):
+    ops = pick_ops(cfg.ops, world.device)
+    finished = load_segmenter(path, world.device, ops)
+    cfg = replace(cfg, white=cfg.white or white_of(finished.config))
+    classes, out = finished.classes, Path(cfg.output_dir)
+    predict = predictor(finished.model, len(classes), finished.img_size, finished.mean, finished.std,
+                        cfg.batch_size, world.device, ops, pick_dtype(cfg.dtype, world.device))
+    make_folder("--output-dir", out)
+    (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    progress, bad = Progress(len(paths), 0, world), {}
+
+    def read(image):
+        size = crops.sides(image)                                       # a large JPEG is decoded smaller
+        return whole_image(image, min(finished.img_size)), size         # (C, h, w), (H, W)
+    for name, (pixels, size) in each_image(cfg, finished, root, paths, read, bad, progress):
+        labels = predict(pixels[None], size).cpu().numpy().astype(np.uint8)         # (H, W)
+        stem = os.path.splitext(name)[0]
+        write_picture(out / "masks" / f"{stem}.png", Image.fromarray(labels))
+        write_picture(out / "overlays" / f"{stem}.png", overlay(as_rgb(pixels), labels, classes))
     write_json(out / "metrics.json", dict(images=len(paths), unreadable=bad, config=asdict(cfg)))
     progress.say(f"{out}: masks and overlays of {len(paths) - len(bad)} of {len(paths)} images")
     return dict(images=len(paths), unreadable=bad)

@@ -243,6 +243,8 @@ def test_the_smallest_noise_is_sampled():
     noise = torch.tensor([0.9, 0.5, 0.0, 0.1, 0.2, 0.3, 0.8, 0.6, 0.4, 0.0])
     positive, negative = ops.sample(labels, 4, 0.5, noise)
     assert (positive.tolist(), negative.tolist()) == ([3, 5], [4, 8])
+    positive, negative = ops.sample(labels, 5, 0.5, noise)              # 2.5 are two
+    assert (positive.tolist(), negative.tolist()) == ([3, 5], [4, 8, 6])
     positive, negative = ops.sample(labels, 20, 0.5, noise)             # too few of both
     assert (positive.tolist(), negative.tolist()) == ([3, 5, 1, 7], [4, 8, 6, 0])
     positive, negative = ops.sample(torch.full((10,), -1), 4, 0.5, noise)       # negatives fill up

@@ -429,12 +429,13 @@ def test_a_sheet_shows_truth_and_detections_with_masks_boxes_names_and_scores():
 
 def test_an_image_without_objects_is_shown_as_it_is():
     image = np.random.default_rng(0).integers(0, 256, (300, 260, 3)).astype(np.uint8)
-    assert np.array_equal(np.asarray(overlay(image, Found(), [])), image)
+    assert np.array_equal(np.asarray(overlay(image, (300, 260), Found(), [])), image)
 
 
 def test_more_classes_than_colours_are_drawn():
     found = squares(A, scores=[0.9], labels=[999])
-    assert overlay(np.zeros((200, 200, 3), np.uint8), found, [str(i) for i in range(1000)]).size == (256, 256)
+    names, image = [str(i) for i in range(1000)], np.zeros((200, 200, 3), np.uint8)
+    assert overlay(image, (200, 200), found, names).size == (256, 256)
 
 
 def test_a_picture_leaves_out_what_cannot_be_read(tmp_path):

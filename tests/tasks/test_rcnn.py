@@ -18,6 +18,7 @@ from test_upernet import convolve, gelu, max_pool, numpy, upsample_by_convolutio
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mff_min.errors import Fault
 from mff_min.optim import clip_grad_norm, param_groups, set_lr
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run.sharded import shard, whole
@@ -234,6 +235,7 @@ def test_the_published_model_has_113_9_million_parameters(published):
         encoder, pyramid, rpn, box, predictor, mask]
     assert weights(published) == encoder + pyramid + rpn + box + predictor + mask == 113_894_581 - 4357 + 768
     assert f"{(encoder + pyramid - D) / 1e6:.2f}" == "94.44"
+    assert f"{(weights(published) - (64 * 64 - 14 * 14) * D) / 1e6:.1f}" == "110.9"     # as in detectron2
 
 
 def test_the_published_model_has_its_shapes(published):
@@ -261,6 +263,15 @@ def test_layers_have_detectron2s_names(published):
             "encoder.blocks.11.attn.rel_pos_w"]:
         assert name in names, name
     assert not [name for name in names if "cls_token" in name or name.startswith("encoder.norm")]
+
+
+def test_settings_are_the_published_ones():
+    """detectron2's mask_rcnn_vitdet."""
+    assert rcnn.RPN_IOU == (0.3, 0.7) and (rcnn.RPN_SAMPLES, rcnn.RPN_POSITIVE) == (256, 0.5)
+    assert (rcnn.BEFORE_NMS, rcnn.PROPOSALS, rcnn.RPN_NMS) == (2, 1000, 0.7)
+    assert (rcnn.ROI_IOU, rcnn.REGIONS, rcnn.ROI_POSITIVE) == (0.5, 512, 0.25)
+    assert (rcnn.BOX_SIDE, rcnn.MASK_SIDE, rcnn.BOX_WEIGHTS) == (7, 14, (10, 10, 5, 5))
+    assert (rcnn.SCORE, rcnn.NMS, rcnn.DETECTIONS) == (0.05, 0.5, 100)
 
 
 def test_anchors_are_8_strides_large_and_of_three_ratios():
@@ -496,7 +507,7 @@ def detections_by_loop(model, scores, deltas, proposals, size):
 def outputs_of(model, images, sizes):
     """(levels, proposals, scores, deltas) of detect."""
     levels = model.encode(images)
-    proposals = model.propose(*model.rpn_head(levels), torch.tensor(sizes), 1000)
+    proposals = model.propose(*model.rpn_head(levels), torch.tensor(sizes), model.proposals)
     return levels, proposals, *model.classify(levels, proposals)
 
 
@@ -569,6 +580,20 @@ def test_nothing_found_is_a_result():
             boxes=(0, 4), scores=(0,), labels=(0,), masks=(0, 28, 28))
 
 
+@pytest.mark.parametrize("layer, what", [
+    ("rpn_head.anchor_deltas", "scores of anchors"), ("rpn_head.objectness_logits", "scores of anchors"),
+    ("box_predictor.cls_score", "scores of regions"), ("box_predictor.bbox_pred", "scores of regions"),
+    ("mask_head.predictor", "masks")])
+def test_numbers_that_are_not_finite_are_a_fault_and_no_empty_answer(layer, what):
+    """NaN is not above a threshold: a model that has diverged would find nothing."""
+    model, images, *_ = trained(build(), 3)
+    model.box_predictor["cls_score"].weight.data *= 30
+    assert len(model.detect(images[:1], [(32, 48)])[0]["labels"])
+    model.get_submodule(layer).bias.data[:] = math.nan
+    with pytest.raises(Fault, match=f"{what} of [123] in 3 images are not finite"):
+        model.detect(images, [(32, 48)] * 3)
+
+
 # ---------------------------------------------------------------- training
 
 def numbers(losses):
@@ -614,7 +639,7 @@ def test_the_losses_are_of_parts_that_are_tested():
     branches, anchor_noise, region_noise = noise.split(model.noise_parts, dim=1)
     levels = model.encode(images, branches.view(3, 4, 2))
     logits, deltas = model.rpn_head(levels)
-    proposals = model.propose(logits, deltas, torch.tensor([[32, 48]] * 3), 2000)
+    proposals = model.propose(logits, deltas, torch.tensor([[32, 48]] * 3), 2 * model.proposals)
     chosen = model.choose_regions(proposals, targets, region_noise)
     scores, moved = model.classify(levels, [part["regions"] for part in chosen])
     boxes = torch.cat([target["boxes"][part["index"]] for target, part in zip(targets, chosen, strict=True)])

@@ -143,15 +143,15 @@ def test_a_disk_that_goes_away_is_waited_for(tmp_path, finished, monkeypatch):
     for name in "abc":
         noise_image(9, 9).save(images / f"{name}.png")
     whole = segment.whole_image
+    back = threading.Timer(0.5, lambda: (tmp_path / "away").rename(images))
 
     def leave(*given):
         if images.exists():                                             # the first of them is read
             images.rename(tmp_path / "away")
             monkeypatch.setattr(segment, "whole_image", whole)
+            back.start()
         return whole(*given)
     monkeypatch.setattr(segment, "whole_image", leave)
-    back = threading.Timer(0.5, lambda: (tmp_path / "away").rename(images))
-    back.start()
     found = apply(finished, images, tmp_path / "out")
     back.join()
     assert found == dict(images=3, unreadable={}) and len(list((tmp_path / "out/masks").iterdir())) == 3
@@ -159,17 +159,18 @@ def test_a_disk_that_goes_away_is_waited_for(tmp_path, finished, monkeypatch):
 
 def test_masks_and_overlays_are_written_for_own_images_at_their_own_size(tmp_path, finished):
     images = tmp_path / "images"
-    for name, size in (("a.png", (40, 30)), ("b/c.jpg", (20, 90)), ("d.JPEG", (33, 1))):
+    for name, size in (("a.png", (40, 30)), ("b/c.jpg", (20, 90)), ("d.JPEG", (33, 1)),
+                       ("large.jpg", (80, 120))):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         noise_image(*size[::-1], seed=size[0]).save(images / name)
     (images / "notes.txt").write_text("no image")
     (images / "torn.png").write_bytes(b"\x89PNG no")
     found = apply(finished, images, tmp_path / "out")
-    assert found == dict(images=4, unreadable={"torn.png": "a PNG, which cannot be decoded"})
+    assert found == dict(images=5, unreadable={"torn.png": "a PNG, which cannot be decoded"})
     masks = {path.relative_to(tmp_path / "out/masks").as_posix(): Image.open(path)
              for path in (tmp_path / "out/masks").rglob("*.*")}
     assert {name: mask.size for name, mask in masks.items()} == {"a.png": (40, 30), "b/c.png": (20, 90),
-                                                                 "d.png": (33, 1)}
+                                                                 "d.png": (33, 1), "large.png": (80, 120)}
     assert all(mask.mode == "L" for mask in masks.values())
     assert (tmp_path / "out/classes.txt").read_text() == "a\nb\nc\nd\n"
     assert json.loads((tmp_path / "out/metrics.json").read_text())["unreadable"] == found["unreadable"]

@@ -106,7 +106,7 @@ def peer_of(ours, width, num_classes):
         image_mean=[0.0] * 3, image_std=[1.0] * 3, size_divisible=1, _skip_resize=True,
         rpn_anchor_generator=AnchorGenerator(sizes, (rcnn.RATIOS,) * len(sizes)),
         rpn_head=RPNHead(width, len(rcnn.RATIOS), conv_depth=2),
-        rpn_pre_nms_top_n_train=rcnn.PRE_NMS, rpn_post_nms_top_n_train=ours.proposals,
+        rpn_pre_nms_top_n_train=rcnn.BEFORE_NMS * ours.proposals, rpn_post_nms_top_n_train=ours.proposals,
         rpn_nms_thresh=rcnn.RPN_NMS, rpn_batch_size_per_image=rcnn.RPN_SAMPLES,
         box_batch_size_per_image=ours.regions, box_roi_pool=pool(rcnn.BOX_SIDE),
         box_head=FastRCNNConvFCHead((width, rcnn.BOX_SIDE, rcnn.BOX_SIDE), [width] * 4, [4 * width], norm),
@@ -307,7 +307,7 @@ def proposals_of(model):
     generator, height = torch.Generator().manual_seed(0), model.img_size[0]
     found, level = [], []
     for i, (anchors, stride) in enumerate(zip(model.num_anchors, model.strides, strict=True)):
-        R = min(anchors, rcnn.PRE_NMS)
+        R = min(anchors, rcnn.BEFORE_NMS * rcnn.PROPOSALS)
         centres = height * torch.rand(R, 2, generator=generator)
         sides = rcnn.ANCHOR_STRIDES * stride * (0.3 * torch.randn(R, 2, generator=generator)).exp()
         found.append(torch.cat([centres - sides / 2, centres + sides / 2], dim=1))

@@ -16,8 +16,8 @@ GRACE = 60                                                              # second
 
 # Shares of the time that is left when their turn comes. On a GPU the step is first, and compiling takes most
 # of its time; the bytes need no GPU.
-SHARES = {"cpu": {"imports": 0.08, "data": 0.12, "attention": 0.1, "segment": 0.15, "detect": 0.2, "step": 0.6,
-                  "ops": 0.6, "bytes": 1.0},
+SHARES = {"cpu": {"imports": 0.08, "data": 0.12, "attention": 0.1, "segment": 0.15, "detect": 0.2,
+                  "step": 0.6, "ops": 0.6, "bytes": 1.0},
           "cuda": {"step": 0.75, "attention": 0.4, "segment": 0.3, "detect": 0.3, "data": 0.4, "ops": 0.6,
                    "imports": 1.0, "bytes": 1.0}}
 
