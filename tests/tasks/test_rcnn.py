@@ -458,6 +458,11 @@ def test_numbers_that_are_not_finite_are_no_proposals():
     logits[0, ::2], deltas[1] = math.nan, math.nan
     first, second = model.propose(logits, deltas, torch.tensor([[32, 48]] * 2), 2000)
     assert len(first) == 50 and first.isfinite().all() and len(second) == 0
+    logits, deltas = random_outputs(model)
+    logits[0, 5], logits[1, 5] = math.inf, -1e30
+    deltas[1], logits[1, 6:], logits[1, :5] = deltas[0], logits[0, 6:], logits[0, :5]
+    first, second = model.propose(logits, deltas, torch.tensor([[32, 48]] * 2), 2000)
+    assert torch.equal(first, second)
 
 
 def test_regions_are_objects_and_background_by_their_overlap():
@@ -485,6 +490,21 @@ def test_more_objects_than_noise_are_cut_off():
     model = build(proposals=5)
     chosen, = model.choose_regions([objects(5)["boxes"]], [objects(30, seed=1)], torch.rand(1, 10))
     assert 0 < len(chosen["labels"]) <= 10
+
+
+def test_boxes_are_read_from_the_level_of_their_size():
+    """A box of 14 patches from the encoder's stride, of half that from the next finer one."""
+    model = build(img_size=(64, 96))                        # strides 1, 2, 4, 8
+    levels = []
+    for i, (stride, (rows, columns)) in enumerate(zip(model.strides, model.grids, strict=True)):
+        x = (torch.arange(columns) + 0.5).expand(rows, -1) * stride     # in pixels
+        levels.append(torch.stack([torch.full((rows, columns), float(i)), x])[None].expand(2, -1, -1, -1))
+    levels[0] = levels[0] * torch.tensor([1.0, -1.0])[:, None, None, None]      # of the second image: negative
+    boxes = [torch.tensor([[20.0, 4, 76, 60], [20, 10, 48, 38]]), torch.tensor([[30.0, 10, 44, 24]])]
+    pooled = model.pool(levels, boxes, 7)
+    assert pooled.shape == (3, 2, 7, 7)
+    torch.testing.assert_close(pooled[:2, 0].mean(dim=(1, 2)), torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(pooled[:, 1].mean(dim=(1, 2)), torch.tensor([48.0, 34.0, -37.0]))
 
 
 # ---------------------------------------------------------------- detection
@@ -622,6 +642,13 @@ def test_every_parameter_gets_a_gradient(options, counts):
         assert losses["loss_rpn_cls"] > 0 and losses["loss_cls"] > 0
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_trains_the_encoder(name):
+    model = build(width=8)
+    model(*batch(model))[name].backward()
+    assert [p for p in model.encoder.blocks[0].parameters() if not p.grad.any()] == []
+
+
 def test_the_losses_begin_where_they_must():
     """Anchors at even odds, all classes alike, masks at even odds."""
     model = build(width=16, classes=7)
@@ -660,7 +687,8 @@ def test_the_losses_are_of_parts_that_are_tested():
     assert count and losses["loss_mask"].item() == pytest.approx(total / count, rel=1e-4)
 
 
-def test_noise_alone_decides_and_each_image_has_its_own():
+def test_noise_alone_decides_and_each_image_has_its_own(monkeypatch):
+    monkeypatch.setattr(rcnn, "RPN_SAMPLES", 4)             # two positive anchors of an image, of more
     model = build(drop_path=0.5, regions=4)                 # one object and three other regions of an image
     images, targets, noise = batch(model)
     state = torch.get_rng_state()
@@ -669,7 +697,7 @@ def test_noise_alone_decides_and_each_image_has_its_own():
     begin = 0
     for part, changed in zip(model.noise_parts, (LOSSES, LOSSES[:2], LOSSES[2:]), strict=True):
         other = noise.clone()
-        other[:, begin:begin + part] = torch.rand(3, part)
+        other[:, begin:begin + part] = 1 - other[:, begin:begin + part]     # the opposite order
         found = numbers(model(images, targets, other))
         begin += part
         assert [name for name in LOSSES if found[name] != first[name]] == changed
