@@ -3,7 +3,8 @@
 Polygons are filled by COCO's own rule, which no drawing library has. Run lengths (RLE) go down the columns,
 one column after the other, and begin with a run of zeros, which may be empty.
 
-Shapes: H W of a mask, N masks, R boxes (x0, y0, x1, y1), S the side of a mask head's answer.
+Shapes: H W of a mask, N masks, m corners of a polygon, R boxes (x0, y0, x1, y1), r of them, S side of a mask
+head's answer.
 """
 
 import numpy as np

@@ -19,7 +19,7 @@ import torch
 from mff_data import crops
 from mff_data.decode import DataFlags
 from mff_min.augment import fill_color
-from mff_min.config import REQUIRED, knob, opt, parse
+from mff_min.config import REQUIRED, check_ranges, knob, opt, parse
 from mff_min.errors import UserError
 from mff_run.files import make_folder, write_json
 from mff_run.process import run
@@ -27,7 +27,7 @@ from mff_run.progress import Progress
 from mff_run.world import pick_dtype, pick_ops, start_world
 from mff_tasks.box_views import fitted_image
 from mff_tasks.detection import SHOWN, above, detector, entries, overlay, write_results
-from mff_tasks.detector import FILE, find_detector, load_detector
+from mff_tasks.detector import DETECTOR, FILE, load_detector
 from mff_tasks.mask_views import padded
 from mff_tasks.segmentation import as_rgb
 from mff_weights.pretrained import white_of
@@ -51,8 +51,8 @@ class Config(DataFlags):
 
 def main(cfg):
     """Find the objects; returns how many images and detections there are, and what is unreadable and why."""
-    paths, root, path = check(cfg, "pictures", find_detector, f"{FILE}: expected a finished run of "
-                                                              f"train_detect.py, or that file")
+    check_ranges(cfg)
+    paths, root, path = check(cfg.run, cfg.images, cfg.output_dir, DETECTOR, "pictures")
     with start_world(cfg.device) as world:
         if world.size > 1:
             raise UserError("tools.detect runs in one process: expected no --nproc-per-node")

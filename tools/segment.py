@@ -30,7 +30,7 @@ from mff_run.progress import Progress
 from mff_run.world import pick_dtype, pick_ops, start_world
 from mff_tasks.mask_views import whole_image
 from mff_tasks.segmentation import as_rgb, overlay, predictor
-from mff_tasks.segmenter import FILE, find_segmenter, load_segmenter
+from mff_tasks.segmenter import FILE, SEGMENTER, load_segmenter
 from mff_weights.pretrained import white_of
 
 
@@ -51,25 +51,24 @@ class Config(DataFlags):
 
 def main(cfg):
     """Segment the images; returns {"images": how many, "unreadable": {name: reason}}."""
-    paths, root, path = check(cfg, "masks", find_segmenter, f"{FILE}: expected a finished run of "
-                                                            f"train_segment.py, or that file")
+    check_ranges(cfg)
+    paths, root, path = check(cfg.run, cfg.images, cfg.output_dir, SEGMENTER, "masks")
     with start_world(cfg.device) as world:
         if world.size > 1:
             raise UserError("tools.segment runs in one process: expected no --nproc-per-node")
         return segment(cfg, world, path, root, paths)
 
 
-def check(cfg, what, find, expected):
+def check(run, images, output_dir, kind, what):
     """(paths of the images, the folder they are seen from, the file of the run). Raises UserError.
 
-    what is written for each of them, find is what finds the file of a run, and expected what it has.
+    kind is the finished.Kind of the run, and what is written for each image.
     """
-    check_ranges(cfg)
-    paths, root, places = list_images(Path(cfg.images), what)
-    path = find(cfg.run)
+    paths, root, places = list_images(Path(images), what)
+    path = kind.find(run)
     if not path:
-        raise UserError(f"{cfg.run} has no {expected}")
-    out = Path(cfg.output_dir)
+        raise UserError(f"{run} has no {kind.file}: expected a finished run of {kind.stage}, or that file")
+    out = Path(output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output-dir {out} is there already and not an empty folder: name another")
     check_output(out, [SimpleNamespace(folders=set(map(os.fsencode, places)))])

@@ -51,7 +51,7 @@ def refusal(work, *arguments, **options):
 
 
 def test_objects_are_those_of_the_file_by_image(tmp_path):
-    write_tree(tmp_path, count=8, change=lambda found: found["images"].reverse())
+    write_tree(tmp_path, count=8, change=lambda found: [found[name].reverse() for name in found])
     for split in ("train", "val"):
         said = []
         source = open_tree(tmp_path, split, said.append)
@@ -285,7 +285,9 @@ DROPPED = {
     "box of no width": (dict(bbox=[5, 5, 0, 9]), "a box of no area"),
     "box of negative height": (dict(bbox=[5, 5, 9, -4]), "a box of no area"),
     "box outside": (dict(bbox=[-20, 5, 20, 9]), "a box outside the image"),
-    "box below": (dict(bbox=[5, 500, 20, 9]), "a box outside the image"),
+    "box above": (dict(bbox=[5, -20, 20, 20]), "a box outside the image"),
+    "box to the right": (dict(bbox=[96, 5, 20, 9]), "a box outside the image"),
+    "box below": (dict(bbox=[5, 72, 20, 9]), "a box outside the image"),
     "RLE of another size": (dict(segmentation=dict(size=[72, 95], counts=[72 * 95])), "an RLE of another si"),
     "RLE too short": (dict(segmentation=dict(size=[72, 96], counts=[5])), "an RLE of 5 pixels: expected the"),
     "RLE below 0": (dict(segmentation=dict(size=[72, 96], counts=[-5])), "an RLE with a run below 0"),

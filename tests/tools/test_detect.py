@@ -156,6 +156,7 @@ def test_pictures_and_results_are_written_for_own_images_at_their_own_size(tmp_p
     assert json.loads((out / "metrics.json").read_text())["unreadable"] == found["unreadable"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
 def test_results_can_be_read_by_pycocotools(tmp_path, finished):
     coco = pytest.importorskip("pycocotools.coco")
     noise_image(30, 40).save(tmp_path / "one.png")

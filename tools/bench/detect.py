@@ -307,7 +307,7 @@ def proposals_of(model):
     generator, height = torch.Generator().manual_seed(0), model.img_size[0]
     found, level = [], []
     for i, (anchors, stride) in enumerate(zip(model.num_anchors, model.strides, strict=True)):
-        R = min(anchors, rcnn.BEFORE_NMS * rcnn.PROPOSALS)
+        R = min(anchors, rcnn.BEFORE_NMS * model.proposals)
         centres = height * torch.rand(R, 2, generator=generator)
         sides = rcnn.ANCHOR_STRIDES * stride * (0.3 * torch.randn(R, 2, generator=generator)).exp()
         found.append(torch.cat([centres - sides / 2, centres + sides / 2], dim=1))
