@@ -453,7 +453,7 @@ def test_the_bytes_of_a_detectors_step_are_what_can_be_derived():
 
 
 def test_the_share_of_boxes_in_the_documentation_is_what_the_results_hold():
-    result = json.loads((ROOT / "results/detect_bytes.json").read_text())
+    result = json.loads((ROOT / "results/boxes_bytes.json").read_text())
     assert documented("detect") == list(detect.byte_table(result))
     for dtype, together in (("bfloat16", 0.07), ("float32", 0.04)):
         shares = {row["part"]: row["share"] for row in result["rows"] if row["dtype"] == dtype}

@@ -6,7 +6,7 @@
     python -m tools.bench step      # a training step of each stage: ours, timm, Transformers, lightly
     python -m tools.bench segment   # UPerNet's neck and heads: ours, mmsegmentation's layers
     python -m tools.bench detect    # a step of Mask R-CNN: ours, torchvision's
-    python -m tools.bench detect_bytes   # the bytes of its parts, by count: results/detect_bytes.json
+    python -m tools.bench detect_bytes   # the bytes of its parts, by count: results/boxes_bytes.json
     python -m tools.bench data      # from files to crops on one core: ours, torchvision, timm
     python -m tools.bench imports   # how long a fresh process takes to import each
     python -m tools.bench all       # all of it, smaller, within nine minutes

@@ -6,7 +6,7 @@ backward pass to every parameter; the optimizer is left out. torchvision's heads
 background in each layer of boxes and masks, ours have not; its losses are those of its own definitions.
 
 Then NMS and RoIAlign alone, with what a step of ours gave them: their share of its time. And the bytes of
-every part of a step at ViTDet's size, by count (results/detect_bytes.json): they decide whether the two need
+every part of a step at ViTDet's size, by count (results/boxes_bytes.json): they decide whether the two need
 a kernel.
 
 Shapes: B images, C H W, R regions, D width of the levels, N objects.
@@ -356,7 +356,7 @@ def step_bytes(name, dtype):
 
 
 def bench_bytes(output_dir, name="vit_b"):
-    """Write detect_bytes.json: what each part of a step moves, by count; needs no GPU."""
+    """Write boxes_bytes.json: what each part of a step moves, by count; needs no GPU."""
     rows = []
     for words in ("bfloat16", "float32"):
         found = step_bytes(name, DTYPES[words])
@@ -366,7 +366,7 @@ def bench_bytes(output_dir, name="vit_b"):
                          "share": (forward + backward) / total})
     for line in byte_table({"rows": rows}):
         print(line)
-    path = Path(output_dir) / "detect_bytes.json"
+    path = Path(output_dir) / "boxes_bytes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"torch": torch.__version__, "case": name, "batch": 1, "objects": OBJECTS, "rows": rows})
     print(f"\nwrote {path}")
