@@ -89,8 +89,9 @@ PRESETS = {
         finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3",
         segment="--img-size 64 --width 32 --global-batch 32 --batch-size 32 --steps 400 --lr 4e-3 "
                 "--picture-images 1",
-        detect="--img-size 64 --window 4 --width 32 --global-batch 16 --batch-size 16 --proposals 200 "
-               "--regions 64 --scale 0.8,1.25 --steps 300 --lr 2e-3 --picture-images 1"),
+        detect="--img-size 64 --window 4 --width 32 --proposals 200 --regions 32 --scale 0.8,1.25 "
+               "--global-batch 16 --batch-size 16 --steps 400 --lr 3e-3 --layer-decay 0.8 --drop-path 0 "
+               "--clip-grad 1 --warmup-steps 20 --picture-images 1"),
     "gpu": dict(
         shapes="shapes:50000", ablation=("pretrain", "layers", "knn", "finetune"),
         pretrain="--model vit_t --patch-size 8 --decoder-embed-dim 192 --decoder-depth 4 "
