@@ -91,8 +91,12 @@ def measure_segmenter(cfg, world, path):
     return metrics
 
 
-def measure(cfg, world):
-    pretrained, cfg = open_pretrained(cfg, world.say)
+def open_classifier(cfg, say):
+    """(the classifier in a checkpoint, the names of its outputs, the file, cfg with what the file tells).
+
+    The names are the checkpoint's or those in the file --classes, or [] where there are neither. UserError.
+    """
+    pretrained, cfg = open_pretrained(cfg, say)
     if "head.weight" not in pretrained.encoder:
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
                         f"writes, timm's names with head.weight among them, or a finished run of "
@@ -100,10 +104,8 @@ def measure(cfg, world):
     num_classes = len(pretrained.encoder["head.weight"])
     model = build_like(pretrained, cfg.img_size, num_classes=num_classes,
                        global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
-    load_classifier(model, pretrained, world.say)
-    model.to(world.device)
-
-    source, classes, reading = None, pretrained.classes, reading_of(cfg)
+    load_classifier(model, pretrained, say)
+    classes = pretrained.classes
     if cfg.classes:
         if classes:
             raise UserError(f"checkpoint {pretrained.path} names its classes: expected no --classes")
@@ -112,13 +114,20 @@ def measure(cfg, world):
         named = f"--classes {cfg.classes}" if cfg.classes else f"checkpoint {pretrained.path}"
         raise UserError(f"{named} names {len(classes)} classes, and the classifier has {num_classes} "
                         f"outputs: expected a name for each")
+    return model, classes, pretrained.path, cfg
+
+
+def measure(cfg, world):
+    model, classes, path, cfg = open_classifier(cfg, world.say)
+    model.to(world.device)
+    source, num_classes, reading = None, model.head.out_features, reading_of(cfg)
     if not cfg.robustness or not classes:
         source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say, reading))
         if not source.is_split:
             raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*, or list:DIR with "
                             f"val.txt")
-        classes = classes or guess_order(source.classes, num_classes, pretrained.path, cfg.data, world.say)
-        source = relabel(source, classes, world.say, want=f"checkpoint {pretrained.path}")
+        classes = classes or guess_order(source.classes, num_classes, path, cfg.data, world.say)
+        source = relabel(source, classes, world.say, want=f"checkpoint {path}")
     sets = (open_robustness(cfg.robustness, classes, reading) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
     describe_files(world.say, *(one.source for one in sets), output=cfg.output_dir)

@@ -138,24 +138,26 @@ def levels_of(cfg, pretrained, depth):
 def is_normalised(cfg, told, model, path, say):
     """Whether a model predicts patches that are normalised by their own mean and variance (norm_pix).
 
-    Where nothing tells, a ramp from black to white does: predictions of plain pixels follow its brightness,
-    and normalised ones have no brightness.
+    Where nothing tells, four ramps do, from black to white one after the other: predictions of plain pixels
+    follow their brightness, and those of normalised patches have none.
     """
     if cfg.norm_pix != "auto":
         return cfg.norm_pix == "yes"
     if type(told.get("norm_pix_loss")) is bool:
         return told["norm_pix_loss"]
-    C, (H, W) = cfg.in_chans, cfg.img_size
+    C, (H, W), count = cfg.in_chans, cfg.img_size, 4
     mean, std = (torch.tensor(values).view(1, C, 1, 1) for values in (cfg.mean, cfg.std))
-    images = (torch.linspace(0, 1, W).expand(1, C, H, W) - mean) / std  # (1, C, H, W)
-    pred, ids, _ = model.predict(images, noise_of(0, 0, model.encoder.num_patches))
-    true = patchify(images, model.encoder.patch_size)[0, ids[0]].mean(dim=1)            # (K,)
-    true = true - true.mean()
-    slope = float((pred[0].mean(dim=1) * true).sum() / (true * true).sum())
-    say(f"{path} does not tell whether it predicts normalised patches. Of a ramp from black to white, its "
-        f"predictions follow the brightness by {slope:.2f}, of 1: --norm-pix {'no' if slope > 0.5 else 'yes'}"
-        f" is taken")
-    return slope <= 0.5
+    ramps = torch.linspace(0, 1, count * W).view(count, 1, 1, W).expand(count, C, H, W)
+    noise = noise_of(0, 0, model.encoder.num_patches)                   # (1, L)
+    images = (ramps - mean) / std                                       # (B, C, H, W)
+    pred, ids, _ = model.predict(images, noise.expand(count, -1))
+    true = patchify(images, model.encoder.patch_size)[:, ids[0]].mean(dim=-1)           # (B, K)
+    true, pred = true - true.mean(), pred.mean(dim=-1)                  # each (B, K)
+    slope = float((pred * true).sum() / (true * true).sum())
+    normalised = slope < 0.25
+    say(f"{path} does not tell whether it predicts normalised patches. Of ramps from black to white its "
+        f"predictions have {slope:.2f} of the brightness: --norm-pix {'yes' if normalised else 'no'} is used")
+    return normalised
 
 
 # ---------------------------------------------------------------- masks

@@ -137,7 +137,7 @@ def test_a_mask_that_fits_nothing_is_refused(tmp_path, images, pretrain, fill, s
 
 
 def test_predictions_tell_whether_they_are_of_normalised_patches():
-    """Plain pixels of a ramp have its brightness, normalised ones have none; what is told or given counts."""
+    """Plain pixels of ramps have their brightness, normalised ones none; what is told or given counts."""
     cfg = SimpleNamespace(norm_pix="auto", in_chans=3, img_size=(16, 24), mean=(0.5,) * 3, std=(0.25,) * 3)
 
     def of(change):
@@ -151,7 +151,7 @@ def test_predictions_tell_whether_they_are_of_normalised_patches():
     assert reconstruct.is_normalised(cfg, {}, plain, "a.pth", said.append) is False
     assert reconstruct.is_normalised(cfg, {}, normal, "a.pth", said.append) is True
     assert reconstruct.is_normalised(cfg, {}, of(lambda x: 0 * x), "a.pth", said.append) is True
-    assert "follow the brightness by 0.70, of 1: --norm-pix no is taken" in said[0] and len(said) == 3
+    assert "its predictions have 0.70 of the brightness: --norm-pix no is used" in said[0] and len(said) == 3
     assert reconstruct.is_normalised(cfg, dict(norm_pix_loss=True), plain, "", said.append) is True
     cfg.norm_pix = "no"
     assert reconstruct.is_normalised(cfg, dict(norm_pix_loss=True), plain, "", said.append) is False
