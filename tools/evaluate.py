@@ -91,10 +91,10 @@ def measure_segmenter(cfg, world, path):
     return metrics
 
 
-def open_classifier(cfg, say):
+def open_classifier(cfg, names, say):
     """(the classifier in a checkpoint, the names of its outputs, the file, cfg with what the file tells).
 
-    The names are the checkpoint's or those in the file --classes, or [] where there are neither. UserError.
+    names is the file of --classes, or "". Without it and names in the checkpoint they are []. UserError.
     """
     pretrained, cfg = open_pretrained(cfg, say)
     if "head.weight" not in pretrained.encoder:
@@ -106,19 +106,19 @@ def open_classifier(cfg, say):
                        global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
     load_classifier(model, pretrained, say)
     classes = pretrained.classes
-    if cfg.classes:
+    if names:
         if classes:
             raise UserError(f"checkpoint {pretrained.path} names its classes: expected no --classes")
-        classes = [name for _, name in read_lines(Path(cfg.classes))]
+        classes = [name for _, name in read_lines(Path(names))]
     if classes and len(classes) != num_classes:
-        named = f"--classes {cfg.classes}" if cfg.classes else f"checkpoint {pretrained.path}"
+        named = f"--classes {names}" if names else f"checkpoint {pretrained.path}"
         raise UserError(f"{named} names {len(classes)} classes, and the classifier has {num_classes} "
                         f"outputs: expected a name for each")
     return model, classes, pretrained.path, cfg
 
 
 def measure(cfg, world):
-    model, classes, path, cfg = open_classifier(cfg, world.say)
+    model, classes, path, cfg = open_classifier(cfg, cfg.classes, world.say)
     model.to(world.device)
     source, num_classes, reading = None, model.head.out_features, reading_of(cfg)
     if not cfg.robustness or not classes:

@@ -88,7 +88,7 @@ def rows_of(logits, classes, top):
 @torch.no_grad()
 def predict(cfg, world, root, paths):
     device, ops, dtype = world.device, pick_ops(cfg.ops, world.device), pick_dtype(cfg.dtype, world.device)
-    model, classes, path, cfg = open_classifier(cfg, world.say)
+    model, classes, path, cfg = open_classifier(cfg, cfg.classes, world.say)
     model.requires_grad_(False).eval().to(device)
     classes = classes or names_beside(path, model.head.out_features)
     if not classes:
