@@ -3,8 +3,8 @@
     python -m tools.attention runs/mff IMAGES --output-dir runs/attention
     python -m tools.attention runs/mae photo.jpg --beside runs/mff --layers 5,11 --patch 3,7
 
-CHECKPOINT is of any family that tools.convert reads. IMAGES is a folder, which is searched wholly, or one
-image; the model sees the middle of each, and more patches of it with a larger --img-size. The output folder
+CHECKPOINT is of any family that tools.convert reads. IMAGES are folders, which are searched wholly, and
+images; the model sees the middle of each, and more patches of it with a larger --img-size. The output folder
 gets heads/, every head of the chosen blocks, and overview/: the mean of the heads, rollout (arXiv 2005.00928)
 and the first three principal components of the patch features.
 
@@ -50,7 +50,7 @@ ABOUT_OVERVIEW = ("Rollout multiplies the mean attention of all blocks, each ave
 class Config(CheckpointFlags):
     # these change the result
     checkpoint: str = opt(REQUIRED, "the encoder: a checkpoint of any family, or the folder of a run")
-    images: str = opt(REQUIRED, "a folder of images, or one image")
+    images: tuple[str, ...] = opt(REQUIRED, "folders of images, or images")
     beside: str = opt("", "another checkpoint, which is drawn below the first")
     layers: str = opt("last", "blocks: last, all, or a list such as 5,11")
     patch: str = opt("", "ROW,COLUMN, from 0 on, of the patch that attends; not given: the class token")
@@ -75,7 +75,7 @@ class Viewer:
 def main(cfg):
     """Write the pictures; returns {"images": how many, "unreadable": {name: reason}}."""
     check_ranges(cfg)
-    paths, root, places = list_images(cfg.images)
+    paths, root, places = list_images(*cfg.images)
     check_folder(cfg.output_dir, places)
     with start_world(cfg.device) as world:
         if world.size > 1:

@@ -1,6 +1,6 @@
 """Somebody's own images, one after the other: those that cannot be read are named, and the others go on.
 
-tools.segment, reconstruct, attention and predict read a folder, which is searched wholly, or one image.
+tools.segment, reconstruct, attention and predict read folders, which are searched wholly, and images.
 """
 
 import os
@@ -16,27 +16,34 @@ from mff_min.errors import UserError, listed, printable
 from mff_run.files import write_atomically
 
 
-def list_images(path, unique=True):
-    """(paths of the images in a folder, or of one image; the folder they are seen from; those looked into).
+def list_images(*given, unique=True):
+    """(paths of the images in folders, and of images; the folder they are seen from; those looked into).
 
     Raises UserError where there is none, and where what is written for two would have one name (unique).
     """
-    path = Path(path)
-    if path.is_file():
-        return [path.name], path.parent, ()
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: expected a folder of images, or one image")
-    found, places, _ = files_below(path)
-    paths = sorted(name for name in found if name.lower().endswith(suffixes()))
-    if not paths:
-        raise UserError(f"{path} holds no images ({len(found)} other files: {counted_suffixes(found)}): "
-                        f"expected files that end in {' '.join(suffixes())}")
+    paths, all_places = [], set()
+    for path in map(Path, given):
+        if path.is_file():
+            paths.append(os.path.abspath(path))
+            continue
+        if not path.is_dir():
+            raise UserError(f"{path} does not exist: expected a folder of images, or images")
+        found, places, _ = files_below(path)
+        images = [name for name in found if name.lower().endswith(suffixes())]
+        if not images:
+            raise UserError(f"{path} holds no images ({len(found)} other files: {counted_suffixes(found)}): "
+                            f"expected files that end in {' '.join(suffixes())}")
+        paths += [os.path.abspath(path / name) for name in images]
+        all_places |= places
+    root = given[0] if len(given) == 1 and not os.path.isfile(given[0]) else os.path.commonpath(
+        [os.path.dirname(path) for path in paths])
+    paths = sorted({os.path.relpath(path, os.path.abspath(root)) for path in paths})
     counts = Counter(os.path.splitext(name)[0] for name in paths)
     twice = [name for name in paths if counts[os.path.splitext(name)[0]] > 1]
     if twice and unique:
-        raise UserError(f"{path} has images that differ in their endings alone: {listed(twice)}; what is "
+        raise UserError(f"{root} has images that differ in their endings alone: {listed(twice)}; what is "
                         f"written for them would have one name: rename them")
-    return paths, path, places
+    return paths, Path(root), all_places
 
 
 def check_folder(out, places):

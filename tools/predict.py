@@ -2,8 +2,8 @@
 
     python -m tools.predict runs/finetune IMAGES --output-dir runs/predicted
 
-CHECKPOINT is a run of train_finetune.py, its classifier.pt, or a file of any family with a head. IMAGES is a
-folder, which is searched wholly, or one image; the model sees the crop that accuracies are measured on. The
+CHECKPOINT is a run of train_finetune.py, its classifier.pt, or a file of any family with a head. IMAGES are
+folders, which are searched wholly, and images; the model sees the crop that accuracies are measured on. The
 output folder gets predictions.json and predictions.csv, with a row for each image and rank. Masks and boxes
 are drawn by tools.segment and tools.detect.
 
@@ -40,7 +40,7 @@ MOST_LINES = 20                                                         # of ima
 class Config(CheckpointFlags):
     # these change the result
     checkpoint: str = opt(REQUIRED, "a run of train_finetune.py, or a file of any family with a head")
-    images: str = opt(REQUIRED, "a folder of images, or one image")
+    images: tuple[str, ...] = opt(REQUIRED, "folders of images, or images")
     top: int = opt(5, "how many classes are named for an image", above=0)
     classes: str = opt("", "a file that names the outputs, one per line, of a checkpoint that does not")
     dtype: str = opt("float32", "of matrix products", choices=["float32", "bfloat16", "float16", "auto"])
@@ -55,12 +55,12 @@ class Config(CheckpointFlags):
 def main(cfg):
     """Write the predictions; returns {"images": [{"name", "top": [...]}], "unreadable": {name: reason}}."""
     check_ranges(cfg)
-    paths, root, places = list_images(cfg.images, unique=False)
+    paths, root, places = list_images(*cfg.images, unique=False)
     path = Path(cfg.checkpoint)
     for file, (tool, what) in OTHER_RUNS.items():
         if path.name == file or (path / file).exists():
             raise UserError(f"{path} predicts {what}, not classes: expected a run of train_finetune.py; "
-                            f"python -m tools.{tool} {path} {cfg.images} draws {what}")
+                            f"python -m tools.{tool} {path} {' '.join(cfg.images)} draws {what}")
     check_folder(cfg.output_dir, places)
     with start_world(cfg.device) as world:
         if world.size > 1:

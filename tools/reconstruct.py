@@ -5,7 +5,7 @@
     python -m tools.reconstruct runs/mff photo.jpg --mask drawn.png     white is masked
 
 CHECKPOINT is a run of train_pretrain.py, or weights of MAE, MFF (mmpretrain) or Transformers with their
-decoder. IMAGES is a folder, which is searched wholly, or one image; the model sees the middle of each. Each
+decoder. IMAGES are folders, which are searched wholly, and images; the model sees the middle of each. Each
 picture ends with the means of the masked patches: what it owes to the target, whatever the model predicts.
 
 Shapes: B images, C H W, L patches, K masked patches, N = P * P * C.
@@ -45,7 +45,7 @@ ENDS_OF_DECODER = "decoder_embed.weight", "decoder_pred.weight"
 class Config(CheckpointFlags):
     # these change the result
     checkpoint: str = opt(REQUIRED, "a run of train_pretrain.py, or weights with a decoder, of any family")
-    images: str = opt(REQUIRED, "a folder of images, or one image")
+    images: tuple[str, ...] = opt(REQUIRED, "folders of images, or images")
     mask_ratio: float | None = opt(None, "share of the patches that is masked; not given: the checkpoint's")
     mask: str = opt("", "instead: an image whose white is masked, of the shape of the images or of the crop")
     seed: int = opt(0, "of the masks", least=0)
@@ -65,7 +65,7 @@ class Config(CheckpointFlags):
 def main(cfg):
     """Write the pictures; returns {"images", "unreadable", "loss", "loss_of_means"}, the losses by image."""
     check_ranges(cfg)
-    paths, root, places = list_images(cfg.images)
+    paths, root, places = list_images(*cfg.images)
     check_folder(cfg.output_dir, places)
     with start_world(cfg.device) as world:
         if world.size > 1:

@@ -2,7 +2,7 @@
 
     python -m tools.segment runs/segment IMAGES --output-dir runs/masks
 
-RUN is the folder of the run, or its segmenter.pt. IMAGES is a folder, which is searched wholly, or one image.
+RUN is the folder of the run, or its segmenter.pt. IMAGES are folders, which are searched wholly, and images.
 In the output folder, masks/ gets an 8-bit PNG of each image's size, whose values are the labels, and
 overlays/ the image under the classes' colours, with a legend. classes.txt names the labels, from 0 on.
 
@@ -34,7 +34,7 @@ from tools.own_images import OwnImages, check_folder, list_images, write_picture
 class Config(DataFlags):
     # these change the result
     run: str = opt(REQUIRED, f"the folder of a finished run of train_segment.py, or its {FILE}")
-    images: str = opt(REQUIRED, "a folder of images, or one image")
+    images: tuple[str, ...] = opt(REQUIRED, "folders of images, or images")
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 
@@ -48,7 +48,7 @@ class Config(DataFlags):
 def main(cfg):
     """Segment the images; returns {"images": how many, "unreadable": {name: reason}}."""
     check_ranges(cfg)
-    paths, root, places = list_images(cfg.images)
+    paths, root, places = list_images(*cfg.images)
     path = find_segmenter(cfg.run)
     if not path:
         raise UserError(f"{cfg.run} has no {FILE}: expected a finished run of train_segment.py, or that file")

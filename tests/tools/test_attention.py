@@ -165,7 +165,7 @@ def test_encoders_of_means_and_of_other_heads_are_drawn_too(folder):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("mae.pth nowhere", "nowhere does not exist: expected a folder of images, or one image"),
+    ("mae.pth nowhere", "nowhere does not exist: expected a folder of images, or images"),
     ("mae.pth images --patch 4,0", "--patch 4,0: expected ROW,COLUMN, from 0,0 to 3,3: there are 4"),
     ("mae.pth images --patch x", "--patch x: expected ROW,COLUMN, from 0,0 to 3,3"),
     ("mae.pth images --layers 12", "--layers 12: expected all, or numbers of blocks from 0 to 11"),

@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_named_and_odd_names_of_files_come_back(tmp_path,
 
 @pytest.mark.parametrize("checkpoint, path, flags, message", [
     ("pretrained", "val", "", "holds no classifier: expected what train_finetune.py writes"),
-    ("finished", "nowhere", "", "nowhere does not exist: expected a folder of images, or one image"),
+    ("finished", "nowhere", "", "nowhere does not exist: expected a folder of images, or images"),
     ("finished", "val", "--classes names.txt", "names its classes: expected no --classes"),
     ("segmenter", "val", "", "segmenter predicts masks, not classes: expected a run of train_finetune.py"),
     ("detector", "val", "", "detector predicts boxes, not classes: expected a run of train_finetune.py"),
