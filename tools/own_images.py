@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from mff_data.decode import DECODE_ERRORS, reason_of, suffixes
 from mff_data.outages import Patience
 from mff_data.sources import ImageFiles, check_output, counted_suffixes, files_below
+from mff_min.config import check_reachable
 from mff_min.errors import UserError, listed, printable
 from mff_run.files import write_atomically
 
@@ -23,6 +24,7 @@ def list_images(*given, unique=True):
     """
     paths, all_places = [], set()
     for path in map(Path, given):
+        check_reachable("images", path)
         if path.is_file():
             paths.append(os.path.abspath(path))
             continue
@@ -49,6 +51,7 @@ def list_images(*given, unique=True):
 def check_folder(out, places):
     """Raise UserError unless the output folder is new or empty, and lies outside of the images' folders."""
     out = Path(out)
+    check_reachable("--output-dir", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output-dir {out} is there already and not an empty folder: name another")
     check_output(out, [SimpleNamespace(folders=set(map(os.fsencode, places)))])
