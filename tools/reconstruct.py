@@ -81,6 +81,9 @@ def open_autoencoder(cfg, say, ops):
 
     Raises UserError where there is no decoder of pixels, and where the checkpoint does not tell its sizes.
     """
+    if cfg.adapt:
+        raise UserError("--adapt is for other patches or channels, and a decoder predicts those that it was "
+                        "trained on: expected no --adapt")
     pretrained, cfg = open_pretrained(cfg, say)
     path, state, told = pretrained.path, pretrained.weights.state, pretrained.config
     if not all(name in state and state[name].dim() == 2 for name in ENDS_OF_DECODER):

@@ -90,6 +90,12 @@ def test_reconstructions_of_every_layout_are_the_stages_own_pictures(tmp_path, i
     assert json.loads((tmp_path / "out/metrics.json").read_text())["loss"] == found["loss"]
 
 
+def test_a_larger_image_has_more_patches(tmp_path, images, pretrain):
+    found = apply(pretrain(), images, tmp_path / "out", "--img-size", "32x48")
+    assert len(found["loss"]) == 4
+    assert Image.open(tmp_path / "out/0.png").size[0] == 6 + 5 * (4 * 48 + 6)
+
+
 def test_another_seed_masks_other_patches_and_another_ratio_more(tmp_path, images, pretrain):
     tiles = {}
     for name, flags in dict(a=[], b=["--seed", 8], c=["--mask-ratio", 0.5], d=[]).items():
@@ -196,6 +202,7 @@ def of_unknown_heads(path, run):
     (of_unknown_heads, "--img-size 16x24", "is 16 wide, and its number of heads is not known or does not"),
     (None, "--out-indices 0,11", "fuses 6 blocks, and 0,11 names 2: expected --out-indices with 6 blocks"),
     (None, "--decoder-num-heads 3", "its number of heads is not known or does not divide it: give --decoder"),
+    (None, "--adapt --patch-size 8", "a decoder predicts those that it was trained on: expected"),
     (None, "--mask-ratio 1", "mask_ratio 1.0 is outside (0, 1)"),
     (None, "--mask nowhere.png", "--mask nowhere.png cannot be read (No such file or directory): expected"),
     (None, "--img-size 18", "img_size 18x18 is not a multiple of patch_size 4"),
