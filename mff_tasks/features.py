@@ -279,25 +279,16 @@ def feature_sheet(images, tokens, importance, pred, ids, mask, mean, std, patch_
     """
     true, pred = (F.normalize(x.float().nan_to_num(), dim=-1)           # no picture ends a run
                   for x in (tokens[:, 1:], pred[:, -ids.shape[1]:]))
-    centre = true.mean(dim=(0, 1))                                      # (N,)
-    axes = torch.linalg.svd((true - centre).flatten(0, 1), full_matrices=False).Vh[:3]
-    axes = F.pad(axes, (0, 0, 0, 3 - len(axes)))                        # (3, N)
-    true, pred = (true - centre) @ axes.mT, (pred - centre) @ axes.mT   # (B, L, 3), (B, K, 3)
-    low, high = true.amin(dim=(0, 1)), true.amax(dim=(0, 1))            # each (3,)
-    true, pred = (((x - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for x in (true, pred))
+    true, pred = picture.principal_colours(true, pred)                  # (B, L, 3), (B, K, 3)
     predicted = torch.full_like(true, 0.5)                              # (B, L, 3)
     predicted.scatter_(1, ids[..., None].expand_as(pred), pred)
 
     H, W = images.shape[-2:]
-
-    def painted(colours):
-        """Pixels (B, H, W, 3) uint8 of a colour for each patch, (B, L, 3) or (B, L, 1)."""
-        maps = colours.expand(-1, -1, 3).mT.unflatten(-1, (H // patch_size, W // patch_size))
-        maps = F.interpolate(maps, (H, W), mode="nearest") * 255        # (B, 3, H, W)
-        return maps.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     columns = {"image": picture.to_uint8(images, mean, std),
                "masked": picture.to_uint8(picture.grey_out(images, mask, patch_size), mean, std)}
     if importance is not None:
-        columns["importance"] = painted((importance / importance.amax(dim=1, keepdim=True))[..., None])
-    columns |= {"teacher": painted(true), "prediction": painted(predicted)}
+        shares = (importance / importance.amax(dim=1, keepdim=True))[..., None]         # (B, L, 1)
+        columns["importance"] = picture.painted(shares, patch_size, W)
+    columns |= {"teacher": picture.painted(true, patch_size, W),
+                "prediction": picture.painted(predicted, patch_size, W)}
     return picture.grid(columns, title, scale=max(1, round(128 / min(H, W))))

@@ -121,8 +121,12 @@ def measure_detector(cfg, world, path):
     return metrics
 
 
-def measure(cfg, world):
-    pretrained, cfg = open_pretrained(cfg, world.say)
+def open_classifier(cfg, names, say):
+    """(the classifier in a checkpoint, the names of its outputs, the file, cfg with what the file tells).
+
+    names is the file of --classes, or "". Without it and names in the checkpoint they are []. UserError.
+    """
+    pretrained, cfg = open_pretrained(cfg, say)
     if "head.weight" not in pretrained.encoder:
         raise UserError(f"checkpoint {pretrained.path} holds no classifier: expected what train_finetune.py "
                         f"writes, timm's names with head.weight among them, or a finished run of "
@@ -131,25 +135,30 @@ def measure(cfg, world):
     num_classes = len(pretrained.encoder["head.weight"])
     model = build_like(pretrained, cfg.img_size, num_classes=num_classes,
                        global_pool="avg" if "fc_norm.weight" in pretrained.encoder else "token")
-    load_classifier(model, pretrained, world.say)
-    model.to(world.device)
-
-    source, classes, reading = None, pretrained.classes, reading_of(cfg)
-    if cfg.classes:
+    load_classifier(model, pretrained, say)
+    classes = pretrained.classes
+    if names:
         if classes:
             raise UserError(f"checkpoint {pretrained.path} names its classes: expected no --classes")
-        classes = [name for _, name in read_lines(Path(cfg.classes))]
+        classes = [name for _, name in read_lines(Path(names))]
     if classes and len(classes) != num_classes:
-        named = f"--classes {cfg.classes}" if cfg.classes else f"checkpoint {pretrained.path}"
+        named = f"--classes {names}" if names else f"checkpoint {pretrained.path}"
         raise UserError(f"{named} names {len(classes)} classes, and the classifier has {num_classes} "
                         f"outputs: expected a name for each")
+    return model, classes, pretrained.path, cfg
+
+
+def measure(cfg, world):
+    model, classes, path, cfg = open_classifier(cfg, cfg.classes, world.say)
+    model.to(world.device)
+    source, num_classes, reading = None, model.head.out_features, reading_of(cfg)
     if not cfg.robustness or not classes:
         source = world.local_main_first(lambda: open_data(cfg.data, "val", cfg.cache_dir, world.say, reading))
         if not source.is_split:
             raise UserError(f"--data {cfg.data} has no val folder: expected val/<class>/*, or list:DIR with "
                             f"val.txt")
-        classes = classes or guess_order(source.classes, num_classes, pretrained.path, cfg.data, world.say)
-        source = relabel(source, classes, world.say, want=f"checkpoint {pretrained.path}")
+        classes = classes or guess_order(source.classes, num_classes, path, cfg.data, world.say)
+        source = relabel(source, classes, world.say, want=f"checkpoint {path}")
     sets = (open_robustness(cfg.robustness, classes, reading) if cfg.robustness else
             [RobustnessSet("val", source, "evaluation", torch.arange(num_classes))])
     describe_files(world.say, *(one.source for one in sets), output=cfg.output_dir)

@@ -15,7 +15,7 @@ from faults.suite import STAGES, Fault, Guard, Tally, flags_of, fork, prepared, 
 from mff_min.config import parse
 from mff_run import files
 from mff_run.process import run
-from tools import analyze, convert, evaluate, features, pack, probe_layers
+from tools import analyze, attention, convert, evaluate, features, pack, predict, probe_layers, reconstruct
 
 # ---------------------------------------------------------------- tools that write
 
@@ -102,7 +102,8 @@ def odd_flags(folder, quick):
     """Any value of any flag is refused in a line, or the stage or tool runs with it."""
     ready()
     modules = {**STAGES, "analyze": analyze, "convert": convert, "evaluate": evaluate, "features": features,
-               "pack": pack, "probe_layers": probe_layers}
+               "pack": pack, "probe_layers": probe_layers, "attention": attention, "predict": predict,
+               "reconstruct": reconstruct}
     for number in range(4):
         shutil.copytree(prepared() / "pretrain", folder / "photos" / f"{number}")   # it has a picture
     kept = ("output_dir", "target", "output")
@@ -112,6 +113,7 @@ def odd_flags(folder, quick):
     def base(name, place):
         cache = ["--cache-dir", prepared() / "cache", "--device", "cpu"]
         encoder, classifier = prepared() / "pretrain", prepared() / "finetune"
+        photo, own = folder / "photos/0/reconstruction.png", ["--output-dir", place, "--device", "cpu"]
         if name in STAGES:
             return flags_of(name, prepared(), place, "--steps", 1)
         return {"analyze": [encoder, "--figures", "spectrum", "--images", 8, "--output-dir", place, *cache],
@@ -119,6 +121,8 @@ def odd_flags(folder, quick):
                 "evaluate": ["--checkpoint", classifier, "--data", "shapes:20", "--output-dir", place,
                              *cache],
                 "features": [encoder, "shapes:20", f"{place}.npy", *cache],
+                "attention": [encoder, photo, *own], "reconstruct": [encoder, photo, *own],
+                "predict": [classifier, photo, *own],
                 "probe_layers": ["--checkpoint", encoder, "--data", "shapes:60", "--layers", "0",
                                  "--output-dir", place, *cache]}[name]
 

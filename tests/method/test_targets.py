@@ -8,7 +8,7 @@ from mff_min.kernels import reference
 from mff_min.kernels.ops import TORCH
 from mff_min.mim import random_masking
 from mff_min.targets import low_pass_radius_at, low_pass_target, patch_mean_loss, reconstruction
-from mff_run.picture import grey_out, to_uint8
+from mff_run.picture import grey_out, reconstruction_sheet, to_uint8
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -78,3 +78,23 @@ def test_greyed_out_patches_are_the_masked_ones():
     images = torch.randn(1, 3, 8, 8) + 5
     masked = grey_out(images, torch.tensor([[1.0, 0, 0, 0]]), 4)
     assert (masked[..., :4, :4] == 0).all() and torch.equal(masked[..., 4:], images[..., 4:])
+
+
+def test_a_reconstruction_shows_what_it_owes_to_the_means_of_the_true_patches():
+    """With norm_pix a prediction of nothing looks like the last column, a right one like the image."""
+    images, ids = torch.randn(1, 3, 16, 24), torch.tensor([[3, 1, 7, 23]])
+    mask = torch.zeros(1, 24).scatter(1, ids, 1.0)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.1)
+    right = reference.normalise_patches(reference.take_tokens(reference.patchify(images, 4), ids))
+
+    def tiles(pred, norm_pix):
+        sheet = reconstruction_sheet(images, images, pred, ids, mask, 4, norm_pix, mean, std, "")
+        assert sheet.size[1] > 46 + 128 + 6                             # a note stands below
+        return [np.asarray(sheet)[46:46 + 128, 6 + j * 198:6 + j * 198 + 192].astype(int) for j in range(5)]
+    image, _, _, pasted, means = tiles(right, True)
+    assert abs(pasted - image).max() <= 1 and (means != image).any()
+    image, _, _, pasted, again = tiles(0 * right, True)
+    assert (pasted == again).all() and (again == means).all()
+    hidden = means[:32, 32:64]                                          # patch 1
+    assert (hidden == hidden[0, 0]).all() and abs(hidden.mean() - image[:32, 32:64].mean()) < 1
+    assert (tiles(right, False)[4] == means).all() and (tiles(right, False)[3] != pasted).any()

@@ -92,10 +92,10 @@ def test_every_method_trains_and_leaves_a_run_that_explains_itself(pretrain, tmp
         assert math.isclose(sum(line["fusion_weights"]), 1, rel_tol=1e-6)
     assert json.loads((folder / "config.json").read_text())["img_size"] == [16, 16]
     assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
-    columns = 5 if "--low-pass-radius" in METHODS[method] else 4        # the fifth is the target
+    columns = 6 if "--low-pass-radius" in METHODS[method] else 5        # the sixth is the target
     for name in ("reconstruction.png", "reconstruction-000000.png", "reconstruction-000004.png"):
         with Image.open(folder / name) as picture:
-            assert picture.size == (6 + columns * (128 + 6), 46 + 2 * (128 + 6))
+            assert picture.size == (6 + columns * (128 + 6), 46 + 2 * (128 + 6) + 2 * 17)
 
 
 def test_the_run_says_what_an_image_costs(pretrain, capsys):
@@ -336,7 +336,7 @@ def test_one_channel_and_sides_that_differ_pretrain(pretrain, tmp_path):
     flags = ["--in-chans", "1", "--mean", "0.5", "--std", "0.25", "--img-size", "16x32", "--steps", "2"]
     assert math.isfinite(pretrain(*flags)["loss"])
     with Image.open(tmp_path / "a" / "reconstruction.png") as picture:
-        assert picture.size == (6 + 4 * (256 + 6), 46 + 2 * (128 + 6))
+        assert picture.size == (6 + 5 * (256 + 6), 46 + 2 * (128 + 6) + 17)
 
 
 def test_initial_weights_come_from_a_run_or_from_an_encoder(pretrain, tmp_path, capsys):

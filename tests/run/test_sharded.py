@@ -97,7 +97,7 @@ def test_two_sharded_processes_train_as_ddp_does_within_rounding(command, plain)
         if name.startswith("encoder."):
             assert torch.equal(encoder[name.removeprefix("encoder.")], value)
     with Image.open(folder / f"reconstruction-{STEPS:06d}.png") as picture:
-        assert picture.size == (6 + 4 * (128 + 6), 46 + 2 * (128 + 6))
+        assert picture.size == (6 + 5 * (128 + 6), 46 + 2 * (128 + 6) + 2 * 17)
     assert (folder / "previous.pt").exists() and not list(folder.glob("*.tmp.*"))
 
 
