@@ -148,10 +148,10 @@ def test_a_disk_that_goes_away_is_waited_for(tmp_path, finished, monkeypatch):
         if images.exists():                                             # the first of them is read
             images.rename(tmp_path / "away")
             monkeypatch.setattr(segment, "whole_image", whole)
+            back.start()
         return whole(*given)
     monkeypatch.setattr(segment, "whole_image", leave)
     back = threading.Timer(0.5, lambda: (tmp_path / "away").rename(images))
-    back.start()
     found = apply(finished, images, tmp_path / "out")
     back.join()
     assert found == dict(images=3, unreadable={}) and len(list((tmp_path / "out/masks").iterdir())) == 3
