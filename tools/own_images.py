@@ -29,7 +29,8 @@ def list_images(*given, unique=True):
             paths.append(os.path.abspath(path))
             continue
         if not path.is_dir():
-            raise UserError(f"{path} does not exist: expected a folder of images, or images")
+            problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+            raise UserError(f"{path} {problem}: expected a folder of images, or images")
         found, places, _ = files_below(path)
         images = [name for name in found if name.lower().endswith(suffixes())]
         if not images:

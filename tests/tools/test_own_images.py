@@ -44,6 +44,7 @@ def test_what_is_written_for_two_images_has_no_one_name(photos):
         list_images("a")
     assert list_images("a", unique=False)[0] == ["1.jpg", "1.png", "b/2.jpg"]
     for given, message in ((["a", "x"], "x does not exist: expected a folder of images, or images"),
+                           (["/dev/null"], "/dev/null is neither a file nor a folder: expected"),
                            (["c", "empty"], "empty holds no images"),
                            (["9" * 5000], "images 9.* cannot be read: File name too long")):
         (photos / "empty").mkdir(exist_ok=True)
