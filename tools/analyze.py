@@ -287,15 +287,19 @@ def choose_figures(cfg, runs):
     return chosen
 
 
-def open_runs(cfg):
-    """The runs that cfg names, under names that differ. Raises UserError."""
+def open_runs(cfg, most=None):
+    """The runs that cfg names, under names that differ, with what open_run keeps. Raises UserError."""
     names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
     if not cfg.names and len(set(names)) < len(names):
         raise UserError(f"two of {' '.join(cfg.runs)} would have one name: expected different runs, or "
                         f"--names")
     if len(names) != len(cfg.runs) or len(set(names)) < len(names):
         raise UserError(f"--names {cfg.names}: expected {len(cfg.runs)} names that differ, one a run")
-    runs = [open_run(path, name, print) for path, name in zip(cfg.runs, names, strict=True)]
+    return [open_run(path, name, print, most) for path, name in zip(cfg.runs, names, strict=True)]
+
+
+def check_encoders(cfg, runs):
+    """Raise UserError where a record of encoders is not drawn alone."""
     for each in runs:
         if each.findings and (len(runs) > 1 or cfg.names or cfg.record):
             raise UserError(f"{each.path} is a record of encoders: expected no other run, no --names and no "
@@ -309,6 +313,7 @@ def main(cfg):
     if not cfg.record:
         check_matplotlib()
     runs = open_runs(cfg)
+    check_encoders(cfg, runs)
     of_encoders = set(cfg.figures.split(",")) & set(FROM_ENCODERS)
     if cfg.record:
         check_record(cfg, of_encoders)
