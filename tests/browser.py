@@ -17,8 +17,11 @@ import shutil
 import subprocess
 import time
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = "chromium", "chromium-browser", "google-chrome"
+PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 MISSING = "Chromium is not installed: apt-get install chromium"
+LOCAL = "data:", "file:", "about:"                                      # addresses that need no network
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}
 PATIENCE = 120                                                          # seconds: two cores, other tests
 
 
@@ -29,13 +32,14 @@ class Browser:
         self.errors, self.requests, self.events, self.number, self.rest = [], [], [], 0, b""
         pipes = os.pipe(), os.pipe()
         self.commands, self.answers = pipes[0][1], pipes[1][0]
-        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (pipes[0][0], pipes[1][1])]       # neither 3 nor 4
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                 "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
+        own = pipes[0][0], pipes[1][1]
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in own]   # neither 3 nor 4
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe",
+                 "--disable-background-networking", f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen([PROGRAM, *flags], pass_fds=(3, 4), stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        preexec_fn=lambda: [os.dup2(end, 3 + i) for i, end in enumerate(theirs)])
-        for end in (*theirs, pipes[0][0], pipes[1][1]):
+                                        preexec_fn=lambda: [os.dup2(theirs[0], 3), os.dup2(theirs[1], 4)])
+        for end in (*theirs, *own):
             os.close(end)
         self.session = None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -65,13 +69,13 @@ class Browser:
         method, values = message.get("method"), message.get("params", {})
         self.events.append(method)
         if method == "Runtime.exceptionThrown":
-            self.errors.append(values["exceptionDetails"].get("exception", {}).get("description", "an exception"))
+            self.errors.append(str(values["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert"):
             self.errors.append(str(values["args"]))
         elif method == "Log.entryAdded" and values["entry"]["level"] in ("error", "warning"):
             self.errors.append(values["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not values["request"]["url"].startswith(("data:", "file:")):
-            self.requests.append(values["request"]["url"])
+        elif method == "Network.requestWillBeSent":
+            self.requests += [url for url in [values["request"]["url"]] if not url.startswith(LOCAL)]
         return message
 
     def send(self, method, **values):
@@ -89,7 +93,8 @@ class Browser:
 
     def open(self, path, width=1280, dark=False):
         """Open a page, at this width and in this palette."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                  mobile=False)
         scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
@@ -112,7 +117,7 @@ class Browser:
         """Press a key and release it."""
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode={"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35}.get(key, 0))
+                      windowsVirtualKeyCode=KEYS.get(key, 0))
 
     def screenshot(self, whole=False):
         """The window as a PNG, or the whole page."""

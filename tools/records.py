@@ -156,7 +156,8 @@ def thinned(lines, most):
     Of equal stretches these are the lines that `extremes` names. The memory is that of what is kept.
     """
     kept, stretch, size, total, count, line = [], [], 1, 0, 0, None
-    for count, line in enumerate(lines, 1):                             # noqa: B007: the last is kept too
+    for line in lines:
+        count += 1
         stretch.append(line)
         if len(stretch) == size:
             kept.append(extremes(stretch))
@@ -172,10 +173,9 @@ def extremes(lines):
     """The first line, those of the least and the largest loss and gradient norm, and the first without."""
     chosen = {0}
     for key in ("loss", "grad_norm"):
-        finite = [i for i, line in enumerate(lines) if is_number(line.get(key))]
-        if finite:
-            chosen |= {pick(finite, key=lambda i: lines[i][key]) for pick in (min, max)}        # noqa: B023
-        chosen |= set([i for i, line in enumerate(lines) if key in line and i not in finite][:1])
+        finite = [(line[key], i) for i, line in enumerate(lines) if is_number(line.get(key))]
+        others = (i for i, line in enumerate(lines) if not is_number(line.get(key, 0)))
+        chosen |= {min(finite, default=(0, 0))[1], max(finite, default=(0, 0))[1], next(others, 0)}
     return [lines[i] for i in sorted(chosen)] if len(lines) > 2 else lines
 
 
