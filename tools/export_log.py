@@ -24,7 +24,8 @@ from mff_run.process import run
 from tools.records import CONFIG, Run
 from tools.report import PICTURE
 
-TENSORBOARD = {"tensorboard": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}     # package: writer's
+# Packages that write its events, and the module of SummaryWriter for each.
+TENSORBOARD = {"tensorboard": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,14 @@ def main(cfg):
     check_ranges(cfg)
     folder = Path(cfg.run)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no folder of a run: expected config.json in it; name the --output-dir of "
-                        f"a stage")
+        raise UserError(f"{folder} is no folder of a run: expected config.json in it; name the --output-dir "
+                        f"of a stage")
     config = read_json(folder / "config.json", CONFIG)
     going = cfg.follow and is_held(folder)
     if not going and not any(True for _ in each_line(folder / "log.jsonl")):
         raise UserError(f"{folder} has no line in log.jsonl: expected one; train it first")
     names = []
-    if config.get("model") and "out_indices" in config:
+    if config.get("model"):
         names = [f"block {block}" for block in Run("", folder, config, [], {}).fusion_weights()[1]]
     target = Path(cfg.output_dir or folder / cfg.to)
     sink = {"tensorboard": TensorBoard, "wandb": Wandb}[cfg.to](cfg, target, config)

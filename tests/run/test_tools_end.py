@@ -20,10 +20,21 @@ from mff_min.errors import UserError
 from mff_run.files import remove_leftovers, write_atomically, write_json
 from mff_run.output import ERASE, escaped
 from mff_run.process import run
-from tools import analyze, convert, evaluate, features, pack, probe_layers, study
+from tools import (
+    analyze,
+    convert,
+    evaluate,
+    export_log,
+    features,
+    pack,
+    probe_layers,
+    report,
+    study,
+    watch,
+)
 
-MODULES = (train_pretrain, train_probe, train_finetune, analyze, convert, evaluate, features, pack,
-           probe_layers, study)
+MODULES = (train_pretrain, train_probe, train_finetune, analyze, convert, evaluate, export_log, features,
+           pack, probe_layers, report, study, watch)
 DEAD = 999_999_999                                                      # no process has this number
 
 
