@@ -45,7 +45,12 @@ def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix,
     if targets is images:
         del columns["target"]
     tiles = {caption: to_uint8(pictures, mean, std) for caption, pictures in columns.items()}
-    return grid(tiles, title, scale=max(1, round(128 / min(images.shape[-2:]))))        # small ones larger
+    return grid(tiles, title, scale_of(min(images.shape[-2:])))
+
+
+def scale_of(side):
+    """By how much images of this side are drawn larger: small ones are."""
+    return max(1, round(128 / side))
 
 
 def grid(columns, title, scale=1):

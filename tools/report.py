@@ -54,7 +54,9 @@ FIGURE = {"title": str, "note": str, "panels": [
     ({"x_label": str, "y_label": str, "x_ticks": [str], "y_ticks": [str], "values": NUMBERS},
      {"title": str, "x_label": str, "y_label": str, "ticks": (type(None), [str]),
       "series": [{"name": str, "points": NUMBERS, "errors?": [float]}]})]}
-CONSTANT = ("equal", "chance", "pixels", "to all patches alike", "no difference")
+# Colour, dash, dots and line of series that tools.analyze draws alike in every figure.
+LOOKS = {"to all patches alike": ("ink", 4), "pixels": ("ink", 6), "chance": ("teal", 2),
+         "equal": ("grey", 4), "random weights": ("grey",), "a head": ("grey", 0, True, False)}
 KNOBS = {field.name for field in fields(RunFlags)} | {"output_dir", "batch_size", "picture_every",
                                                       "picture_images"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
@@ -123,7 +125,7 @@ def gather(cfg, say):
     """A Shown for each run. Raises UserError where there is nothing to show of one."""
     runs = analyze.open_runs(cfg, MOST_LINES // len(cfg.runs))
     found = []
-    for each, colour in zip(runs, analyze.colours(runs), strict=True):
+    for each, colour in zip(runs, analyze.colours([each.name for each in runs]), strict=True):
         in_folder = each.path.is_dir()
         environment, bad, alive, pictures = each.metrics.get("environment", {}), [], False, []
         if in_folder:
@@ -369,10 +371,9 @@ def read_figure(path):
 
 
 def looks_of(name, i, count):
-    """Colour and dash of a series of a figure that is known by its numbers alone."""
-    if name in CONSTANT:
-        return "grey", 4
-    return (i / max(count - 1, 1) if count > len(analyze.LINES) else analyze.LINES[i]), 0
+    """Colour, and more, of a series of a figure that is known by its numbers alone."""
+    own = i / max(count - 1, 1) if count > len(analyze.LINES) else analyze.LINES[i]
+    return LOOKS.get(name, (own,))
 
 
 # ---------------------------------------------------------------- the page

@@ -151,9 +151,10 @@ def test_probes_of_two_runs_share_a_panel_for_each_label(tmp_path):
             points.setdefault(line["name"], []).extend(line.get("points", []))
         assert points["mff"] == [[0, 40], [1, 39], [2, 38]] and points["mae"] == [[0, 30], [1, 29]]
         assert points["random weights"] == [[0, 35], [1, 34], [2, 33]]
-    assert found["note"] == "What is grey is of mff."
+    assert found["note"] == "The baselines are of mff."
     found = analyzed(tmp_path / "mae.json", tmp_path / "mff.json", "--output-dir", tmp_path / "out")["layers"]
-    assert found["panels"][0]["ticks"] == ["0", "11", "fused"] and found["note"] == "What is grey is of mae."
+    assert found["panels"][0]["ticks"] == ["0", "11", "fused"]
+    assert found["note"] == "The baselines are of mae."
 
 
 def test_a_label_that_the_first_run_lacks_has_a_panel(tmp_path):
@@ -172,7 +173,7 @@ def test_a_label_that_the_first_run_lacks_has_a_panel(tmp_path):
     assert found["panels"][2]["series"][0]["points"] == [[0, 30], [1, 29]]
     assert found["panels"][2]["series"][1]["points"] == [[0, 25], [1, 24]]
     assert "accuracy on 50 or 100 validation images" in found["title"]
-    assert found["note"] == "What is grey is of a for shape, a for texture, b for class."
+    assert found["note"] == "The baselines are of a for shape, a for texture, b for class."
 
 
 def test_a_probe_without_baselines_is_drawn_without_them(tmp_path):
