@@ -244,7 +244,7 @@ def figures():
     for flags in FIGURES:
         cfg = parse(analyze.Config, flags.split())
         with contextlib.chdir(ROOT):                                    # the commands name results/
-            chosen = analyze.choose_figures(cfg, analyze.open_runs(cfg))
+            chosen = analyze.choose_figures(cfg, analyze.open_runs(cfg.runs, cfg.names))
         for kind, figure in analyze.figures_of(cfg, chosen, None, None).items():
             found[cfg.prefix + kind] = figure, analyze.command(cfg, kind, chosen[kind])
     for name in STUDIES:

@@ -293,15 +293,14 @@ def choose_figures(cfg, runs):
     return chosen
 
 
-def open_runs(cfg, most=None):
-    """The runs that cfg names, under names that differ, with what open_run keeps. Raises UserError."""
-    names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
-    if not cfg.names and len(set(names)) < len(names):
-        raise UserError(f"two of {' '.join(cfg.runs)} would have one name: expected different runs, or "
-                        f"--names")
-    if len(names) != len(cfg.runs) or len(set(names)) < len(names):
-        raise UserError(f"--names {cfg.names}: expected {len(cfg.runs)} names that differ, one a run")
-    return [open_run(path, name, print, most) for path, name in zip(cfg.runs, names, strict=True)]
+def open_runs(paths, names="", most=None):
+    """The runs at these paths, with what open_run keeps; names is as --names. Raises UserError."""
+    given, names = names, names.split(",") if names else short_names(paths)
+    if not given and len(set(names)) < len(names):
+        raise UserError(f"two of {' '.join(paths)} would have one name: expected different runs, or --names")
+    if len(names) != len(paths) or len(set(names)) < len(names):
+        raise UserError(f"--names {given}: expected {len(paths)} names that differ, one a run")
+    return [open_run(path, name, print, most) for path, name in zip(paths, names, strict=True)]
 
 
 def check_encoders(cfg, runs):
@@ -318,7 +317,7 @@ def main(cfg):
     check_ranges(cfg)
     if not cfg.record:
         check_matplotlib()
-    runs = open_runs(cfg)
+    runs = open_runs(cfg.runs, cfg.names)
     check_encoders(cfg, runs)
     of_encoders = set(cfg.figures.split(",")) & set(FROM_ENCODERS)
     if cfg.record:

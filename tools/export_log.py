@@ -110,11 +110,11 @@ def pictures_of(folder):
 
 
 def read_picture(path):
-    """A picture as (H, W, 3) uint8, or None, and a line, where it cannot be read."""
+    """A picture as an array of RGB, or None, and a line, where it cannot be read."""
     try:
         check_regular(path)
         with open(path, "rb") as file:
-            return np.asarray(open_pillow(file, MAX_PIXELS).convert("RGB"))             # (H, W, 3)
+            return np.asarray(open_pillow(file, MAX_PIXELS).convert("RGB"))
     except (UserError, *DECODE_ERRORS) as error:
         print(f"warning: {path} cannot be read and is left out: {error}")
     return None

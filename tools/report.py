@@ -123,7 +123,7 @@ def total_of(each):
 
 def gather(cfg, say):
     """A Shown for each run. Raises UserError where there is nothing to show of one."""
-    runs = analyze.open_runs(cfg, MOST_LINES // len(cfg.runs))
+    runs = analyze.open_runs(cfg.runs, cfg.names, MOST_LINES // len(cfg.runs))
     found = []
     for each, colour in zip(runs, analyze.colours([each.name for each in runs]), strict=True):
         in_folder = each.path.is_dir()

@@ -399,10 +399,11 @@ def test_committed_figures_have_the_numbers_that_results_give():
     folder, figures = ROOT / "docs" / "figures", generated.figures()
     stale = "run `python tests/generated.py`, as `make figures` does"
     assert len(figures) >= 2 and {path.name for path in folder.iterdir()} == {
-        "demo.png", "mff.svg", *(f"{name}.{kind}" for name in figures for kind in ("svg", "json"))}, stale
+        "demo.png", "demo_dark.png", "mff.svg", *(f"{name}.{kind}" for name in figures
+                                                  for kind in ("svg", "json"))}, stale
     texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
     shown = {name for text in texts for name in re.findall(r"figures/([\w.-]+\.\w+)", text)}
-    assert shown == {"demo.png", "mff.svg", *(f"{name}.svg" for name in figures)}
+    assert shown == {"demo.png", "demo_dark.png", "mff.svg", *(f"{name}.svg" for name in figures)}
     for name, (figure, command) in figures.items():
         assert (folder / f"{name}.json").read_text() == numbers_of(figure, command), f"{name}: {stale}"
         svg = (folder / f"{name}.svg").read_text()
