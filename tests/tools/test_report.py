@@ -356,6 +356,20 @@ def test_the_tables_of_the_page_have_the_numbers_of_the_log(browser, study, tmp_
     assert browser.ask(cells)[1][0] == "0.02" and browser.errors == []
 
 
+@pytest.mark.parametrize("lines", [
+    [line_of(7)], [line_of(1, loss=0.5, grad_norm=0.51), line_of(2, loss=0.500001, grad_norm=0.52)],
+    [line_of(10 ** 17, loss=1e29)], [line_of(1, loss=-100_000.5), line_of(20_000_000, loss=99_999.5)],
+], ids=["a point", "a narrow range", "large numbers", "long numbers"])
+def test_curves_of_odd_numbers_are_drawn_whole(browser, tmp_path, lines):
+    folder = make_run(tmp_path / "a run", lines, dict(steps=None))
+    browser.open(write(folder, output=tmp_path / "a.html"), 390)
+    for place in ("#log", "input[value=epoch]", "input[value=images]"):
+        assert browser.ask(CUT) == []
+        browser.ask(f"document.querySelector('{place}').click()")
+    assert browser.errors == [] and browser.ask(CUT) == []
+    assert not browser.ask("document.querySelector('main').innerHTML.includes('NaN')")
+
+
 def test_a_browser_runs_nothing_of_a_hostile_run(browser, tmp_path):
     text = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
     folder = make_run(tmp_path / "a", [line_of(1, loss=text), line_of(2)], {text: text},
