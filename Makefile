@@ -13,6 +13,7 @@ SMALL = --model vit_test
 demo: $(VENV)/demo-installed
 	rm -rf runs/demo
 	$(BIN)/torchrun train_pretrain.py $(SMALL) --steps 450 --picture-images 5 --output-dir runs/demo
+	$(BIN)/python -m tools.report runs/demo
 
 # What the README says of the demo: its figures and its pictures, from the run that `make demo` left. Figures need
 # matplotlib, an extra: the record-* targets install it.

@@ -321,6 +321,18 @@ def lock(folder, say):
     return file
 
 
+def is_held(folder):
+    """Whether another process has the lock of a folder; where it cannot be told, no."""
+    try:
+        with open(Path(folder) / LOCK, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):                          # POSIX allows either
+        return True
+    except OSError:                                                     # no such file, or no such locks
+        pass
+    return False
+
+
 def check_lock(folder, world):
     """Raise Fault where the lock in a folder is not the file that this process holds, if it holds one.
 

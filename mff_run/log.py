@@ -40,13 +40,16 @@ def read_log(path, say=lambda text: None):
 
     say(text) is told the number of a line that is skipped. Raises UserError where path is no plain file.
     """
-    lines = []
+    return list(each_line(path, say))
+
+
+def each_line(path, say=lambda text: None):
+    """The lines of read_log, one at a time: a log may have millions."""
     for number, _, line in lines_in(path):
         if line is not None:
-            lines.append(line)
+            yield line
         else:
             say(f"warning: line {number} of {path} is torn and is left out")
-    return lines
 
 
 def lines_in(path):

@@ -56,7 +56,12 @@ def reconstruction_sheet(images, targets, pred, ids, mask, patch_size, norm_pix,
     if targets is images:
         del columns["target"]
     tiles = {caption: to_uint8(pictures, mean, std) for caption, pictures in columns.items()}
-    return grid(tiles, title, scale=max(1, round(128 / min(images.shape[-2:]))), note=OWED[norm_pix])
+    return grid(tiles, title, scale=scale_of(min(images.shape[-2:])), note=OWED[norm_pix])
+
+
+def scale_of(side):
+    """By how much images of this side are drawn larger: small ones are."""
+    return max(1, round(128 / side))
 
 
 def principal_colours(x, *others):

@@ -2,7 +2,8 @@
 
     python tests/generated.py                                           # rewrite them
 
-So are the figures of docs/figures that documents show, but demo.png, which is a picture of the demo's run.
+So are the figures of docs/figures that documents show, but demo.png, which is a picture of the demo's run;
+demo_dark.png is made of it.
 """
 
 import contextlib
@@ -12,6 +13,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -19,10 +23,11 @@ from mff_min.config import parse  # noqa: E402
 from mff_min.mim import parse_out_indices  # noqa: E402
 from mff_min.probe import shown  # noqa: E402
 from mff_min.vit import MODELS  # noqa: E402
+from mff_run.picture import GAP, INK, PAPER, TOP, scale_of  # noqa: E402
 from mff_tasks.detection import shown as shown_detect  # noqa: E402
 from mff_tasks.segmentation import shown as shown_segment  # noqa: E402
 from tools import analyze, comparison, study  # noqa: E402
-from tools.figures import save  # noqa: E402
+from tools.figures import COLOURS, save  # noqa: E402
 
 
 def demo(result):
@@ -244,7 +249,7 @@ def of_encoders(results):
 
 
 FIGURES = ("results/demo.json --figures weights --prefix demo_",        # what tools.analyze draws of results/
-           "results/probe_shapes_cpu.json --figures layers --names trained --prefix probe_",
+           "results/probe_shapes_cpu.json --figures layers --names MFF_MAE --prefix probe_",
            *of_encoders(ROOT / "results"))
 
 
@@ -254,7 +259,7 @@ def figures():
     for flags in FIGURES:
         cfg = parse(analyze.Config, flags.split())
         with contextlib.chdir(ROOT):                                    # the commands name results/
-            chosen = analyze.choose_figures(cfg, analyze.open_runs(cfg))
+            chosen = analyze.choose_figures(cfg, analyze.open_runs(cfg.runs, cfg.names))
         for kind, figure in analyze.figures_of(cfg, chosen, None, None).items():
             found[cfg.prefix + kind] = figure, analyze.command(cfg, kind, chosen[kind])
     for name in STUDIES:
@@ -351,6 +356,27 @@ def rewrite():
                                path.read_text(), flags=re.S))
 
 
+def in_the_dark(picture, side):
+    """A picture of mff_run.picture.grid on dark paper: its tiles, images of side pixels, stay the same."""
+    pixels, size = np.asarray(picture.convert("RGB"), dtype=float), side * scale_of(side)       # (H, W, 3)
+    light = np.array([INK, PAPER], dtype=float)                         # (2, 3)
+    dark = np.array([list(bytes.fromhex(COLOURS[name][1][1:])) for name in ("ink", "paper")])
+    found = dark[0] + (pixels - light[0]) / (light[1] - light[0]) * (dark[1] - dark[0])
+    for top in range(TOP, len(pixels) - size + 1, size + GAP):
+        for left in range(GAP, pixels.shape[1] - size + 1, size + GAP):
+            tile = np.s_[top:top + size, left:left + size]
+            found[tile] = pixels[tile]
+    return Image.fromarray(found.clip(0, 255).round().astype(np.uint8))
+
+
+def draw_demo(folder):
+    """Write demo_dark.png beside demo.png, for readers who prefer the dark."""
+    side = json.loads((ROOT / "results" / "demo.json").read_text())["config"]["img_size"][0]
+    with Image.open(folder / "demo.png") as picture:
+        in_the_dark(picture, side).save(folder / "demo_dark.png")
+
+
 if __name__ == "__main__":
     rewrite()
     draw(ROOT / "docs" / "figures")
+    draw_demo(ROOT / "docs" / "figures")

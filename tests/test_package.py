@@ -11,6 +11,8 @@ import pytest
 from sources import FILES, ROOT
 from test_house import is_triton_kernel, module_of
 
+DATA = "tools/report.html",                                             # what is installed beside modules
+
 STAND_IN = """
 class Anything:
     def __init__(self, *args, **kwargs):
@@ -38,7 +40,7 @@ def python(folder, path, *arguments):
 def site(tmp_path_factory):
     """A folder that holds what a wheel installs; the wheel is built from a copy, offline."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for path in [*FILES, "pyproject.toml", "README.md", "LICENSE"]:
+    for path in [*FILES, *DATA, "pyproject.toml", "README.md", "LICENSE"]:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, source / path)
     shutil.copy(ROOT / "mff_min/kernels", source / "mff_min/kernels", follow_symlinks=False)
@@ -50,8 +52,8 @@ def site(tmp_path_factory):
 
 
 def test_a_wheel_holds_every_file_once(site):
-    files = {path.relative_to(site).as_posix() for path in site.rglob("*.py")}
-    assert files == {path.replace("kernels/", "mff_min/kernels/") for path in FILES}
+    files = {path.relative_to(site).as_posix() for kind in ("py", "html") for path in site.rglob(f"*.{kind}")}
+    assert files == {path.replace("kernels/", "mff_min/kernels/") for path in [*FILES, *DATA]}
 
 
 def test_an_installed_package_works_from_another_folder(site, tmp_path, pretrained):

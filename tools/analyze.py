@@ -36,6 +36,7 @@ from mff_run.jsonfile import is_number
 from mff_run.process import run
 from mff_run.world import describe_environment, pick_ops, start_world
 from mff_weights.pretrained import white_of
+from tools.comparison import COLOURS as OF_METHODS
 from tools.comparison import WEIGHTS_NOTE
 from tools.examine import Findings, difference_of_sizes, examine, open_subject, similarities
 from tools.figures import LINES, Figure, HeatMap, Panel, Series, check_matplotlib, save
@@ -75,7 +76,7 @@ def draw_weights(cfg, runs):
     for each in runs:
         depth, blocks, points = each.fusion_weights()
         series = [Series(f"block {block}", [(x, weights[i]) for x, weights in points], (),
-                         block / (depth - 1), dots=len(points) == 1, tag=str(block))
+                         block / (depth - 1), dots=len(points) == 1, tag=f"block {block}")
                   for i, block in enumerate(blocks)]
         levels = "1 level"
         if len(blocks) > 1:
@@ -94,7 +95,7 @@ def draw_curves(cfg, runs):
     for key, label in (("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm"),
                        ("img_per_s", "images a second")):
         series = []
-        for each, colour in zip(runs, colours(runs), strict=True):
+        for each, colour in zip(runs, colours([each.name for each in runs]), strict=True):
             points = each.curve(key)
             finite = [point for point in points if is_number(point[1])]
             if len(finite) < len(points):
@@ -130,8 +131,8 @@ def figure_of_layers(runs):
     panels = []
     for label, owner in owners.items():
         series = []
-        lines = [(name, "trained", name, LINES[i % len(LINES)]) for i, name in enumerate(runs)]
-        lines.append((owner, "random", "random weights", "grey" if len(runs) > 1 else "orange"))
+        lines = [(name, "trained", name, own) for name, own in zip(runs, colours(list(runs)), strict=True)]
+        lines.append((owner, "random", "random weights", "grey"))
         for source, kind, name, colour in lines:
             found = [row for row in runs[source] if (row["label"], row["kind"]) == (label, kind)
                      and row["layer"] in layers]
@@ -139,23 +140,23 @@ def figure_of_layers(runs):
             for part in filter(None, (blocks, found[len(blocks):])):    # no line leads to the fused feature
                 points = [(layers.index(row["layer"]), row["acc1"]) for row in part]
                 series.append(Series(name, points, [row["acc1_error"] for row in part], colour))
-        for kind, dash in (("pixels", 6), ("chance", 2)):
+        for kind, dash, own in (("pixels", 6, "ink"), ("chance", 2, "teal")):
             for level in (row for row in runs[owner] if (row["label"], row["kind"]) == (label, kind)):
                 ends = [(-0.5, level["acc1"]), (len(layers) - 0.5, level["acc1"])]
-                series.append(Series(kind, ends, [0.0, level["acc1_error"]], "grey", dash))
+                series.append(Series(kind, ends, [0.0, level["acc1_error"]], own, dash))
         panels.append(Panel(f"label: {label}", "block", "accuracy, %", ticks, series))
     images = sorted({row["val_images"] for row in rows if row["kind"] == "trained" and "val_images" in row})
     return Figure(f"Linear probes of frozen features: accuracy on {' or '.join(map(str, images))} validation "
                   f"images, bars of one standard error", panels, share_y=True,
-                  note=whose_is_grey(owners) if len(runs) > 1 else "")
+                  note=whose_baselines(owners) if len(runs) > 1 else "")
 
 
-def whose_is_grey(owners):
+def whose_baselines(owners):
     """The note that says which run the baselines are of: {label: run}."""
     runs = dict.fromkeys(owners.values())
     if len(runs) == 1:
-        return f"What is grey is of {next(iter(runs))}."
-    return "What is grey is of " + ", ".join(f"{run} for {label}" for label, run in owners.items()) + "."
+        return f"The baselines are of {next(iter(runs))}."
+    return "The baselines are of " + ", ".join(f"{run} for {label}" for label, run in owners.items()) + "."
 
 
 # ---------------------------------------------------------------- figures from encoders
@@ -165,15 +166,15 @@ def draw_spectrum(found):
     """Two panels a run, of blocks and of the last layer, and one of the highest frequency over the depth."""
     labels = "frequency, units of pi a patch", "relative log amplitude"
     panels, highest = [], []
-    for each, colour in zip(found.encoders, colours(found.encoders), strict=True):
+    for each, colour in zip(found.encoders, colours([each.name for each in found.encoders]), strict=True):
         along = frequencies(each.grid)
         curves = {tap: [(x, y - values[0]) for x, y in zip(along, values, strict=True)]
                   for tap, values in each.amplitudes.items()}
         blocks = [tap for tap in curves if tap.startswith("block")]
         depth = len(blocks)
-        series = [Series(tap, curves[tap], (), i / (depth - 1)) for i, tap in enumerate(blocks)]
+        series = [Series(tap, curves[tap], (), i / (depth - 1), tag=tap) for i, tap in enumerate(blocks)]
         panels.append(Panel(f"{each.name}: every block", *labels, None, series, zero=False))
-        last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "teal"),
+        last = ((blocks[-1], "last block", "grey"), ("normed", "last block, normed", "green"),
                 ("fused", "fused blocks, normed", "purple"))
         series = [Series(name, curves[tap], (), own) for tap, name, own in last if tap in curves]
         title = "before and after fusion" if "fused" in curves else "no fusion"
@@ -200,23 +201,24 @@ def draw_cka(found):
         ticks = [str(i) for i in range(len(pair["values"]))]
         panels.append(HeatMap("", f"block of {pair['across']}", f"block of {pair['up']}", ticks, ticks,
                               pair["values"]))
-    return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(3, len(panels)),
-                  width=520, height=460, note=f"{found.about} Unbiased HSIC, summed over minibatches. 1: "
+    return Figure("Linear CKA of the patch tokens of two blocks", panels, columns=min(2, len(panels)),
+                  width=440, height=420, note=f"{found.about} Unbiased HSIC, summed over minibatches. 1: "
                                               f"equal but for rotation and scale; about 0: independent.")
 
 
 def draw_attention(found):
     """A panel for each run: a dot a head, their mean, and the distance of attention to all patches alike."""
-    panels = []
-    for each in found.encoders:
+    panels, several = [], len(found.encoders) > 1
+    for each, colour in zip(found.encoders, colours([each.name for each in found.encoders]), strict=True):
         dots = [(block, pixels) for block, heads in enumerate(each.distances) for pixels in heads]
         means = [(block, sum(heads) / len(heads)) for block, heads in enumerate(each.distances)]
         uniform = float(patch_distances(each.grid, each.patch_size).mean())
         ends = [(-0.5, uniform), (len(means) - 0.5, uniform)]
         panels.append(Panel(each.name, "block", "attention distance, pixels", [str(i) for i, _ in means],
-                            [Series("to all patches alike", ends, (), "grey", dash=4),
-                             Series("mean of the heads", means, (), "blue", dots=False),
-                             Series("a head", dots, (), "orange", line=False)]))
+                            [Series("to all patches alike", ends, (), "ink", dash=4),
+                             Series("mean of the heads" + f", {each.name}" * several, means, (), colour,
+                                    dots=False),
+                             Series("a head", dots, (), "grey", line=False)]))
     return Figure("How far each head attends", panels, columns=min(2, len(panels)), share_y=True,
                   note=f"{found.about} Mean over patches; the class token is left out.")
 
@@ -262,9 +264,13 @@ def short_names(paths):
     return names
 
 
-def colours(runs):
-    """One for each run of a figure."""
-    return LINES[:len(runs)] if len(runs) <= len(LINES) else [i / (len(runs) - 1) for i in range(len(runs))]
+def colours(names):
+    """One for each run of a figure: those of the methods, where all are named after methods."""
+    own = [OF_METHODS[name] for name in names if name in OF_METHODS]
+    if len(set(own)) == len(names):
+        return own
+    return LINES[:len(names)] if len(names) <= len(LINES) else [i / (len(names) - 1) for i in
+                                                                range(len(names))]
 
 
 def choose_figures(cfg, runs):
@@ -287,15 +293,18 @@ def choose_figures(cfg, runs):
     return chosen
 
 
-def open_runs(cfg):
-    """The runs that cfg names, under names that differ. Raises UserError."""
-    names = cfg.names.split(",") if cfg.names else short_names(cfg.runs)
-    if not cfg.names and len(set(names)) < len(names):
-        raise UserError(f"two of {' '.join(cfg.runs)} would have one name: expected different runs, or "
-                        f"--names")
-    if len(names) != len(cfg.runs) or len(set(names)) < len(names):
-        raise UserError(f"--names {cfg.names}: expected {len(cfg.runs)} names that differ, one a run")
-    runs = [open_run(path, name, print) for path, name in zip(cfg.runs, names, strict=True)]
+def open_runs(paths, names="", most=None):
+    """The runs at these paths, with what open_run keeps; names is as --names. Raises UserError."""
+    given, names = names, names.split(",") if names else short_names(paths)
+    if not given and len(set(names)) < len(names):
+        raise UserError(f"two of {' '.join(paths)} would have one name: expected different runs, or --names")
+    if len(names) != len(paths) or len(set(names)) < len(names):
+        raise UserError(f"--names {given}: expected {len(paths)} names that differ, one a run")
+    return [open_run(path, name, print, most) for path, name in zip(paths, names, strict=True)]
+
+
+def check_encoders(cfg, runs):
+    """Raise UserError where a record of encoders is not drawn alone."""
     for each in runs:
         if each.findings and (len(runs) > 1 or cfg.names or cfg.record):
             raise UserError(f"{each.path} is a record of encoders: expected no other run, no --names and no "
@@ -308,7 +317,8 @@ def main(cfg):
     check_ranges(cfg)
     if not cfg.record:
         check_matplotlib()
-    runs = open_runs(cfg)
+    runs = open_runs(cfg.runs, cfg.names)
+    check_encoders(cfg, runs)
     of_encoders = set(cfg.figures.split(",")) & set(FROM_ENCODERS)
     if cfg.record:
         check_record(cfg, of_encoders)

@@ -312,18 +312,28 @@ def figures_of(results):
 
 
 def forest(results, about):
-    """The paired difference of every method to MAE with its interval, a panel for each metric."""
-    panels = []
+    """The paired difference of every method to MAE with its interval, a panel for each metric.
+
+    Metrics of one method alone share a panel: one point has nothing beside it.
+    """
+    rows, alone = {}, {}                                                # {title: {tick: Difference}}
     for metric in metrics_of(results):
         found = {method: each for method, each in differences(metric).items()
                  if method not in BASELINES and each.half is not None}
-        if found:
+        if len(found) == 1:
+            (method, each), = found.items()
+            alone.setdefault(method, {})[metric.name] = each
+        else:
+            rows[metric.name] = found
+    panels = []
+    for title, found in (rows | alone).items():
+        if len(found) > 1:
             points = [(float(x), each.mean) for x, each in enumerate(found.values())]
             zero = [(-0.5, 0.0), (len(found) - 0.5, 0.0)]
             series = [Series("no difference", zero, (), "grey", dash=4),
                       Series("mean over the seeds, 95 % interval", points,
-                             [each.half for each in found.values()], "blue", line=False)]
-            panels.append(Panel(metric.name, "", f"points over {BASE}", list(found), series, zero=False))
+                             [each.half for each in found.values()], "ink", line=False)]
+            panels.append(Panel(title, "", f"points over {BASE}", list(found), series, zero=False))
     return Figure(f"Difference to {BASE} from the same seeds: {about}", panels,
                   columns=min(2, len(panels)), width=620)
 
@@ -343,7 +353,7 @@ def levels(results, about):
                  if method in metric.values}
         if len(found) > 2:
             points, errors = means_and_deviations(found.values())
-            series = [Series("mean over the seeds, bars of one standard deviation", points, errors, "blue")]
+            series = [Series("mean over the seeds, bars of one standard deviation", points, errors, "teal")]
             panels.append(Panel(metric.name, "fused levels; 1 is MAE", "accuracy, %", list(map(str, found)),
                                 series, zero=False))
     return Figure(f"The number of fused levels: {about}", panels, columns=min(2, len(panels)))
@@ -399,7 +409,8 @@ def weights(results, about):
     for method, (record, curve) in mean_curves(results, "fusion").items():
         blocks = blocks_of(record)
         series = [Series(f"block {block}", [(float(row[0]), row[1 + i]) for row in curve], (),
-                         block / max(blocks), dots=False) for i, block in enumerate(blocks)]
+                         block / max(blocks), dots=False, tag=f"block {block}")
+                  for i, block in enumerate(blocks)]
         equal = [(float(row[0]), 1 / len(blocks)) for row in (curve[0], curve[-1])]
         series.append(Series("equal", equal, (), "grey", dash=4))
         panels.append(Panel(f"{method}: {len(blocks)} levels", "step", "weight", None, series, zero=False))

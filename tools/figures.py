@@ -40,7 +40,7 @@ class Series:
 
     errors are half lengths of the bars, or () for none. dash is the length of strokes and gaps, 0 for a solid
     line. Points have dots, unless the line is dashed: a dashed line marks a constant. Without line, there
-    are dots alone. tag is a short name at the line's end.
+    are dots alone. tag is a short name at the line's end, which then needs none in the legend.
     """
     name: str
     points: list
@@ -237,8 +237,8 @@ def lay_out(figure, canvas):
 
 
 def names_of(panels):
-    """The names of the series, once each: those on the ramp first, in its order."""
-    lines = [line for panel in panels for line in getattr(panel, "series", ()) if line.name]
+    """The names of the series without a tag, once each: those on the ramp first, in its order."""
+    lines = [line for panel in panels for line in getattr(panel, "series", ()) if line.name and not line.tag]
     lines.sort(key=lambda line: 2 if isinstance(line.colour, str) else line.colour)
     return list(dict.fromkeys(line.name for line in lines))
 
@@ -283,14 +283,13 @@ def apart(places, gap):
 
 
 def draw_heat_map(axes, panel):
-    """Cells with their numbers, and a bar that tells what the colours mean."""
+    """Cells with their numbers, which tell what the colours mean."""
     image = axes.imshow(panel.values, cmap="viridis", vmin=panel.low, vmax=panel.high, origin="lower")
     axes.set_xticks(range(len(panel.x_ticks)), panel.x_ticks)
     axes.set_yticks(range(len(panel.y_ticks)), panel.y_ticks)
     for (i, j), value in np.ndenumerate(panel.values):
-        axes.text(j, i, f"{value:.2f}", size=6.5, ha="center", va="center",
+        axes.text(j, i, f"{value:.2f}", size=7.5, ha="center", va="center",
                   color=ON_CELLS[luminance(image.to_rgba(value)[:3]) < 0.179])
-    axes.figure.colorbar(image, ax=axes, shrink=0.9)
 
 
 def luminance(rgb):

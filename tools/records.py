@@ -4,8 +4,10 @@ A record is the same of a run whose folder is gone, in one small file: metrics.j
 record of encoders is what examine.py found in those of several runs.
 """
 
+import itertools
+import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,8 @@ from mff_min.errors import UserError
 from mff_min.mim import parse_out_indices
 from mff_min.vit import MODELS
 from mff_run.files import write_json
-from mff_run.jsonfile import is_path, misfit, read_json
-from mff_run.log import read_log
+from mff_run.jsonfile import is_number, is_path, misfit, read_json
+from mff_run.log import each_line
 from tools.examine import Features, Findings
 from tools.measures import frequencies
 
@@ -73,6 +75,8 @@ class Run:
     log: list                                                           # a dict each logged training step
     metrics: dict                                                       # empty where it has not ended
     findings: Findings | None = None                                    # alone in a record of encoders
+    evaluations: list = field(default_factory=list)                     # the log's lines of val_images
+    logged: int = 0                                                     # lines of training; log has some
 
     def seen(self, line):
         """Images seen up to a line of the log."""
@@ -104,10 +108,11 @@ class Run:
         return "mask_ratio" in self.config and any(path.is_file() for path in files)
 
 
-def open_run(path, name, say):
+def open_run(path, name, say, most=None):
     """The Run in a folder, or in a record of one. Raises UserError where there is none.
 
-    say(text) is told of lines of the log that cannot be read.
+    say(text) is told of lines of the log that cannot be read. With most, about so many lines are kept of a
+    longer log: those of `thinned`.
     """
     path = Path(path)
     check_reachable("run", path)
@@ -121,10 +126,10 @@ def open_run(path, name, say):
         metrics, told = {}, path / "config.json"
         if (path / "metrics.json").exists():
             metrics = read_json(path / "metrics.json", hint="move it away, and curves are drawn without it")
-        log, config = read_log(path / "log.jsonl", say), read_json(told)
+        log, config = each_line(path / "log.jsonl", say), read_json(told)
     else:
         raise UserError(f"{path} is no folder of a run: it holds no config.json")
-    if not isinstance(log, list) or not all(isinstance(line, dict) for line in log):
+    if told == path and not (isinstance(log, list) and all(isinstance(line, dict) for line in log)):
         raise UserError(f"{path} is of no run: its log is no list of objects")
     if not isinstance(config, dict):
         raise UserError(f"{path} is of no run: its config is no object")
@@ -133,7 +138,45 @@ def open_run(path, name, say):
     rows = [tuple(kind | {"acc1_error": float, "val_images?": is_count} for kind in ROWS[0])]
     if problem := "margins" in metrics and misfit(metrics, {"rows": rows}):
         raise UserError(f"{path} holds {problem}, as tools.probe_layers writes it")
-    return Run(name, path, config, [line for line in log if not misfit(line, LINE)], metrics)
+    evaluations = []
+
+    def training():
+        for line in log:
+            if not misfit(line, LINE):
+                yield line
+            elif "val_images" in line and "done" not in line and is_number(line.get("step")):
+                evaluations.append(line)
+    kept, logged = thinned(training(), most or math.inf)
+    return Run(name, path, config, kept, metrics, None, evaluations, logged)
+
+
+def thinned(lines, most):
+    """(lines, how many there were): all of them, or of more than `most` those that a curve needs.
+
+    Of equal stretches these are the lines that `extremes` names. The memory is that of what is kept.
+    """
+    kept, stretch, size, total, count, line = [], [], 1, 0, 0, None
+    for line in lines:
+        count += 1
+        stretch.append(line)
+        if len(stretch) == size:
+            kept.append(extremes(stretch))
+            total, stretch = total + len(kept[-1]), []
+        while total > most:
+            kept = [extremes(sum(kept[i:i + 2], [])) for i in range(0, len(kept), 2)]
+            total, size = sum(map(len, kept)), 2 * size
+    found = list(itertools.chain(*kept, extremes(stretch)))
+    return found + [line] * (count > 0 and found[-1] is not line), count
+
+
+def extremes(lines):
+    """The first line, those of the least and the largest loss and gradient norm, and the first without."""
+    chosen = {0}
+    for key in ("loss", "grad_norm"):
+        finite = [(line[key], i) for i, line in enumerate(lines) if is_number(line.get(key))]
+        others = (i for i, line in enumerate(lines) if not is_number(line.get(key, 0)))
+        chosen |= {min(finite, default=(0, 0))[1], max(finite, default=(0, 0))[1], next(others, 0)}
+    return [lines[i] for i in sorted(chosen)] if len(lines) > 2 else lines
 
 
 def findings_in(record, path):

@@ -22,20 +22,25 @@ from mff_run.output import ERASE, escaped
 from mff_run.process import run
 from tools import (
     analyze,
+    analyze,
     attention,
     convert,
+    detect,
     evaluate,
+    export_log,
     features,
     pack,
     predict,
     probe_layers,
     reconstruct,
+    report,
     segment,
     study,
+    watch,
 )
 
-MODULES = (train_pretrain, train_probe, train_finetune, analyze, attention, convert, evaluate, features, pack,
-           predict, probe_layers, reconstruct, segment, study)
+MODULES = (train_pretrain, train_probe, train_finetune, analyze, attention, convert, detect, evaluate,
+           export_log, features, pack, predict, probe_layers, reconstruct, report, segment, study, watch)
 DEAD = 999_999_999                                                      # no process has this number
 
 

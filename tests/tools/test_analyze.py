@@ -151,9 +151,10 @@ def test_probes_of_two_runs_share_a_panel_for_each_label(tmp_path):
             points.setdefault(line["name"], []).extend(line.get("points", []))
         assert points["mff"] == [[0, 40], [1, 39], [2, 38]] and points["mae"] == [[0, 30], [1, 29]]
         assert points["random weights"] == [[0, 35], [1, 34], [2, 33]]
-    assert found["note"] == "What is grey is of mff."
+    assert found["note"] == "The baselines are of mff."
     found = analyzed(tmp_path / "mae.json", tmp_path / "mff.json", "--output-dir", tmp_path / "out")["layers"]
-    assert found["panels"][0]["ticks"] == ["0", "11", "fused"] and found["note"] == "What is grey is of mae."
+    assert found["panels"][0]["ticks"] == ["0", "11", "fused"]
+    assert found["note"] == "The baselines are of mae."
 
 
 def test_a_label_that_the_first_run_lacks_has_a_panel(tmp_path):
@@ -172,7 +173,7 @@ def test_a_label_that_the_first_run_lacks_has_a_panel(tmp_path):
     assert found["panels"][2]["series"][0]["points"] == [[0, 30], [1, 29]]
     assert found["panels"][2]["series"][1]["points"] == [[0, 25], [1, 24]]
     assert "accuracy on 50 or 100 validation images" in found["title"]
-    assert found["note"] == "What is grey is of a for shape, a for texture, b for class."
+    assert found["note"] == "The baselines are of a for shape, a for texture, b for class."
 
 
 def test_a_probe_without_baselines_is_drawn_without_them(tmp_path):
@@ -398,10 +399,11 @@ def test_committed_figures_have_the_numbers_that_results_give():
     folder, figures = ROOT / "docs" / "figures", generated.figures()
     stale = "run `python tests/generated.py`, as `make figures` does"
     assert len(figures) >= 2 and {path.name for path in folder.iterdir()} == {
-        "demo.png", "mff.svg", *(f"{name}.{kind}" for name in figures for kind in ("svg", "json"))}, stale
+        "demo.png", "demo_dark.png", "mff.svg", *(f"{name}.{kind}" for name in figures
+                                                  for kind in ("svg", "json"))}, stale
     texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
     shown = {name for text in texts for name in re.findall(r"figures/([\w.-]+\.\w+)", text)}
-    assert shown == {"demo.png", "mff.svg", *(f"{name}.svg" for name in figures)}
+    assert shown == {"demo.png", "demo_dark.png", "mff.svg", *(f"{name}.svg" for name in figures)}
     for name, (figure, command) in figures.items():
         assert (folder / f"{name}.json").read_text() == numbers_of(figure, command), f"{name}: {stale}"
         svg = (folder / f"{name}.svg").read_text()

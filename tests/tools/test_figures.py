@@ -1,5 +1,6 @@
 """Figures: the drawing shows the numbers of the description, and can be read, in the dark too."""
 
+import itertools
 import json
 import math
 import re
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 from mff_min.errors import UserError
+from mff_run.picture import GAP, TOP, scale_of
+from tools import comparison
 from tools.figures import (
     COLOURS,
     ON_CELLS,
@@ -82,7 +85,7 @@ def test_panels_share_their_y_axis_where_the_figure_says_so():
 
 def test_a_heat_map_has_a_cell_for_each_value_and_row_0_at_the_bottom():
     values = [[0.0, 0.25, 0.5], [1.0, 0.75, -0.1]]
-    axes, bar = draw(Figure("", [HeatMap("", "a", "b", ["0", "1", "2"], ["p", "q"], values)])).axes
+    axes, = draw(Figure("", [HeatMap("", "a", "b", ["0", "1", "2"], ["p", "q"], values)])).axes
     image, = axes.images
     assert image.get_array().tolist() == values and image.get_clim() == (0, 1)
     assert axes.get_ylim() == (-0.5, 1.5)                               # upwards
@@ -193,7 +196,7 @@ def test_every_text_has_a_colour_that_text_may_have():
 
 def test_numbers_in_a_heat_map_can_be_read():
     values = [np.linspace(-0.1, 1.1, 241).tolist()]
-    axes, _ = draw(Figure("", [HeatMap("", "", "", [""] * 241, [""], values)])).axes
+    axes, = draw(Figure("", [HeatMap("", "", "", [""] * 241, [""], values)])).axes
     cells = axes.images[0].to_rgba(np.array(values[0]))
     assert {text.get_color() for text in axes.texts} == set(ON_CELLS)
     for cell, text in zip(cells, axes.texts, strict=True):
@@ -250,6 +253,50 @@ def test_nothing_of_a_figure_in_the_documents_is_cut_off_or_overlaps(name):
     assert list(faults_of_layout(draw(figure))) == []
 
 
+DRAWN = {name: figure for name, (figure, _) in generated.figures().items()}
+README_WIDTH = 880                                                      # pixels that a page of GitHub has
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN))
+def test_a_colour_of_the_legend_means_one_thing_in_a_figure(name):
+    """Two colours are at least 60 steps of 255 apart, as red, green and blue."""
+    named = {(line.name, colour_of(line.colour)) for panel in DRAWN[name].panels
+             for line in getattr(panel, "series", ()) if line.name and not line.tag}
+    assert len(named) == len({name for name, _ in named})
+    for (_, a), (_, b) in itertools.combinations(named, 2):
+        assert math.dist(bytes.fromhex(a[1:]), bytes.fromhex(b[1:])) > 60, named
+
+
+def test_a_method_has_one_colour_in_all_figures():
+    found = {}
+    for figure in DRAWN.values():
+        for line in (line for panel in figure.panels for line in getattr(panel, "series", ())):
+            for method in comparison.COLOURS:
+                if line.name == method or line.name.endswith(f", {method}"):
+                    found.setdefault(method, set()).add(line.colour)
+    assert {"MAE", "MFF_MAE", "pixels"} <= set(found)
+    assert found == {method: {comparison.COLOURS[method]} for method in found}
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN))
+def test_a_panel_has_more_than_a_point(name):
+    for panel in DRAWN[name].panels:
+        if isinstance(panel, Panel):
+            assert max(len(line.points) for line in panel.series if not line.dash) > 1, panel.title
+
+
+@pytest.mark.parametrize("name", sorted(name for name in DRAWN if name.endswith("_cka")))
+def test_numbers_of_a_heat_map_can_be_read_at_the_width_of_the_readme(name):
+    """None touches the next one, and a digit is 9 pixels high where the figure is as wide as a page."""
+    canvas = draw(DRAWN[name])
+    width, _ = canvas.canvas.get_width_height()
+    for axes in canvas.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        cell = axes.get_window_extent().width / len(axes.get_xticks())
+        assert max(box.width for box in boxes) < cell
+        assert min(box.height for box in boxes) * min(1, README_WIDTH / width) >= 9
+
+
 def test_long_texts_get_the_room_that_they_need():
     title, note = "a title of many words " * 8, "a note that goes on and on " * 20
     series = [replace(LINE, name=f"a run with a long name, the {i}th of them") for i in range(5)]
@@ -268,3 +315,18 @@ def test_a_fault_of_the_layout_is_found(change, fault):
     canvas = draw(FIGURE)
     change(canvas)
     assert fault in " ".join(faults_of_layout(canvas))
+
+
+# ---------------------------------------------------------------- the demo's picture
+
+
+def test_the_demos_picture_has_a_dark_form_with_the_same_tiles():
+    side = json.loads((generated.ROOT / "results/demo.json").read_text())["config"]["img_size"][0]
+    paths = (generated.ROOT / f"docs/figures/{name}.png" for name in ("demo", "demo_dark"))
+    light, dark = (np.asarray(Image.open(path).convert("RGB"), dtype=int) for path in paths)
+    assert (np.asarray(generated.in_the_dark(Image.fromarray(light.astype(np.uint8)), side)) == dark).all()
+    size, paper = side * scale_of(side), list(bytes.fromhex(COLOURS["paper"][1][1:]))
+    assert (light[TOP:TOP + size, GAP:GAP + size] == dark[TOP:TOP + size, GAP:GAP + size]).all()
+    assert dark[0, 0].tolist() == dark[-1, -1].tolist() == paper
+    texts = dark[:TOP].reshape(-1, 3)
+    assert contrast(texts.max(0) / 255, np.array(paper) / 255) > 7

@@ -141,9 +141,15 @@ def test_a_report_of_the_first_units_and_of_a_torn_log_is_whole(results):
 
 
 def test_figures_show_the_numbers_of_the_results(results):
+    assert "differences" not in comparison.figures_of(results)          # of one metric it would be a point
+    results["records"] += [record(method, seed, "knn", acc1=20.0 + seed * (method == "MFF_MAE"))
+                           for method in ("MAE", "MFF_MAE") for seed in (0, 1)]
     figures = comparison.figures_of(results)
-    zero, means = figures["differences"].panels[0].series
-    assert means.points == [(0.0, pytest.approx(3.1))] and means.errors == [pytest.approx(1.2706, abs=1e-4)]
+    panel, = figures["differences"].panels
+    zero, means = panel.series
+    assert panel.title == "MFF_MAE" and panel.ticks == ["shape, linear", "shape, k-NN"]
+    assert means.points == [(0.0, pytest.approx(3.1)), (1.0, pytest.approx(0.5))]
+    assert means.errors == pytest.approx([1.2706, 6.3531], abs=1e-4)
     assert figures["loss"].panels[0].series[0].points == [(20.0, pytest.approx(0.55)), (40.0, 0.4)]
     panel, = figures["weights"].panels
     assert [line.name for line in panel.series] == [*(f"block {i}" for i in (0, 2, 4, 6, 8, 11)), "equal"]
