@@ -22,7 +22,6 @@ from mff_run.output import ERASE, escaped
 from mff_run.process import run
 from tools import (
     analyze,
-    analyze,
     attention,
     convert,
     detect,
