@@ -40,7 +40,7 @@ def demo(result):
     threads = f"{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}"
     where = threads if on_cpu else environment["device"]
     return (f"On {where}, with PyTorch {version}, `make demo` trained for {result['seconds'] / 60:.1f} "
-            f"minutes. It ended with `{last_line(result)}`. The pictures below are its own. Each of the "
+            f"minutes. It ended with `{last_line(result)}`. Each of the "
             f"{len(weights)} fused levels begins with the weight {1 / len(weights):.3f}. Block "
             f"{blocks[heaviest]} ended with the largest weight, {weights[heaviest]:.3f}, and block "
             f"{blocks[lightest]} with the smallest, {weights[lightest]:.3f}.")
