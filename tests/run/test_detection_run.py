@@ -64,9 +64,9 @@ def test_a_run_evaluates_draws_and_leaves_a_detector_that_is_measured_alike(dete
         {name: metrics[name] for name in metrics if name.startswith(("box_", "mask_"))}
 
 
-LEARNS = ("--data shapes:1000 --img-size 32 --window 4 --width 32 --proposals 200 --regions 32 --scale 0.8,1.25 "
-          "--layer-decay 0.8 --drop-path 0 --clip-grad 1 --warmup-steps 10 --batch-size 48 --global-batch 48 "
-          "--lr 4e-3 --log-every 100 --picture-every 1000")
+LEARNS = ("--data shapes:1000 --img-size 32 --window 4 --width 32 --proposals 200 --regions 32 "
+          "--scale 0.8,1.25 --layer-decay 0.8 --drop-path 0 --clip-grad 1 --warmup-steps 10 --batch-size 48 "
+          "--global-batch 48 --lr 4e-3 --log-every 100 --picture-every 1000")
 
 
 @pytest.mark.slow
