@@ -433,7 +433,8 @@ def page_of(shown, refresh=0):
 def parts_of(shown, charts, names):
     """The parts of the page from its top to its bottom, as HTML; "" for what there is not."""
     curves, several = training_charts(charts, shown), len(shown) > 1
-    first = ["loss", *[name for name in curves if name.startswith("weights")][:1]]
+    weights = [name for name in curves if name.startswith("weights")]
+    first = ["loss", *[*weights, *filter(curves.get, TESTS)][:1]]
     left = (SWITCH if curves else "") + "".join(curves.pop(name, "") for name in first)
     settings = [{name: value for name, value in each.run.config.items() if name not in KNOBS}
                 for each in shown]

@@ -154,6 +154,7 @@ def test_the_page_of_a_detector_has_its_pictures_its_ap_and_the_parts_of_its_los
         assert logs[curve["log"]]["x"] == {"step": [10, 20], "epoch": [0.2, 0.4], "images": [320, 640]}
     assert found.data["steps"] == [0, 10]                               # the last is that of its last step
     text = " ".join(found.text.split())
+    assert text.index("AP of boxes, %") < text.index("Results")            # beside the pictures
     assert "35.4 ± 1.4 % AP of boxes" in text and "25.8 ± 1.1 % AP of masks" in text
     assert "1 results in detail" in text and "box_classes/cat" in text and "36.18" in text
 
