@@ -1,6 +1,6 @@
 """Somebody's own images, one after the other: those that cannot be read are named, and the others go on.
 
-tools.segment, reconstruct, attention and predict read folders, which are searched wholly, and images.
+tools.segment, detect, reconstruct, attention and predict read folders, which are searched wholly, and images.
 """
 
 import os

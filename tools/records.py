@@ -141,11 +141,16 @@ def open_run(path, name, say, most=None):
     evaluations = []
 
     def training():
+        last = {}
         for line in log:
             if not misfit(line, LINE):
-                yield line
-            elif "val_images" in line and "done" not in line and is_number(line.get("step")):
-                evaluations.append(line)
+                yield (last := line)
+            elif "val_images" in line and is_number(line.get("step")):
+                if "done" not in line:
+                    evaluations.append(line)
+                elif evaluations:                                       # alone, it is no curve
+                    epoch = last.get("epoch") if last.get("step") == line["step"] else None
+                    evaluations.append({"epoch": epoch} | line)         # it does not say its own
     kept, logged = thinned(training(), most or math.inf)
     return Run(name, path, config, kept, metrics, None, evaluations, logged)
 

@@ -32,6 +32,7 @@ from mff_min.errors import UserError
 from mff_run.files import check_regular, is_held, make_folder, write_atomically
 from mff_run.jsonfile import is_number, read_json
 from mff_run.log import each_line
+from mff_run.picture import OWED
 from mff_run.process import run
 from mff_run.progress import duration
 from mff_run.run import RunFlags
@@ -43,11 +44,13 @@ from tools.records import Run
 # Of a page, together for all its runs:
 MOST_LINES, MOST_PICTURES, MOST_BAD = 2400, 18, 10_000                  # of logs; files that cannot be read
 MOST_PICTURE_BYTES, MOST_BYTES = 2_600_000, 5_000_000
-PICTURE = re.compile(r"(?:reconstruction|features|segmentation)(?:-(\d+))?\.png")
+PICTURE = re.compile(r"(?:reconstruction|features|segmentation|detection)(?:-(\d+))?\.png")
 CURVES = (("loss", "Loss", False, True), ("lr", "Learning rate", True, False),
           ("grad_norm", "Gradient norm", False, True),
           ("img_per_s", "Throughput, images per second", True, False))  # key, title, from 0, log
-TESTS = {"val_loss": "Loss of held-out images", "acc1": "Top-1 accuracy, %", "mIoU": "mIoU, %"}
+TESTS = {"val_loss": "Loss of held-out images", "acc1": "Top-1 accuracy, %", "mIoU": "mIoU, %",
+         "box_AP": "AP of boxes, %", "mask_AP": "AP of masks, %"}
+PART = re.compile(r"loss_\w{1,40}")                                     # of a loss that is a sum
 MEASURED = ("layers", "spectrum", "cka", "attention")                   # figures of tools.analyze
 NUMBERS = [[float]]
 FIGURE = {"title": str, "note": str, "panels": [
@@ -65,9 +68,6 @@ SWITCH = """<fieldset><legend>Curves over</legend>
 <label><input type=radio name=x value=epoch> epochs</label>
 <label><input type=radio name=x value=images> images seen</label>
 <label><input type=checkbox id=log> logarithmic loss and gradient norm</label></fieldset>"""
-HONEST = ("The target of these models is each patch without its own mean and contrast. The picture takes "
-          "both from the true patch, so even an untrained model shows the coarse image: compare its "
-          "prediction with the column of patch means, where there is one.")
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,11 @@ def small_picture(step, path, most, say):
 # ---------------------------------------------------------------- HTML
 
 
-def compared(shown, values, render, differ=None, most=MOST_ROWS):
+def compared(shown, values, render, differ=None, most=MOST_ROWS, what="settings"):
     """A table of dicts, one per run, a row for each name; with differ, of the rows that differ, or do not.
 
-    A run without any of the names has no column. A table of more than `most` rows is folded.
+    A run without any of the names has no column. A table of more than `most` rows is folded, under a line
+    that says how many rows of what there are.
     """
     some = [(each, found) for each, found in zip(shown, values, strict=True) if found]
     rows = []
@@ -192,7 +193,7 @@ def compared(shown, values, render, differ=None, most=MOST_ROWS):
         if differ is None or (len(set(cells) - {None}) > 1) == differ:
             rows.append((text(name), *(cell or "" for cell in cells)))
     found = table(["", *(text(each.run.name) for each, _ in some)], rows) if rows else ""
-    return f"<details><summary>{len(rows)} settings</summary>{found}</details>" if len(rows) > most else found
+    return f"<details><summary>{len(rows)} {what}</summary>{found}</details>" if len(rows) > most else found
 
 
 def card(each):
@@ -211,7 +212,8 @@ def card(each):
                      f"</progress>")
     losses = [line["loss"] for line in each.run.log if is_number(line.get("loss"))]
     found = results_of(each.run.metrics)
-    for key, label in (("acc1", "top-1"), ("mIoU", "mIoU"), ("val_loss", "loss of held-out images")):
+    for key, label in (("acc1", "top-1"), ("mIoU", "mIoU"), ("box_AP", "AP of boxes"),
+                       ("val_loss", "loss of held-out images")):
         if key in found:
             value = f"{found[key]} %" if key != "val_loss" else found[key]
             parts.append(f"<p><b>{value}</b> {label}</p>")
@@ -219,6 +221,8 @@ def card(each):
     else:
         if losses:
             parts.append(f"<p><b>{short(losses[-1])}</b> loss at the last logged step</p>")
+    if "mask_AP" in found:
+        parts.append(f"<p class=quiet>{found['mask_AP']} % AP of masks</p>")
     if "val_loss_of_means" in found:
         parts.append(f"<p class=quiet>{found['val_loss_of_means']} is the loss of predicting patch means</p>")
     if argv := each.environment.get("argv"):
@@ -259,6 +263,13 @@ def results_of(metrics):
     return found
 
 
+def details_of(metrics):
+    """{name: text} of the numbers inside metrics.json's objects, such as the IoU of each class."""
+    return {f"{name}/{inner}": value for name, values in metrics.items()
+            if isinstance(values, dict) and name not in ("config", "environment")
+            for inner, value in results_of(values).items()}
+
+
 def picture_figures(shown):
     """The pictures of every run, of which script shows one, under a slider; "" where there are none."""
     figures = []
@@ -278,9 +289,18 @@ def picture_figures(shown):
     count = len(steps_of(shown))
     slider = ('<label for=slider>Pictures of training: <output id=at for=slider></output></label>'
               f'<input type=range id=slider min=0 max={count - 1} value={count - 1}>') if count > 1 else ""
-    honest = any(each.run.config.get("norm_pix_loss") for each in shown if each.pictures)
-    return (f'<div>{slider}<div class=pictures>{"".join(figures)}</div>'
-            + f"<p class=quiet>{HONEST}</p>" * honest + "</div>")
+    return f'<div>{slider}<div class=pictures>{"".join(figures)}</div>{owed(shown)}</div>'
+
+
+def owed(shown):
+    """What the reconstructions owe to their targets, once for all runs of which the same is true."""
+    found = {}
+    for each in shown:
+        norm_pix, target = each.run.config.get("norm_pix_loss"), each.run.config.get("target", "pixels")
+        if each.pictures and type(norm_pix) is bool and target == "pixels":
+            found.setdefault(OWED[norm_pix], []).append(each.run.name)
+    return "".join(f"<p class=quiet>{text(', '.join(names) + ': ') * (len(found) > 1)}{text(sentence)}</p>"
+                   for sentence, names in found.items())
 
 
 def steps_of(shown):
@@ -296,9 +316,11 @@ def training_charts(charts, shown):
     found = {}
     training = [each.run.log for each in shown]
     tests = [each.run.evaluations[-MOST_ROWS:] for each in shown]
+    losses = list(map(losses_of, training))
+    curves = [[key for key, *_ in CURVES] + parts for parts in losses]
     logs, log_of_tests = ([charts.columns(lines, each.run.config.get("global_batch"), keys)
-                           for each, lines in zip(shown, of_runs, strict=True)]
-                          for of_runs, keys in ((training, [key for key, *_ in CURVES]), (tests, TESTS)))
+                           for each, lines, keys in zip(shown, of_runs, names, strict=True)]
+                          for of_runs, names in ((training, curves), (tests, [TESTS] * len(shown))))
 
     def series_of(key, of_runs, numbers, **more):
         return [dict(log=number, key=key, name=each.run.name, tag=each.run.name * (len(shown) > 1),
@@ -311,10 +333,22 @@ def training_charts(charts, shown):
     for key, title in TESTS.items():
         if series := series_of(key, tests, log_of_tests, dots=True):
             found[key] = charts.add(title, series)
-    for i, each in enumerate(shown):
+    for i, (each, parts) in enumerate(zip(shown, losses, strict=True)):
+        if len(parts) > 1:
+            series = [dict(log=logs[i], key=key, name=key, tag=key.removeprefix("loss_"), line=True,
+                           colour=css(analyze.LINES[j])) for j, key in enumerate(parts)]
+            found[f"parts {i}"] = charts.add(f"Parts of the loss, {each.run.name}", series, zero=True,
+                                             log=True, height=220)
         if not analyze.missing("weights", each.run) and len(each.run.fusion_weights()[1]) > 1:
             found[f"weights {i}"] = weights_chart(charts, each, logs[i])
     return found
+
+
+def losses_of(lines):
+    """The names of the parts that the lines' loss is the sum of, as many as there are colours."""
+    names = dict.fromkeys(name for line in lines for name, value in line.items()
+                          if PART.fullmatch(name) and is_number(value))
+    return list(names)[:len(analyze.LINES)]
 
 
 def weights_chart(charts, each, log):
@@ -399,7 +433,8 @@ def page_of(shown, refresh=0):
 def parts_of(shown, charts, names):
     """The parts of the page from its top to its bottom, as HTML; "" for what there is not."""
     curves, several = training_charts(charts, shown), len(shown) > 1
-    first = ["loss", *[name for name in curves if name.startswith("weights")][:1]]
+    weights = [name for name in curves if name.startswith("weights")]
+    first = ["loss", *[*weights, *filter(curves.get, TESTS)][:1]]
     left = (SWITCH if curves else "") + "".join(curves.pop(name, "") for name in first)
     settings = [{name: value for name, value in each.run.config.items() if name not in KNOBS}
                 for each in shown]
@@ -414,7 +449,9 @@ def parts_of(shown, charts, names):
     yield f"<div class=runs>{''.join(map(card, shown))}</div>"
     yield differing and f"<h3>Settings that differ</h3>{differing}"
     yield f'<div class="first{" several" * several}"><div>{left}</div>{picture_figures(shown)}</div>'
-    yield section("Results", compared(shown, [results_of(each.run.metrics) for each in shown], text))
+    yield section("Results", compared(shown, [results_of(each.run.metrics) for each in shown], text),
+                  compared(shown, [details_of(each.run.metrics) for each in shown], text, most=0,
+                           what="results in detail"))
     yield section("Training", *thin, curves and f"<div class=panels>{''.join(curves.values())}</div>")
     yield measured(charts, shown)
     yield section("Files that could not be read", *(bad_samples(each) for each in shown if each.bad))

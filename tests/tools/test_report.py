@@ -15,6 +15,7 @@ from mff_min.config import parse
 from mff_min.errors import UserError
 from mff_run.files import write_json
 from mff_run.log import read_log
+from mff_run.picture import OWED
 from mff_run.process import run
 from tools import report
 from tools.records import extremes, open_run, thinned
@@ -130,6 +131,51 @@ def test_the_page_says_what_was_run_and_how_far_it_is(study, tmp_path):
     assert "71.23 ± 0.46" in text and "python train_pretrain.py --steps 100" in " ".join(text.split())
     differ = text[text.index("Settings that differ"):text.index("Curves over")]
     assert "out_indices" in differ and "last" in differ and "spread" in differ and "seed" not in differ
+
+
+def test_the_page_of_a_detector_has_its_pictures_its_ap_and_the_parts_of_its_loss(tmp_path):
+    parts = dict(loss_rpn_cls=0.5, loss_mask=0.25)
+    val = dict(val_images=8, box_AP=5.5, box_AP_error=0.61, mask_AP=None)
+    done = val | dict(step=20, box_AP=35.36, box_AP_error=1.38, mask_AP=25.76, mask_AP_error=1.07)
+    metrics = done | dict(box_classes={"cat": 36.18, "dog<b>": None})
+    lines = [line_of(1, **parts), line_of(10, **parts), val | dict(step=10, epoch=0.2), line_of(20, **parts),
+             metrics | dict(done=True)]
+    for line in lines:
+        line.pop("fusion_weights", None)                                # a detector has none
+    folder = make_run(tmp_path / "a", lines, dict(steps=20), metrics)
+    for name in ("detection-000000.png", "detection-000010.png", "detection.png"):
+        Image.new("RGB", (300, 200)).save(folder / name)
+    found = whole(write(folder, output=tmp_path / "a.html"))
+    charts, logs = {chart["title"]: chart for chart in found.data["charts"]}, found.data["logs"]
+    series = charts["Parts of the loss, a"]["series"]
+    assert {each["key"]: logs[each["log"]]["y"][each["key"]] for each in series} == {
+        name: [value] * 3 for name, value in parts.items()}
+    for title, values in (("AP of boxes, %", [5.5, 35.36]), ("AP of masks, %", [None, 25.76])):
+        (curve,) = charts[title]["series"]
+        assert logs[curve["log"]]["y"][curve["key"]] == values
+        assert logs[curve["log"]]["x"] == {"step": [10, 20], "epoch": [0.2, 0.4], "images": [320, 640]}
+    assert found.data["steps"] == [0, 10]                               # the last is that of its last step
+    text = " ".join(found.text.split())
+    assert text.index("AP of boxes, %") < text.index("Results")            # beside the pictures
+    assert "35.4 ± 1.4 % AP of boxes" in text and "25.8 ± 1.1 % AP of masks" in text
+    assert "1 results in detail" in text and "box_classes/cat" in text and "36.18" in text
+
+
+def test_the_page_says_what_the_pictures_owe_to_their_target_as_the_pictures_do(tmp_path):
+    runs = [make_run(tmp_path / name, [line_of(1)], config, None, (0,)) for name, config in (
+        ("a", {}), ("b", {}), ("c", dict(norm_pix_loss=False)), ("d", dict(target="features")))]
+    page = whole(write(*runs[:2], output=tmp_path / "a.html")).text
+    assert page.count(OWED[True]) == 1 and OWED[False] not in page
+    page = whole(write(*runs, output=tmp_path / "b.html")).text
+    assert page.count(f"a, b: {OWED[True]}") == 1 and page.count(f"c: {OWED[False]}") == 1
+    assert OWED[True] not in whole(write(runs[3], output=tmp_path / "c.html")).text
+
+
+def test_an_evaluation_at_the_end_alone_is_no_curve(tmp_path):
+    metrics = dict(step=1, val_images=4, val_loss=0.5)
+    run = make_run(tmp_path / "a", [line_of(1), metrics | dict(done=True)], dict(steps=1), metrics)
+    titles = [chart["title"] for chart in whole(write(run, output=tmp_path / "a.html")).data["charts"]]
+    assert "Loss" in titles and "Loss of held-out images" not in titles
 
 
 def test_a_run_that_goes_on_says_what_is_left(tmp_path):
