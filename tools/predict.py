@@ -60,7 +60,7 @@ def main(cfg):
     for file, (tool, what) in OTHER_RUNS.items():
         if path.name == file or (path / file).exists():
             raise UserError(f"{path} predicts {what}, not classes: expected a run of train_finetune.py; "
-                            f"python -m tools.{tool} {path} {' '.join(cfg.images)} draws {what}")
+                            f"python -m tools.{tool} {path} IMAGES draws {what}")
     check_folder(cfg.output_dir, places)
     with start_world(cfg.device) as world:
         if world.size > 1:
