@@ -30,6 +30,7 @@ from mff_tasks.masks import counts_of, decode, rasterise
 
 LAYOUT = "annotations/instances_{train,val}*.json, {train,val}*/*"
 MOST_BYTES = 2 ** 31                                                    # of a file; COCO's has 450 MB
+MOST_CORNERS = 1000                                                     # of a polygon that is looked at
 FARTHEST = 1e6                                                          # pixels, of a corner or a side
 
 
@@ -174,7 +175,7 @@ class Annotations:
     def __init__(self, path):
         columns = Columns(path)
         with opened(path, MOST_BYTES) as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read()                                       # as large as opened allows
         self.path, self.digest = path, hashlib.sha256(content).digest()
         try:
             found = parse_json(content, columns.take)
@@ -267,6 +268,8 @@ class Annotations:
             size = np.array(columns.of).reshape(-1, 2)[rle]
             wrong = (size[:, 0] != H[rle]) | (size[:, 1] != W[rle])
             note(rle[wrong], "an RLE of another size than its image")
+            empty = np.add.reduceat(self.numbers[1::2], at)[self.is_rle[whole]] == 0
+            note(rle[empty], "an RLE without a pixel")
         return why
 
     def refuse(self, what, names, expected):
@@ -410,18 +413,17 @@ def open_coco(root, split, say, reading, max_bad):
     count_crossed(annotations, say, split)
     present, places, _ = files_below(folder)
     check_present(annotations, folder, set(present), say, split, max_bad)
-    chosen = np.arange(len(annotations.files))
+    chosen, used = np.arange(len(annotations.files)), np.zeros(len(annotations.parts), bool)
+    used[annotations.rows] = True
+    if not (used & ~annotations.crowd).any():                           # nothing to learn from, or to find
+        raise UserError(f"{path} has no image with an object that is no crowd: expected some")
     if split == "train":
-        used = np.zeros(len(annotations.parts), bool)
-        used[annotations.rows] = True
         annotations.keep(used & ~annotations.crowd)
         chosen = np.flatnonzero(np.diff(annotations.first))
         empty, crowds = len(annotations.files) - len(chosen), int((used & annotations.crowd).sum())
         if empty or crowds:
             say(f"train: {counted(empty, 'image')} without objects and {counted(crowds, 'crowd')} are left "
                 f"out, which evaluation alone uses")
-    if not len(chosen):
-        raise UserError(f"{path} has no image{' with an object' * (split == 'train')}: expected some")
     source = BoxFiles(folder, annotations, chosen, reading)
     source.folders = {os.fsencode(place) for place in (*places, os.path.realpath(path.parent))}
     look_at_images(source, max_bad)
@@ -464,7 +466,8 @@ def count_faults(annotations, say, split, max_bad):
 
 def count_crossed(annotations, say, split, most=512):
     """Say how many of some objects have polygons whose lines cross, which are kept."""
-    looked = annotations.rows[spread(len(annotations.rows), most)]
+    looked = [row for row in annotations.rows[spread(len(annotations.rows), most)] if annotations.is_rle[row]
+              or max(map(len, annotations.parts_of(row))) <= MOST_CORNERS]
     crossed = [str(annotations.ids[row]) for row in looked if not annotations.is_rle[row]
                and any(map(crosses_itself, annotations.parts_of(row)))]
     if crossed:

@@ -38,7 +38,7 @@ class Config(DataFlags):
     # these change the result
     run: str = opt(REQUIRED, f"the folder of a finished run of train_detect.py, or its {FILE}")
     images: tuple[str, ...] = opt(REQUIRED, "folders of images, or images")
-    least_score: float = opt(SHOWN, "of what pictures show; results.json has all", least=0)
+    least_score: float = opt(SHOWN, "of what pictures show; results.json has all", least=0, most=1)
     dtype: str = opt("auto", "of matrix products; auto: bfloat16 on GPUs that have it, else float32",
                      choices=["auto", "float32", "bfloat16", "float16"])
 

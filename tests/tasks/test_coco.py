@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -260,6 +261,8 @@ REFUSED = {
     "panoptic": (lambda found: found["annotations"][0].pop("category_id"), "annotations[0] without category"),
     "elsewhere": (lambda found: found.update(more=[found["annotations"][0]]), "objects with image_id outsid"),
     "no images": (lambda found: [found[name].clear() for name in ("images", "annotations")], "has no image"),
+    "no objects": (lambda found: found["annotations"].clear(), "has no image with an object that is no crow"),
+    "crowds alone": (lambda found: [one.update(iscrowd=1) for one in found["annotations"]], "that is no cr"),
 }
 
 
@@ -290,6 +293,7 @@ DROPPED = {
     "box below": (dict(bbox=[5, 72, 20, 9]), "a box outside the image"),
     "RLE of another size": (dict(segmentation=dict(size=[72, 95], counts=[72 * 95])), "an RLE of another si"),
     "RLE too short": (dict(segmentation=dict(size=[72, 96], counts=[5])), "an RLE of 5 pixels: expected the"),
+    "RLE of zeros": (dict(segmentation=dict(size=[72, 96], counts=[72 * 96])), "an RLE without a pixel"),
     "RLE below 0": (dict(segmentation=dict(size=[72, 96], counts=[-5])), "an RLE with a run below 0"),
     "RLE of text": (dict(segmentation=dict(size=[72, 96], counts="\x01")), "an RLE with a letter that stan"),
     "RLE cut": (dict(segmentation=dict(size=[72, 96], counts="o")), "an RLE that ends within a number"),
@@ -349,6 +353,20 @@ def test_polygons_that_cross_themselves_are_counted_named_and_filled_by_cocos_ru
     masks = source.objects(0).masks()
     assert masks.shape == (5, 72, 96) and masks[0, 25, 12] and masks[0, 25, 38] and not masks[0, 38, 25]
     assert not masks[4, 20, 22] and masks[4, 20, 12] and masks[4, 20, 32]
+
+
+def test_a_polygon_of_thousands_of_corners_costs_no_matrix_of_all_pairs(tmp_path):
+    angle = 2 * np.pi * np.arange(4000) / 4000
+    traced = (40 + 25 * np.stack([np.cos(angle), np.sin(angle)], axis=1)).ravel().tolist()
+
+    def change(found):
+        found["annotations"] = [annotation(1, 7, 3, traced)]
+    write_tree(tmp_path, change=change)
+    tracemalloc.start()
+    source = open_tree(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert source.num_objects == 1 and peak < 4000 ** 2                 # bytes: an eighth of such a matrix
 
 
 def test_five_are_named_of_many(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 import warnings
 from types import SimpleNamespace
@@ -190,6 +191,14 @@ def without(monkeypatch, *packages):
     find = measure.importlib.util.find_spec
     monkeypatch.setattr(measure.importlib.util, "find_spec",
                         lambda name, *more: None if name in packages else find(name, *more))
+
+
+def test_a_record_has_a_command_that_can_be_typed_and_no_path_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/home/me/mff/tools/bench/__main__.py", "step", "--threads", "2"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="tools.bench.__main__"))
+    content = measure.Record("step", tmp_path, WORLD).content
+    assert content["command"] == "python -m tools.bench step --threads 2"
+    assert "/home/me" not in json.dumps(content)
 
 
 def check_record(found, subject):

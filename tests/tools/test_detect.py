@@ -196,12 +196,14 @@ def test_a_run_without_a_detector_a_full_output_folder_and_no_images_are_refused
         apply(tmp_path, tmp_path / "a.png", tmp_path / "out")
     with pytest.raises(UserError, match="is there already and not an empty folder: name another"):
         apply(finished, tmp_path / "a.png", tmp_path)
-    with pytest.raises(UserError, match="nowhere does not exist: expected a folder of images, or one image"):
+    with pytest.raises(UserError, match="nowhere does not exist: expected a folder of images, or images"):
         apply(finished, tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match="--least-score -1.0: expected 0 or more"):
         apply(finished, tmp_path / "a.png", tmp_path / "out", "--least-score", "-1")
+    with pytest.raises(UserError, match="--least-score 50.0: expected 1 or less"):
+        apply(finished, tmp_path / "a.png", tmp_path / "out", "--least-score", "50")
     Image.new("RGB", (9, 9)).save(tmp_path / "a.bmp")
-    with pytest.raises(UserError, match="their pictures would have one name"):
+    with pytest.raises(UserError, match="what is written for them would have one name"):
         apply(finished, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ import torch
 
 from mff_run.files import make_folder, write_json
 from mff_run.progress import Progress
-from mff_run.world import describe_environment
+from mff_run.world import describe_environment, this_command
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightly", "triton", "numpy", "pillow")
 LEAST_SECONDS = 0.3                                                     # of a sample: short work is repeated
@@ -178,9 +178,11 @@ class Record:
         device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
         self.path = result_path(output_dir, subject, device)
         self.began = time.monotonic()
-        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = f"python {this_command()} {shlex.join(sys.argv[1:])}"
+        environment = describe_environment(world)
+        del environment["argv"]                                         # may name a path of this machine
         self.content = {"subject": subject, "device": device, "command": command,
-                        "environment": describe_environment(world), "packages": versions(), **more,
+                        "environment": environment, "packages": versions(), **more,
                         "groups": []}
         make_folder("--output-dir", output_dir)
 
