@@ -395,15 +395,15 @@ def test_the_command_in_a_figure_draws_it_again(pretrained, cache, tmp_path):
 
 
 def test_committed_figures_have_the_numbers_that_results_give():
-    """Each that a document shows is there as SVG and as numbers, beside the demo's picture and a drawing."""
+    """Each that a document shows is there as SVG and as numbers, beside pictures of runs and a drawing."""
+    others = {"demo.png", "demo_dark.png", "segmentation.png", "detection.png", "mff.svg"}
     folder, figures = ROOT / "docs" / "figures", generated.figures()
     stale = "run `python tests/generated.py`, as `make figures` does"
     assert len(figures) >= 2 and {path.name for path in folder.iterdir()} == {
-        "demo.png", "demo_dark.png", "mff.svg", *(f"{name}.{kind}" for name in figures
-                                                  for kind in ("svg", "json"))}, stale
+        *others, *(f"{name}.{kind}" for name in figures for kind in ("svg", "json"))}, stale
     texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))]
     shown = {name for text in texts for name in re.findall(r"figures/([\w.-]+\.\w+)", text)}
-    assert shown == {"demo.png", "demo_dark.png", "mff.svg", *(f"{name}.svg" for name in figures)}
+    assert shown == {*others, *(f"{name}.svg" for name in figures)}
     for name, (figure, command) in figures.items():
         assert (folder / f"{name}.json").read_text() == numbers_of(figure, command), f"{name}: {stale}"
         svg = (folder / f"{name}.svg").read_text()
