@@ -93,8 +93,8 @@ def test_a_hundred_steps_on_eight_scenes_reach_an_ap50_of_20_on_them(detect, tmp
     scenes(tmp_path / "data", 8)
     metrics = detect("--data", f"coco:{tmp_path / 'data'}",
                      *"--img-size 64 --window 8 --width 32 --proposals 200 --regions 64 --scale 1,1 "
-                      "--lr 2e-3 --layer-decay 1 --drop-path 0 --clip-grad 1 --warmup-steps 10 --batch-size 8 "
-                      "--global-batch 8 --steps 100 --log-every 10".split())
+                      "--lr 2e-3 --layer-decay 1 --drop-path 0 --clip-grad 1 --warmup-steps 10 "
+                      "--batch-size 8 --global-batch 8 --steps 100 --log-every 10".split())
     assert metrics["box_AP50"] > 20
 
 
