@@ -1,9 +1,9 @@
 """Embedded scenes for segmentation and detection: one to four shapes of shapes.py in an image, none touching.
 
-A shape's hue is drawn near that of its class and strays into the neighbours' by half a step, and the
-background is nearly grey. So colour helps to tell a class, as in photographs, and the outline decides. A
-network learns this in minutes, which it does not learn of the images of shapes.py, where no colour tells a
-class. Sample i of a split depends on split and i alone.
+A shape's hue strays from its class's by up to three quarters of the step between classes, and the background
+is nearly grey. So colour helps to tell a class, as in photographs, and the outline decides. A network learns
+this in minutes; on the images of shapes.py, where no colour tells a class, it takes far longer. Sample i of a split
+depends on split and i alone.
 
 Shapes: n images, S image side in pixels, m corners of a polygon.
 """

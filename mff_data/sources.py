@@ -371,7 +371,7 @@ def find_source(spec, split, cache_dir, say, reading):
 
 
 def open_embedded(load, spec, split, cache_dir, say):
-    """The arrays of the embedded images that a spec, shapes or shapes:COUNT, means; load is load_shapes."""
+    """The arrays of the embedded images that a spec, shapes or shapes:COUNT, means; load draws them."""
     argument = spec.partition(":")[2]
     if argument and not (argument.isdecimal() and len(argument) < 10 and int(argument) >= 5):
         raise UserError(f"--data {spec[:40]}: expected shapes or shapes:COUNT with COUNT of at least 5")

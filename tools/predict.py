@@ -27,12 +27,13 @@ from mff_run.files import make_folder, write_atomically, write_json
 from mff_run.process import run
 from mff_run.progress import Progress
 from mff_run.world import autocast, pick_dtype, pick_ops, start_world
+from mff_tasks import detector, segmenter
 from mff_weights.checkpoint import read_small_json
 from mff_weights.pretrained import CheckpointFlags
 from tools.evaluate import open_classifier
 from tools.own_images import OwnImages, check_folder, list_images
 
-OTHER_RUNS = {"segmenter.pt": ("segment", "masks"), "detector.pt": ("detect", "boxes")}
+OTHER_RUNS = {segmenter.FILE: ("segment", "masks"), detector.FILE: ("detect", "boxes")}
 MOST_LINES = 20                                                         # of images that are printed
 
 

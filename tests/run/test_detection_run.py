@@ -16,7 +16,7 @@ from mff_data.scenes import polygon_of, render_scenes
 from mff_data.shapes import SHAPES
 from mff_min.config import parse
 from mff_min.kernels.ops import TORCH
-from mff_min.optim import param_groups
+from mff_min.optim import make_schedule, param_groups
 from mff_run.log import read_log
 from mff_run.process import run
 from mff_weights.pretrained import read_pretrained
@@ -115,7 +115,6 @@ def test_layer_decay_makes_fourteen_groups_of_twelve_blocks(pretrained):
 
 
 def test_the_published_schedule_has_46094_steps_of_64_images():
-    from mff_min.optim import make_schedule
     cfg = train_detect.Config()
     schedule = make_schedule(118_000, cfg.global_batch, 64, cfg.schedule, None, 0, None, cfg.lr, None)
     assert schedule.stop == 46_094
