@@ -2,8 +2,8 @@
 
 A shape's hue strays from its class's by up to three quarters of the step between classes, and the background
 is nearly grey. So colour helps to tell a class, as in photographs, and the outline decides. A network learns
-this in minutes; on the images of shapes.py, where no colour tells a class, it takes far longer. Sample i of a split
-depends on split and i alone.
+this in minutes; on the images of shapes.py, where no colour tells a class, it takes far longer. Sample i of
+a split depends on split and i alone.
 
 Shapes: n images, S image side in pixels, m corners of a polygon.
 """
