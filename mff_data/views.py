@@ -205,6 +205,8 @@ def end_worker(error, unsent):
 def kill_workers():
     """Kill the daemons of this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)                       # PyTorch's raises at a killed worker
+    # The process ends: PyTorch must not wait for a lock that a killed worker held.
+    torch.utils.data._utils.python_exit_status = True
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from faults.signals import gone
 from faults.suite import fork
+from torch.utils.data import DataLoader
 
 from mff_data.views import end_workers_at_exit
 from mff_min.config import REQUIRED, check_ranges, knob, numbers, opt, parse, side_or_sides
@@ -171,6 +172,15 @@ def test_whatever_leaves_a_run_its_workers_are_ended_and_do_not_keep_the_process
     ended = fork(lambda: run(main, None), limit=30)
     assert ended.code == code and said in ended.said, ended.said
     assert gone(map(int, (tmp_path / "pids").read_text().split()), 10) is not None
+
+
+def test_the_end_of_a_process_waits_for_no_lock_that_a_killed_worker_held():
+    def main(cfg):
+        end_workers_at_exit(os.getpid())
+        batches = iter(DataLoader(range(8), num_workers=1))
+        batches._workers_done_event._cond.acquire()                     # as a worker that looks at it does
+        raise SystemExit(143)                                           # whose traceback keeps batches alive
+    assert fork(lambda: run(main, None), limit=20).code == 143
 
 
 def test_a_second_interrupt_inside_a_save_is_one_line_too(capsys):
