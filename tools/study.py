@@ -87,8 +87,8 @@ PRESETS = {
         layers="--layers 0,2,4,6,8,11 --images 5000 --pool avg",
         knn="--knn 20 --pool avg",
         finetune=f"{TUNE} --global-batch 64 --batch-size 64 --steps 400 --lr 4e-3",
-        segment="--img-size 64 --width 32 --global-batch 32 --batch-size 32 --steps 400 --lr 4e-3 "
-                "--picture-images 1",
+        segment="--img-size 64 --width 32 --global-batch 32 --batch-size 32 --steps 400 --lr 1e-2 "
+                "--layer-decay 0.8 --drop-path 0 --clip-grad 1 --warmup-steps 20 --picture-images 1",
         detect="--img-size 64 --window 4 --width 32 --proposals 200 --regions 32 --scale 0.8,1.25 "
                "--global-batch 16 --batch-size 16 --steps 400 --lr 3e-3 --layer-decay 0.8 --drop-path 0 "
                "--clip-grad 1 --warmup-steps 20 --picture-images 1"),
