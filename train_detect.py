@@ -66,7 +66,7 @@ class Config(CheckpointFlags, RunFlags):
     batch_size: int = opt(1, "images of one micro-batch in one process", above=0)
     global_batch: int = opt(64, "images of a step, over all processes and micro-batches", above=0)
     lr: float = opt(1e-4, "learning rate", above=0)
-    warmup_steps: int | None = opt(None, "of linear warm-up; not given: min(250, steps / 5)", least=0)
+    warmup_steps: int | None = opt(None, "of linear warm-up; not given: min(250, steps / 20)", least=0)
     layer_decay: float = opt(0.7, "factor of the learning rate from one block to the one below", above=0)
     weight_decay: float = opt(0.1, "AdamW's weight decay", least=0)
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
@@ -147,7 +147,7 @@ def detect(cfg, run):
     run.check_data(fingerprint(train_set))
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size,
                              None if cfg.steps else cfg.schedule, cfg.steps, 0, None, cfg.lr, published=None)
-    warmup = min(250, schedule.stop // 5) if cfg.warmup_steps is None else cfg.warmup_steps
+    warmup = min(250, schedule.stop // 20) if cfg.warmup_steps is None else cfg.warmup_steps
     if warmup >= schedule.stop:
         raise UserError(f"--warmup-steps {warmup}: expected fewer than the run's {schedule.stop} steps")
     stream = Stream(len(train_set), cfg.global_batch, cfg.batch_size, cfg.seed, run.start, schedule.stop,

@@ -65,7 +65,7 @@ class Config(CheckpointFlags, RunFlags):
     batch_size: int = opt(2, "crops of one micro-batch in one process, which BatchNorm sees", above=0)
     global_batch: int = opt(16, "crops of a step, over all processes and micro-batches", above=0)
     lr: float = opt(1e-4, "learning rate", above=0)
-    warmup_steps: int | None = opt(None, "of linear warm-up; not given: min(1500, steps / 5)", least=0)
+    warmup_steps: int | None = opt(None, "of linear warm-up; not given: min(1500, steps / 20)", least=0)
     layer_decay: float = opt(0.65, "factor of the learning rate from one block to the one below", above=0)
     weight_decay: float = opt(0.05, "AdamW's weight decay", least=0)
     clip_grad: float = opt(0.0, "largest norm of the gradient; 0 does not clip, as published", least=0)
@@ -144,7 +144,7 @@ def segment(cfg, run):
     val_set = first(lambda: open_masks(cfg.data, "val", cfg.cache_dir, say, len(classes), *labels))
     describe_files(say, train_set, val_set, output=cfg.output_dir)
     run.check_data(fingerprint(train_set))
-    warmup = min(1500, cfg.steps // 5) if cfg.warmup_steps is None else cfg.warmup_steps
+    warmup = min(1500, cfg.steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
     epochs = cfg.global_batch / len(train_set)                          # of a step
     schedule = make_schedule(len(train_set), cfg.global_batch, cfg.batch_size * world.size, None,
                              cfg.steps, warmup * epochs, None, cfg.lr, published=None)

@@ -25,10 +25,10 @@ PRETRAIN = {
 DATA = ("data", "num_classes", "names", "reduce_zero_label")             # flags that say what to train on
 PROBE = dict(global_batch=64)                                           # lr by its blr
 FINETUNE = dict(global_batch=64, lr=1e-3)
-SEGMENT = dict(img_size=(32, 32), width=32, global_batch=32, lr=4e-3, steps=800)
+SEGMENT = dict(img_size=(32, 32), width=32, global_batch=32, lr=1e-2, layer_decay=0.8, drop_path=0.0,
+               clip_grad=1.0, steps=400)
 DETECT = dict(img_size=(32, 32), scale=(0.8, 1.25), window=4, width=32, proposals=200, regions=32,
-              global_batch=16, lr=3e-3, warmup_steps=20, layer_decay=0.8, drop_path=0.0, clip_grad=1.0,
-              steps=600)
+              global_batch=16, lr=3e-3, layer_decay=0.8, drop_path=0.0, clip_grad=1.0, steps=600)
 
 
 def of_model(name):

@@ -257,7 +257,7 @@ def draw_lines(axes, panel):
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
     if panel.ticks is not None:
-        axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+        axes.set_xticks(range(len(panel.ticks)), [tick.replace(", ", ",\n") for tick in panel.ticks])
         axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
 
 
