@@ -85,8 +85,8 @@ class MaskFiles(ImageFiles):
             if not self.known[present].all():
                 last = self.first + len(self.classes) - 1
                 raise WrongMask(f"label {present[~self.known[present]][-1]}: expected 0 to {last}, or "
-                                f"{IGNORED} for pixels of no class; --num-classes or --names says how many "
-                                f"classes masks:DIR has")
+                                f"{IGNORED} for pixels of no class; of masks:DIR, --num-classes or --names "
+                                f"of train_segment.py says how many classes there are")
         except DECODE_ERRORS as error:
             error.file = self.mask_name(i)
             raise

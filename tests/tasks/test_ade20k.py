@@ -151,7 +151,8 @@ def test_a_tree_that_is_none_is_refused(tmp_path, change, message):
     ("masks:{}", dict(names="{}/escape.txt"), r"escape.txt, line 2, is 'b\x1b[31m': expected a name in"),
     ("masks:{}", dict(names="{}/latin.txt"), r"latin.txt, line 1, is '\udce9': expected a name in UTF-8"),
     ("masks:{}", dict(names="{}/absent.txt"), "absent.txt cannot be read: No such file"),
-    ("masks:{}", dict(num_classes=3), "000.png: label 3: expected 0 to 2, or 255 for pixels of no class; "),
+    ("masks:{}", dict(num_classes=3), "000.png: label 3: expected 0 to 2, or 255 for pixels of no class; "
+     "of masks:DIR, --num-classes or --names of train_segment.py says how"),
 ])
 def test_a_flag_that_does_not_fit_is_refused(tmp_path, spec, options, message):
     write_tree(tmp_path)
