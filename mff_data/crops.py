@@ -229,8 +229,8 @@ def to_mode(image, in_chans):
     """The image, of 8 bits per value, with in_chans channels by fixed rules; undecoded where it has them.
 
     Palettes and CMYK become colour; alpha is dropped, not blended; grey is repeated; of an animation the
-    first frame counts; EXIF orientation is ignored, as it is by the published pipelines, but Pillow turns a
-    TIFF by it. Raises WrongChannels where no rule leads to so many channels.
+    first frame counts; EXIF orientation is ignored, as it is by torchvision, with which MAE reads, but Pillow
+    turns a TIFF by it. Raises WrongChannels where no rule leads to so many channels.
     """
     if isinstance(image, np.ndarray):
         H, W, C = image.shape

@@ -85,8 +85,8 @@ class MaskFiles(ImageFiles):
             if not self.known[present].all():
                 last = self.first + len(self.classes) - 1
                 raise WrongMask(f"label {present[~self.known[present]][-1]}: expected 0 to {last}, or "
-                                f"{IGNORED} for pixels of no class; --num-classes or --names says how many "
-                                f"classes masks:DIR has")
+                                f"{IGNORED} for pixels of no class; of masks:DIR, --num-classes or --names "
+                                f"of train_segment.py says how many classes there are")
         except DECODE_ERRORS as error:
             error.file = self.mask_name(i)
             raise
@@ -135,8 +135,11 @@ def check_sizes(source, i, image, mask):
     """Raise WrongMask unless image and mask i have the same sides."""
     (H, W), sides = mask.shape, crops.sides(image)
     if sides != (H, W):
+        way = "Pillow's mask.resize(image.size, Image.Resampling.NEAREST) keeps the labels"
+        if sides == (W, H):
+            way = "the image's EXIF orientation, which is ignored here, may be what differs: save it turned"
         error = WrongMask(f"a mask of {W} x {H} pixels for an image of {sides[1]} x {sides[0]}: expected the "
-                          f"same size")
+                          f"same size; {way}")
         error.file = source.mask_name(i)
         raise error
 
@@ -170,7 +173,7 @@ def open_masks(spec, split, cache_dir, say, num_classes=None, names="", reduce_z
         raise UserError(f"--num-classes {num_classes}: {whose} has {len(source.classes)} classes; expected "
                         f"that number, or no --num-classes")
     if isinstance(source, MaskFiles):
-        look_at_masks(source, max_bad)
+        look_at_masks(source, max_bad, say)
     say(f"{split}: {len(source)} image{'s' * (len(source) > 1)} with masks of {len(source.classes)} classes "
         f"in {printable(source.origin)}")
     return source
@@ -197,7 +200,7 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
         return source
     if not classes:
         every = files([str(i) for i in range(IGNORED)])
-        look_at_masks(every, max_bad)
+        look_at_masks(every, max_bad, say)
         classes = [str(i) for i in range(count_classes(every, say))]
     return files(classes)
 
@@ -306,13 +309,16 @@ def count_classes(source, say, every=10.0):
     return most + 1
 
 
-def look_at_masks(source, max_bad):
-    """Raise UserError where more than a share max_bad of some pairs are wrong, or where none is of use."""
-    looked, wrong, damaged, labelled = spread(len(source), LOOKED_AT), [], [], False
+def look_at_masks(source, max_bad, say):
+    """Raise UserError where more than a share max_bad of some pairs are wrong, or where none is of use.
+
+    say(text) is told of masks that look like black and white, whose white would be no class.
+    """
+    looked, wrong, damaged, seen = spread(len(source), LOOKED_AT), [], [], set()
     for i in looked:
         try:
             _, mask = open_pair(source, i)
-            labelled = labelled or bool((mask != IGNORED).any())
+            seen.update(np.flatnonzero(np.bincount(mask.ravel())).tolist())
         except WrongMask as error:
             wrong.append(f"{printable(error.file)}: {error}")
         except DECODE_ERRORS as error:                                  # the run counts and names it
@@ -325,7 +331,11 @@ def look_at_masks(source, max_bad):
     if len(wrong) + len(damaged) == len(looked):
         raise UserError(f"{(damaged + wrong)[0]}; none of {len(looked)} images with masks that were "
                         f"looked at can be used: expected {LAYOUT}, PNGs of 8-bit labels")
-    if not labelled:
+    if seen == {0, IGNORED} and not source.first:
+        say(f"warning: {len(looked)} masks looked at in {printable(source.origin)} hold 0 and {IGNORED} "
+            f"alone, and {IGNORED} is no class: where it marks objects, write 1 in its place")
+    if not seen - {IGNORED}:
+        way = "0 is one without --reduce-zero-label" if source.first else "write their numbers into the masks"
         raise UserError(f"none of {len(looked)} masks looked at in {printable(source.origin)} has a pixel "
-                        f"of a class, all are {IGNORED}{' or 0' * source.first}: expected labels of classes"
-                        f"{'; 0 is one without --reduce-zero-label' * source.first}")
+                        f"of a class, all are {IGNORED}{' or 0' * source.first}: expected labels of "
+                        f"classes; {way}")

@@ -28,6 +28,7 @@ IN_FOLDER = ("last.pt", "classifier.pt", "encoder.pt", "model.safetensors", "pyt
 LARGEST = 64                                                            # patches that are adapted
 PROCESSOR = "preprocessor_config.json"
 CONTAINERS = {"ours": "model", "mae": "model", "mmpretrain": "state_dict"}          # where a .pth has them
+DENSE = {"model.decode_head": "train_segment.py", "model.rpn_head": "train_detect.py"}  # what has such a part
 
 # A quantized or complex tensor, or one of four bits, fits no model here.
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -393,6 +394,9 @@ def refuse_losses(path, found, hint=""):
         losses["unexpected"] += f", without which it would compute something else ({reasons})"
     if losses:
         expected = "; expected a plain ViT: docs/weights.md" if losses.keys() != {"lost"} else ""
+        if stage := next((DENSE[part] for part in found.get("left behind", ()) if part in DENSE), None):
+            expected = (f"; it is of a run of {stage}, which changes the encoder: expected the checkpoint "
+                        f"that this run began with")
         raise UserError(f"checkpoint {path} does not go over whole; {'; '.join(losses.values())}{expected}"
                         f"{hint}")
 

@@ -66,6 +66,13 @@ def test_a_run_evaluates_draws_and_leaves_a_detector_that_is_measured_alike(dete
         {name: metrics[name] for name in metrics if name.startswith(("box_", "mask_"))}
 
 
+def test_warm_up_is_a_twentieth_of_a_short_run(detect, tmp_path):
+    detect("--steps", "40", "--data", "shapes:8", "--global-batch", "1", "--batch-size", "1")
+    rates = [line["lr"] for line in read_log(tmp_path / "a" / "log.jsonl") if "lr" in line]
+    assert len(rates) == 40 and rates[:2] == pytest.approx([rates[2] / 1000, rates[2] * 0.5005])
+    assert rates[2:36] == pytest.approx([rates[2]] * 34) and rates[36] == pytest.approx(rates[2] / 10)
+
+
 def scenes(folder, count):
     """A coco: tree of the first embedded scenes, the same for training and validation."""
     drawn, annotations = render_scenes("train", range(count)), []

@@ -59,6 +59,13 @@ def test_a_run_evaluates_draws_and_leaves_a_segmenter_that_is_measured_alike(seg
     assert measure(tmp_path, cache)["mIoU"] == metrics["mIoU"]
 
 
+def test_warm_up_is_a_twentieth_of_a_short_run(segment, tmp_path):
+    segment("--steps", "40", "--data", "shapes:8", "--global-batch", "2", "--batch-size", "2")
+    rates = [line["lr"] for line in read_log(tmp_path / "a" / "log.jsonl") if "lr" in line]
+    assert len(rates) == 40 and rates[0] < 2e-9 and rates[1] == pytest.approx(1e-3 / 2 * 39 / 40, rel=1e-5)
+    assert rates[2:] == pytest.approx([1e-3 * (1 - step / 40) for step in range(2, 40)])
+
+
 def coloured(folder, counts):
     """A masks: tree of images of 32 pixels, of shapes that have the colour of their class, one of three."""
     for split, count in counts.items():

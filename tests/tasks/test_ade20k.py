@@ -151,7 +151,8 @@ def test_a_tree_that_is_none_is_refused(tmp_path, change, message):
     ("masks:{}", dict(names="{}/escape.txt"), r"escape.txt, line 2, is 'b\x1b[31m': expected a name in"),
     ("masks:{}", dict(names="{}/latin.txt"), r"latin.txt, line 1, is '\udce9': expected a name in UTF-8"),
     ("masks:{}", dict(names="{}/absent.txt"), "absent.txt cannot be read: No such file"),
-    ("masks:{}", dict(num_classes=3), "000.png: label 3: expected 0 to 2, or 255 for pixels of no class; "),
+    ("masks:{}", dict(num_classes=3), "000.png: label 3: expected 0 to 2, or 255 for pixels of no class; "
+     "of masks:DIR, --num-classes or --names of train_segment.py says how"),
 ])
 def test_a_flag_that_does_not_fit_is_refused(tmp_path, spec, options, message):
     write_tree(tmp_path)
@@ -197,7 +198,9 @@ WRONG = {
     "jpeg": (lambda size: as_png((Image.new("L", size), "JPEG")), "a JPEG file: expected a PNG, which keeps"),
     "label": (lambda size: as_png(Image.new("L", size, 4)), "label 4: expected 0 to 3, or 255"),
     "size": (lambda size: as_png(Image.new("L", (size[0] - 1, size[1]))), "a mask of 89 x 48 pixels for an "
-             "image of 90 x 48: expected the same size"),
+             "image of 90 x 48: expected the same size; Pillow's mask.resize(image.size, "),
+    "turned": (lambda size: as_png(Image.new("L", size[::-1])), "a mask of 48 x 90 pixels for an image of "
+               "90 x 48: expected the same size; the image's EXIF orientation, which is ignored here, may "),
 }
 
 
@@ -221,7 +224,8 @@ def test_a_wrong_mask_is_refused_before_training_with_its_name(tmp_path, kind):
     (lambda size: as_png(Image.new("RGB", size)), dict(max_bad=1.0), "RGB: expected"),
     (lambda size: b"no image", {}, "000.png cannot be read (not an image); none of 4 images with"),
     (lambda size: as_png(Image.new("L", size, 255)), {}, "none of 4 masks looked at in "),
-    (lambda size: as_png(Image.new("L", size, 255)), dict(num_classes=3), "a class, all are 255: expected"),
+    (lambda size: as_png(Image.new("L", size, 255)), dict(num_classes=3), "a class, all are 255: expected "
+     "labels of classes; write their numbers into the masks"),
     (lambda size: as_png(Image.new("L", size)), dict(num_classes=3, reduce_zero_label=True), "255 or 0: exp"),
     (lambda size: as_png(Image.new("L", size)), {}, "have no label above 0: expected two classes or more"),
 ])
@@ -231,6 +235,20 @@ def test_masks_that_are_all_of_no_use_are_refused(tmp_path, split, folder, conte
     for path in (tmp_path / "annotations" / folder).iterdir():
         path.write_bytes(content(Image.open(path).size))
     assert message in refusal(open_tree, tmp_path, split, **options)
+
+
+@pytest.mark.parametrize("labels, options, warned", [
+    ((0, 255), dict(num_classes=2), True), ((0, 1, 255), dict(num_classes=2), False),
+    ((1, 255), dict(num_classes=2), False), ((0, 1), {}, False),
+    ((0, 1, 255), dict(num_classes=2, reduce_zero_label=True), False),
+])
+def test_black_and_white_masks_are_told_that_white_is_no_class(tmp_path, labels, options, warned):
+    write_tree(tmp_path, labels=labels)
+    said = []
+    open_tree(tmp_path, say=said.append, **options)
+    assert [text for text in said if text.startswith("warning")] == warned * [
+        f"warning: 4 masks looked at in {tmp_path}/images/training hold 0 and 255 alone, and 255 is no "
+        f"class: where it marks objects, write 1 in its place"]
 
 
 def test_one_wrong_mask_among_many_is_left_to_the_run(tmp_path):

@@ -18,7 +18,7 @@ from test_upernet import convolve, gelu, max_pool, numpy, upsample_by_convolutio
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mff_min.errors import Fault
+from mff_min.errors import Fault, UserError
 from mff_min.optim import clip_grad_norm, param_groups, set_lr
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run.sharded import shard, whole
@@ -811,6 +811,15 @@ def test_weights_come_from_an_mff_checkpoint(pretrained, fused):
         assert all(torch.equal(state[f"fusion.{name}"], value) for name, value in found.fusion.items())
     losses = model(*batch(model))
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_a_detector_that_is_given_as_an_encoder_is_refused_by_its_name(tmp_path):
+    encoder = VisionTransformer(16, **MODELS["vit_test"])
+    add_windows(encoder, 3)
+    torch.save({"model": MaskRCNN(encoder, 4, 8).state_dict()}, tmp_path / "detector.pt")
+    with pytest.raises(UserError, match="it is of a run of train_detect.py"):
+        found = read_pretrained(tmp_path / "detector.pt")
+        load_for_tuning(build_like(found, (16, 16)), found, say=len)
 
 
 def test_a_state_dict_makes_the_same_model_again():

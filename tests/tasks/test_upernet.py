@@ -15,6 +15,7 @@ from test_shape_comments import false_comments
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mff_min.errors import UserError
 from mff_min.optim import clip_grad_norm, param_groups, set_lr
 from mff_min.vit import MODELS, VisionTransformer
 from mff_run.sharded import shard, whole
@@ -453,6 +454,16 @@ def test_weights_come_from_an_mff_checkpoint(pretrained, fused):
         assert all(torch.equal(weights[f"fusion.{name}"], value) for name, value in found.fusion.items())
     logits, aux = model(torch.randn(2, 3, 24, 16), torch.rand(2, model.num_noise))
     assert logits.isfinite().all() and logits.shape == (2, 4, 24, 16) and aux.shape == (2, 4, 6, 4)
+
+
+def test_a_segmenter_that_is_given_as_an_encoder_is_refused_by_its_name(tmp_path):
+    encoder = VisionTransformer(16, **MODELS["vit_test"])
+    add_relative_positions(encoder)
+    torch.save({"model": Segmenter(encoder, 4, 16).state_dict()}, tmp_path / "segmenter.pt")
+    found = read_pretrained(tmp_path / "segmenter.pt")
+    with pytest.raises(UserError, match="; it is of a run of train_segment.py, which changes the encoder: "
+                                        "expected the checkpoint that this run began with$"):
+        load_for_tuning(build_like(found, (16, 16)), found, say=len)
 
 
 def test_a_state_dict_makes_the_same_model_again():
