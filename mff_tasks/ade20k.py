@@ -199,6 +199,8 @@ def open_tree(kind, root, split, say, num_classes, names, reduce_zero_label, rea
         source.folders = set(map(os.fsencode, places | more))           # no place for a run: check_output
         return source
     if not classes:
+        for part in ("images", "annotations"):
+            split_folder(root / part, "val")                            # before all masks are read
         every = files([str(i) for i in range(IGNORED)])
         look_at_masks(every, max_bad, say)
         classes = [str(i) for i in range(count_classes(every, say))]

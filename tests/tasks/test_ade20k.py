@@ -121,6 +121,7 @@ def test_names_of_the_full_ade20k_are_told(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda root: (root / "images/training").rename(root / "images/a"), "images has a, validation (2): e"),
     (lambda root: (root / "images/train").mkdir(), "has train, training, validation (3): expected one of"),
+    (lambda root: (root / "annotations/validation").rename(root / "x"), "has training (1): expected one"),
     (lambda root: (root / "annotations").rename(root / "labels"), "annotations is no folder: expected one"),
     (lambda root: [path.unlink() for path in root.glob("annotations/training/*")], "no file that ends in .p"),
     (lambda root: [path.rename(path.with_suffix(".tif")) for path in root.glob("annotations/training/*")],
