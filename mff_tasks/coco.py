@@ -440,7 +440,8 @@ def find_split(root, split):
     found = sorted(path.name for path in root.glob(f"annotations/instances_{split}*.json"))
     if len(found) != 1:
         raise UserError(f"{root / 'annotations'} has {listed(found)} called instances_{split}*.json: "
-                        f"expected one; --data coco:DIR needs {LAYOUT}")
+                        f"expected one; --data coco:DIR needs {LAYOUT}; docs/detect.md, Own data, shows how "
+                        f"to bring other exports into this form")
     name = found[0].removeprefix("instances_").removesuffix(".json")
     folders = [root / name, root / "images" / name]
     for folder in folders:
