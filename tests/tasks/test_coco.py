@@ -395,7 +395,7 @@ def rename_folder(root):
 
 @pytest.mark.parametrize("change, message", [
     (lambda root: (root / "annotations").rename(root / "notes"), "has none called instances_train*.json"),
-    (lambda root: (root / "annotations").rename(root / "notes"), "; docs/detect.md, Own data, shows how to br"),
+    (lambda root: (root / "annotations").rename(root / "notes"), "; docs/detect.md, Own data, shows how to"),
     (lambda root: (root / "annotations/instances_train2014.json").write_text("{}"),
      "instances_train2014.json, instances_train2017.json (2) called instances_train*.json: expected one"),
     (rename_folder, "train2017 is a folder: expected the images of instances_train2017.json there"),
