@@ -45,6 +45,8 @@ def complete(cfg, given, settings, by_default):
         settings.pop("lr", None)
     if "steps" in given:
         settings.pop("epochs", None)
+    if "schedule" in given:
+        settings.pop("steps", None)
     return replace(cfg, small=True, **{name: value for name, value in settings.items() if name not in given})
 
 

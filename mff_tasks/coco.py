@@ -24,7 +24,7 @@ from mff_data.shapes import SHAPES
 from mff_data.sources import ImageArray, ImageFiles, files_below, open_embedded, spread
 from mff_data.unchanged import Rows
 from mff_min.errors import UserError, listed, printable
-from mff_run.jsonfile import LARGEST, is_number, is_path, misfit, opened, parse_json
+from mff_run.jsonfile import is_number, is_path, misfit, opened, parse_json
 from mff_tasks.ade20k import LOOKED_AT, is_name
 from mff_tasks.masks import counts_of, decode, rasterise
 
@@ -32,6 +32,7 @@ LAYOUT = "annotations/instances_{train,val}*.json, {train,val}*/*"
 MOST_BYTES = 2 ** 31                                                    # of a file; COCO's has 450 MB
 MOST_CORNERS = 1000                                                     # of a polygon that is looked at
 FARTHEST = 1e6                                                          # pixels, of a corner or a side
+MOST_AREA = 1e10                                                        # pycocotools ignores larger objects
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Annotations:
 
     def find_faults(self, ids, image_at, columns):
         """{annotation id: why the object is of no use}. Raises UserError for numbers that are none."""
-        huge = ~((np.abs(self.bbox) < FARTHEST).all(axis=1) & (np.abs(self.area) < LARGEST))
+        huge = ~((np.abs(self.bbox) < FARTHEST).all(axis=1) & (self.area <= MOST_AREA))
         self.refuse("has a bbox or an area that is not finite, or huge", ids[huge], "pixels; these are the "
                     "annotations' ids")
         why = {int(ids[place]): reason for place, reason in columns.broken.items()}
@@ -251,6 +252,7 @@ class Annotations:
         def note(bad, reason):
             why.update({int(one): reason for one in ids[bad] if int(one) not in why})
         x0, y0, x1, y1 = corners_of(self.bbox).T                        # each (N,)
+        note(self.area < 0, "an area below 0")                          # in no range of AP's sizes
         note((x1 <= x0) | (y1 <= y0), "a box of no area")
         note(is_outside(x0, y0, x1, y1, H, W), "a box outside the image")
         whole = np.flatnonzero(self.parts)
@@ -438,7 +440,8 @@ def find_split(root, split):
     found = sorted(path.name for path in root.glob(f"annotations/instances_{split}*.json"))
     if len(found) != 1:
         raise UserError(f"{root / 'annotations'} has {listed(found)} called instances_{split}*.json: "
-                        f"expected one; --data coco:DIR needs {LAYOUT}")
+                        f"expected one; --data coco:DIR needs {LAYOUT}; docs/detect.md, Own data, shows how "
+                        f"to bring other exports into this form")
     name = found[0].removeprefix("instances_").removesuffix(".json")
     folders = [root / name, root / "images" / name]
     for folder in folders:

@@ -34,8 +34,9 @@ def list_images(*given, unique=True):
         found, places, _ = files_below(path)
         images = [name for name in found if name.lower().endswith(suffixes())]
         if not images:
-            raise UserError(f"{path} holds no images ({len(found)} other files: {counted_suffixes(found)}): "
-                            f"expected files that end in {' '.join(suffixes())}")
+            others = counted_suffixes(found)
+            raise UserError(f"{path} holds no images ({len(found)} other files{': ' * bool(others)}{others}"
+                            f"): expected files that end in {' '.join(suffixes())}")
         paths += [os.path.abspath(path / name) for name in images]
         all_places |= places
     root = given[0] if len(given) == 1 and not os.path.isfile(given[0]) else os.path.commonpath(

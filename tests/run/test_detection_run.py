@@ -37,10 +37,10 @@ def detect(tmp_path, cache, pretrained):
     return call
 
 
-def measure(tmp_path, cache, *flags):
-    """The metrics of tools.evaluate of the run in the folder a."""
-    flags = ["--checkpoint", str(tmp_path / "a"), "--output-dir", str(tmp_path / "measured"), "--cache-dir",
-             str(cache), *"--data shapes:40 --device cpu".split(), *flags]
+def measure(tmp_path, cache, *flags, folder="a"):
+    """The metrics of tools.evaluate of the run in this folder."""
+    flags = ["--checkpoint", str(tmp_path / folder), "--output-dir", str(tmp_path / "measured"),
+             "--cache-dir", str(cache), *"--data shapes:40 --device cpu".split(), *flags]
     return tools.evaluate.main(parse(tools.evaluate.Config, flags))
 
 
@@ -145,6 +145,10 @@ def test_two_sharded_ranks_train_as_one_process_and_evaluate_as_one(detect, tmp_
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3)
     together = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert together["val_images"] == alone["val_images"] == 8
+    again = measure(tmp_path, cache, folder="two")                         # by one process
+    assert again["box_AR100"] > 0
+    assert {name: again[name] for name in again if name.startswith(("box_", "mask_"))} == \
+        {name: together[name] for name in together if name.startswith(("box_", "mask_"))}
 
 
 # ---------------------------------------------------------------- bad input

@@ -90,6 +90,13 @@ def test_a_flag_that_is_given_wins(flags, want):
     assert config("--model vit_test", flags) == replace(config("--model vit_test"), **want)
 
 
+@pytest.mark.parametrize("flags, schedule, steps", [
+    ("", 25, 600), ("--schedule 2", 2, None), ("--steps 9", 25, 9), ("--schedule 2 --steps 9", 2, 9)])
+def test_a_schedule_in_epochs_wins_over_the_small_number_of_steps(flags, schedule, steps):
+    cfg = config("--small", flags, stage=train_detect)
+    assert (cfg.schedule, cfg.steps) == (schedule, steps)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 100])
 @pytest.mark.parametrize("flags", ["", "--batch-size 6"])

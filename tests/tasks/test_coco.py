@@ -232,6 +232,7 @@ REFUSED = {
     "box of NaN": (altered("annotations", bbox=[1, math.nan, 3, 4]), "has a bbox or an area that is not fin"),
     "box of Inf": (altered("annotations", bbox=[1, 2, math.inf, 4]), "has a bbox or an area that is not fin"),
     "area of NaN": (altered("annotations", area=math.nan), "has a bbox or an area that is not finite, or hu"),
+    "area of 1e11": (altered("annotations", area=1e11), "has a bbox or an area that is not finite, or huge"),
     "area of text": (altered("annotations", area="5"), 'annotations[0].area: "5": expected a number'),
     "no area": (lambda found: found["annotations"][0].pop("area"), "annotations[0] without area: expected"),
     "no mask": (lambda found: found["annotations"][0].pop("segmentation"), "without segmentation: expected"),
@@ -291,6 +292,7 @@ DROPPED = {
     "box above": (dict(bbox=[5, -20, 20, 20]), "a box outside the image"),
     "box to the right": (dict(bbox=[96, 5, 20, 9]), "a box outside the image"),
     "box below": (dict(bbox=[5, 72, 20, 9]), "a box outside the image"),
+    "area below 0": (dict(area=-5), "an area below 0"),
     "RLE of another size": (dict(segmentation=dict(size=[72, 95], counts=[72 * 95])), "an RLE of another si"),
     "RLE too short": (dict(segmentation=dict(size=[72, 96], counts=[5])), "an RLE of 5 pixels: expected the"),
     "RLE of zeros": (dict(segmentation=dict(size=[72, 96], counts=[72 * 96])), "an RLE without a pixel"),
@@ -393,6 +395,7 @@ def rename_folder(root):
 
 @pytest.mark.parametrize("change, message", [
     (lambda root: (root / "annotations").rename(root / "notes"), "has none called instances_train*.json"),
+    (lambda root: (root / "annotations").rename(root / "notes"), "; docs/detect.md, Own data, shows how to"),
     (lambda root: (root / "annotations/instances_train2014.json").write_text("{}"),
      "instances_train2014.json, instances_train2017.json (2) called instances_train*.json: expected one"),
     (rename_folder, "train2017 is a folder: expected the images of instances_train2017.json there"),

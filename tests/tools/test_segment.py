@@ -205,7 +205,7 @@ def test_what_is_written_can_be_trained_on(tmp_path, finished):
 
 @pytest.mark.parametrize("make, message", [
     (lambda path: path / "nowhere", "nowhere does not exist: expected a folder of images, or images"),
-    (lambda path: path / "empty", "holds no images (1 other files: ): expected files that end in"),
+    (lambda path: path / "empty", "holds no images (1 other files): expected files that end in"),
     (lambda path: path / "twice", "differ in their endings alone: a.jpg, a.png (2); what is written"),
     (lambda path: path / "torn", "none of the 1 images in "),
 ])
