@@ -247,6 +247,7 @@ class Annotations:
         self.refuse("has a bbox or an area that is not finite, or huge", ids[huge], "pixels; these are the "
                     "annotations' ids")
         why = {int(ids[place]): reason for place, reason in columns.broken.items()}
+        self.apart = []                                                 # ids where box and polygons differ
         H, W = self.sizes[image_at].T if len(ids) else np.zeros((2, 0))
 
         def note(bad, reason):
@@ -267,6 +268,11 @@ class Annotations:
             note(whole[drawn & ((x1 <= x0) | (y1 <= y0))], "a polygon of no area")
             beside = is_outside(x0, y0, x1, y1, H[whole], W[whole])
             note(whole[drawn & beside], "a polygon outside the image")
+            left, top, right, bottom = corners_of(self.bbox[whole]).T
+            both = ((np.minimum(x1, right) - np.maximum(x0, left)).clip(0)
+                    * (np.minimum(y1, bottom) - np.maximum(y0, top)).clip(0))
+            union = (x1 - x0) * (y1 - y0) + (right - left) * (bottom - top) - both
+            self.apart = [int(one) for one in ids[whole[drawn & (2 * both < union)]] if int(one) not in why]
             size = np.array(columns.of).reshape(-1, 2)[rle]
             wrong = (size[:, 0] != H[rle]) | (size[:, 1] != W[rle])
             note(rle[wrong], "an RLE of another size than its image")
@@ -413,6 +419,11 @@ def open_coco(root, split, say, reading, max_bad):
                        [annotations.files[i] for i in large], "fewer, or a larger --max-pixels")
     count_faults(annotations, say, split, max_bad)
     count_crossed(annotations, say, split)
+    if annotations.apart:
+        say(f"warning: {split}: {counted(len(annotations.apart), 'object')} of {len(annotations.ids)} have a "
+            f"bbox that overlaps the box around its polygons by less than half: annotation "
+            f"{listed(map(str, annotations.apart))}; training takes boxes from polygons, and AP takes bbox: "
+            f"expected x, y, width, height in pixels")
     present, places, _ = files_below(folder)
     check_present(annotations, folder, set(present), say, split, max_bad)
     chosen, used = np.arange(len(annotations.files)), np.zeros(len(annotations.parts), bool)

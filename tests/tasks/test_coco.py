@@ -357,6 +357,20 @@ def test_polygons_that_cross_themselves_are_counted_named_and_filled_by_cocos_ru
     assert not masks[4, 20, 22] and masks[4, 20, 12] and masks[4, 20, 32]
 
 
+@pytest.mark.parametrize("box, apart", [([20, 20, 30, 20], False), ([15, 18, 36, 28], False),
+                                        ([20, 20, 50, 40], True), ([50, 50, 30, 20], True)])
+def test_a_box_that_its_polygons_contradict_is_named(tmp_path, box, apart):
+    """The third is x0, y0, x1, y1 of the polygon."""
+    def change(found):
+        corners = [20.0, 20.0, 50.0, 20.0, 50.0, 40.0, 20.0, 40.0]
+        found["annotations"] = [annotation(i, 7, 3, corners) for i in (1, 2, 3)]
+        found["annotations"][1]["bbox"] = box
+    said = []
+    open_tree(write_tree(tmp_path, change=change), say=said.append, max_bad=0)
+    told = [text for text in said if text.startswith("warning: train: 1 object of 3 have a bbox that ")]
+    assert len(told) == apart and all("annotation 2 (1); training takes boxes" in text for text in told)
+
+
 def test_a_polygon_of_thousands_of_corners_costs_no_matrix_of_all_pairs(tmp_path):
     angle = 2 * np.pi * np.arange(4000) / 4000
     traced = (40 + 25 * np.stack([np.cos(angle), np.sin(angle)], axis=1)).ravel().tolist()
