@@ -420,8 +420,9 @@ def open_coco(root, split, say, reading, max_bad):
     count_faults(annotations, say, split, max_bad)
     count_crossed(annotations, say, split)
     if annotations.apart:
-        say(f"warning: {split}: {counted(len(annotations.apart), 'object')} of {len(annotations.ids)} have a "
-            f"bbox that overlaps the box around its polygons by less than half: annotation "
+        objects = counted(len(annotations.ids), "object")
+        say(f"warning: {split}: the bbox of {len(annotations.apart)} of {objects} overlaps "
+            f"the box around the polygons by less than half: annotation "
             f"{listed(map(str, annotations.apart))}; training takes boxes from polygons, and AP takes bbox: "
             f"expected x, y, width, height in pixels")
     present, places, _ = files_below(folder)

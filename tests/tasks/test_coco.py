@@ -367,7 +367,7 @@ def test_a_box_that_its_polygons_contradict_is_named(tmp_path, box, apart):
         found["annotations"][1]["bbox"] = box
     said = []
     open_tree(write_tree(tmp_path, change=change), say=said.append, max_bad=0)
-    told = [text for text in said if text.startswith("warning: train: 1 object of 3 have a bbox that ")]
+    told = [text for text in said if text.startswith("warning: train: the bbox of 1 of 3 objects over")]
     assert len(told) == apart and all("annotation 2 (1); training takes boxes" in text for text in told)
 
 
